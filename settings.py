@@ -1,0 +1,322 @@
+"""Settings: a TOML file to a frozen, validated structure, or one sentence that says what is wrong.
+
+What it owns: every key of every program's configuration file, its default, its range and its
+meaning; the files in `config/` show each of them at its default. It also reads the key file, since
+that, too, is a file of the operator's with rules about what may stand in it.
+
+Rules that stay true:
+- An unknown key, a value of the wrong type or out of its range fails at start, naming the file, the
+  key and the reason. Nothing is guessed, nothing is clamped in silence.
+- What `load` returns never changes. A reload loads a new one.
+- Relative paths are taken from the folder of the file that names them, not from wherever the
+  program was started.
+- Secrets are read here and appear in no message.
+"""
+
+import ipaddress
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+import ufrag
+
+
+class SettingsError(ValueError):
+    """A configuration that cannot be used: the message names file, key and reason."""
+
+
+class Endpoint:
+    """An address and a port, written `192.0.2.1:3478` or `[2001:db8::1]:3478`."""
+
+    __slots__ = ("address", "port")
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError with the reason. Names are not resolved: a start needs no DNS."""
+        host, colon, port = text.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        try:
+            self.address = ipaddress.ip_address(host[1:-1] if bracketed else host)
+        except ValueError:
+            raise ValueError(f"{text!r} is not ADDRESS:PORT or [IPV6]:PORT") from None
+        if not colon or bracketed != (self.address.version == 6):
+            raise ValueError(f"{text!r} is not ADDRESS:PORT or [IPV6]:PORT")
+        if not (port.isascii() and port.isdigit() and int(port) <= 0xFFFF):
+            raise ValueError(f"{port!r} in {text!r} is not a port (0 to 65535)")
+        self.port = int(port)
+
+    @property
+    def host(self) -> str:
+        """The address as sockets take it, without brackets."""
+        return str(self.address)
+
+    def __str__(self) -> str:
+        return (
+            f"[{self.host}]:{self.port}"
+            if self.address.version == 6
+            else f"{self.host}:{self.port}"
+        )
+
+    def __repr__(self) -> str:
+        return f"Endpoint({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Endpoint) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash((self.address, self.port))
+
+
+class Prefix:
+    """A network, written `10.4.0.0/16` or `fd00:4::/96`."""
+
+    __slots__ = ("network",)
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError with the reason, such as host bits that are set."""
+        self.network = ipaddress.ip_network(text)
+
+    def __contains__(self, host: object) -> bool:
+        """True for an address literal inside; a v4-mapped one counts as the IPv4 it stands for."""
+        try:
+            address = ipaddress.ip_address(str(host).partition("%")[0])
+        except ValueError:
+            return False
+        return (getattr(address, "ipv4_mapped", None) or address) in self.network
+
+    def __repr__(self) -> str:
+        return f"Prefix({str(self.network)!r})"
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of a configuration file."""
+
+
+Port = Annotated[int, Meta(ge=1, le=0xFFFF)]
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400 * 7)]
+
+
+class Keys(_Table, frozen=True):
+    """`[keys]`: where the secrets are."""
+
+    file: Path
+    """The key file, readable by its owner only. `ufrag keygen` prints a line for it."""
+    mint_id: Annotated[int, Meta(ge=0, le=ufrag.KEY_ID_LAST)] | None = None
+    """Id of the key that a transceiver mints with. Default: the file's last line. Set it while a
+    new key is on its way to the relays: they must have it before the first ufrag minted with it."""
+
+    def load(self) -> ufrag.Keyring:
+        """The keys; raises SettingsError naming the file and what is wrong with it."""
+        return load_keys(self.file, self.mint_id)
+
+
+class Cluster(_Table, frozen=True):
+    """`[[cluster]]`: what a hint may name. A relay forwards to nothing else."""
+
+    id: Annotated[int, Meta(ge=0, le=0xFFFF)]
+    """Its number in the hint; the same in the files of its relays, transceivers and signaling."""
+    prefix: Prefix
+    """Addresses of its transceivers. IPv6: /96 or longer, since a hint carries 32 bits."""
+    ports: tuple[Port, Port]
+    """Lowest and highest port of a transceiver."""
+
+    def __post_init__(self) -> None:
+        self.hints()
+
+    def hints(self) -> ufrag.Cluster:
+        """The same as minting and parsing take it. Raises ValueError with the reason."""
+        return ufrag.Cluster(self.id, self.prefix.network, *self.ports)
+
+
+class RelayTable(_Table, frozen=True):
+    """`[relay]`."""
+
+    public: Endpoint
+    """Where clients send: one address, shared by all workers (SO_REUSEPORT)."""
+    internal: Endpoint
+    """Where transceivers answer: worker i binds this port plus i, and keeps it over restarts."""
+    workers: Annotated[int, Meta(ge=0, le=256)] = 0
+    """Worker processes; 0 is one for every CPU that the process may use."""
+    batch_size: Annotated[int, Meta(ge=1, le=1024)] = 64
+    """Datagrams taken from a socket at once. Larger batches save nothing measurable beyond 64 and
+    make the last of a batch wait for the first."""
+    datagram_octets_max: Annotated[int, Meta(ge=576, le=9000)] = 1500
+    """Largest datagram that is forwarded. WebRTC stays under 1,200; a larger one is dropped."""
+    flows_max: Annotated[int, Meta(ge=1, le=4_000_000)] = 65_536
+    """Flows in total, over all workers: 128 octets of shared memory each."""
+    flows_tentative_max: Annotated[int, Meta(ge=1, le=4_000_000)] = 8_192
+    """Flows whose transceiver has not yet answered with anything but STUN. A stranger who has a
+    valid ufrag can fill these, never the rest."""
+    addresses_per_ufrag_max: Annotated[int, Meta(ge=1, le=1024)] = 16
+    """Client addresses that may hold a flow for one ufrag. A client with several interfaces, both
+    families and a changing network needs a handful; a replayed check could use thousands."""
+    integrity_checks_per_s: Annotated[int, Meta(ge=1, le=1_000_000)] = 20_000
+    """First packets whose integrity a worker checks in a second, about 20 us each."""
+    flow_idle_s: Seconds = 60.0
+    """A flow that no client packet has used for this long is forgotten; up to twice as long in
+    practice. Browsers check consent every 5 s at the most (RFC 7675), so 30 is the least."""
+    tentative_idle_s: Seconds = 15.0
+    """The same for tentative flows: as long as a client tries to connect."""
+    coalesce_us: Annotated[int, Meta(ge=0, le=5_000)] = 0
+    """Microseconds to wait before each receive, so that datagrams come in batches: less CPU at
+    medium load for as much more delay each way. 0 is off."""
+    receive_buffer_octets: Annotated[int, Meta(ge=65_536, le=1 << 30)] = 8 << 20
+    """Kernel buffer of a socket: what a burst or a restarting worker may leave waiting."""
+    state_dir: Path = Path("/run/earshot")
+    """Where the running relay says how `relay flows` finds it."""
+
+
+class Relay(_Table, frozen=True):
+    """The relay's file."""
+
+    relay: RelayTable
+    keys: Keys
+    cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1)]
+
+
+class Backend(_Table, frozen=True):
+    """`[backend]`: who answers the caller."""
+
+    kind: str = "parrot"
+    """`parrot`: the built-in one, which plays back what it heard. `backend.py` has the kinds."""
+
+
+class TransceiverTable(_Table, frozen=True):
+    """`[transceiver]`."""
+
+    listen: Endpoint
+    """UDP for media and TCP for the control API. The address must lie in the cluster's prefix: it
+    is what the hint names."""
+    relay_prefixes: Annotated[tuple[Prefix, ...], Meta(min_length=1)]
+    """Where relays send from. Frames from anywhere else are dropped."""
+    control_prefixes: Annotated[tuple[Prefix, ...], Meta(min_length=1)]
+    """Where signaling calls from. Requests from anywhere else get 403."""
+    sessions_max: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    """Sessions this process takes before it answers 503. About a hundred fill a core."""
+    connect_deadline_s: Seconds = 15.0
+    """A session that has not connected by then ends."""
+    silence_deadline_s: Seconds = 30.0
+    """A client not heard of for this long has gone (RFC 7675 consent ends after 30 s)."""
+    session_s_max: Seconds = 7_200.0
+    """No session is longer than this."""
+    receive_buffer_octets: Annotated[int, Meta(ge=65_536, le=1 << 30)] = 4 << 20
+    """Kernel buffer of the media socket."""
+
+
+class Transceiver(_Table, frozen=True):
+    """The transceiver's file."""
+
+    transceiver: TransceiverTable
+    keys: Keys
+    cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1, max_length=1)]
+    backend: Backend = Backend()
+
+
+class SignalingTable(_Table, frozen=True):
+    """`[signaling]`."""
+
+    listen: Endpoint
+    """Where the HTTP API and the demo page are served. Put a TLS terminator in front of it:
+    browsers give a microphone only to https and to localhost."""
+    relays: Annotated[tuple[Endpoint, ...], Meta(min_length=1, max_length=8)]
+    """Public addresses of relays, as clients reach them: they stand in every answer."""
+    transceivers: Annotated[tuple[Endpoint, ...], Meta(min_length=1)]
+    """Control addresses of the transceivers that calls are placed on."""
+    offer_octets_max: Annotated[int, Meta(ge=1024, le=1 << 20)] = 65_536
+    """Largest request body. A browser's offer has 2,000 to 8,000 octets."""
+    transceiver_timeout_s: Annotated[float, Meta(gt=0, le=60)] = 2.0
+    """How long a transceiver may take to answer before the next one is asked."""
+    retry_after_s: Annotated[int, Meta(ge=1, le=3600)] = 5
+    """What a client is told to wait when no transceiver takes its call."""
+    web_dir: Path | None = None
+    """Folder of the demo page; without it no page is served."""
+
+
+class Signaling(_Table, frozen=True):
+    """Signaling's file."""
+
+    signaling: SignalingTable
+    keys: Keys
+    cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1)]
+
+
+File = TypeVar("File", Relay, Transceiver, Signaling)
+
+
+def load(path: Path | str, shape: type[File]) -> File:
+    """Read a configuration file as `shape`.
+
+    Raises SettingsError "FILE: KEY: REASON" if it cannot be read, is not TOML, has an unknown key
+    or a value out of its range, or if two of its values contradict each other.
+    """
+    path = Path(path)
+
+    def convert(kind: type, value: Any) -> Any:
+        if kind is Path and isinstance(value, str) and value:
+            return path.parent / value
+        if kind in (Endpoint, Prefix) and isinstance(value, str):
+            return kind(value)
+        raise ValueError(f"expected text, got {value!r}")
+
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = msgspec.convert(tables, shape, dec_hook=convert)
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not TOML: {error}") from error
+    except msgspec.ValidationError as error:
+        # msgspec says "REASON - at `$.table.key`": put the key in front, as operators read it.
+        reason, _, where = str(error).partition(" - at `$")
+        key = where.strip("`.") or "the file"
+        raise SettingsError(f"{path}: {key}: {reason}") from error
+    try:
+        _agree(found)
+    except ValueError as error:
+        raise SettingsError(f"{path}: {error}") from error
+    return found
+
+
+def _agree(found: Relay | Transceiver | Signaling) -> None:
+    """What no single value shows. Raises ValueError "KEY: REASON"."""
+    ids = [cluster.id for cluster in found.cluster]
+    if len(set(ids)) != len(ids):
+        raise ValueError("cluster: an id stands there twice")
+    if isinstance(found, Transceiver):
+        at, home = found.transceiver.listen, found.cluster[0].hints()
+        if not home.contains(at.address, at.port):
+            raise ValueError(
+                f"transceiver.listen: {at} is outside its cluster ({home.prefix},"
+                f" ports {home.first_port} to {home.last_port}): no relay would find it"
+            )
+    if isinstance(found, Relay):
+        if found.relay.flows_tentative_max > found.relay.flows_max:
+            raise ValueError("relay.flows_tentative_max: larger than relay.flows_max")
+        if not found.relay.internal.port:
+            raise ValueError("relay.internal: needs a port, so that it is the same after a restart")
+
+
+def clusters(tables: tuple[Cluster, ...]) -> dict[int, ufrag.Cluster]:
+    """The configured clusters by id, as `ufrag.parse` takes them."""
+    return {table.id: table.hints() for table in tables}
+
+
+def load_keys(path: Path, mint_id: int | None = None) -> ufrag.Keyring:
+    """Read a key file. Raises SettingsError, also if others than its owner may read it."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if mode & 0o077:
+                raise SettingsError(
+                    f"{path}: mode {mode:04o} lets others than its owner read the keys: chmod 600"
+                )
+            return ufrag.Keyring.parse(file.read(), mint_id)
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from error
+    except (ufrag.KeyFileError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: {error}") from error
