@@ -1,0 +1,346 @@
+"""Counters: a catalogue of all that is counted, the memory it is counted in, its exposition.
+
+What it owns: for each program an enumeration of what it counts (name, unit, help, what a non-zero
+value means), `Counters` over plain or shared memory, and Prometheus' text of them.
+
+Rules that stay true:
+- Counting costs one increment of a number in memory; reading, summing and printing happen
+  elsewhere, by whoever asks, without a lock: one process writes a block of counters, any may read.
+- Within a stage each datagram ends in exactly one counter: for every enumeration that has them,
+  RECEIVED equals FORWARDED plus the sum of all DROPPED_* whenever no datagram is in hand
+  (`Counters.missing` is 0). Tests assert it after everything they do.
+- The order of members is the layout in memory: a version of its own stands where memory outlives a
+  process (`relay.py`).
+
+It samples nothing, serves nothing, knows no socket.
+
+https://prometheus.io/docs/instrumenting/exposition_formats/
+"""
+
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Self
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+COUNTER_OCTETS = 8
+"""An unsigned 64-bit number each: at a million a second it lasts half a million years."""
+
+_DROPPED = "DROPPED_"
+
+
+class Kinds(enum.IntEnum):
+    """Base of the catalogues: a member is `NAME = unit, help[, meaning[, gauge]]`."""
+
+    unit: str
+    """What is counted: datagrams, octets, sessions."""
+    help: str
+    """One sentence: what happened when it was counted."""
+    meaning: str
+    """What a value above zero tells an operator; empty where it is the normal case."""
+    gauge: bool
+    """True for a value that goes up and down."""
+
+    def __new__(cls, unit: str, help: str, meaning: str = "", gauge: bool = False) -> Self:
+        value = len(cls.__members__)
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.unit, member.help, member.meaning, member.gauge = unit, help, meaning, gauge
+        return member
+
+
+class Inbound(Kinds):
+    """The relay, from clients to transceivers."""
+
+    RECEIVED = "datagrams", "Taken from the public socket."
+    FORWARDED = "datagrams", "Sent on to a transceiver."
+    OCTETS = "octets", "Payload of what was forwarded, without the frame's header."
+    DROPPED_OVERSIZED = (
+        "datagrams",
+        "Larger than datagram_octets_max.",
+        "No WebRTC client sends these: probing, or a setting below the clients' MTU.",
+    )
+    DROPPED_UNKNOWN_CLIENT = (
+        "datagrams",
+        "Not STUN, from an address without a flow.",
+        "Garbage, or media of a flow that has expired; its next STUN brings the flow back.",
+    )
+    DROPPED_STUN_TRUNCATED = (
+        "datagrams",
+        "STUN by its first octet, with a length that does not fit.",
+        "Garbage or probing.",
+    )
+    DROPPED_STUN_MALFORMED = (
+        "datagrams",
+        "STUN without cookie, user name, integrity, or with a broken attribute or fingerprint.",
+        "Garbage, probing, or a client that is not ICE.",
+    )
+    DROPPED_STUN_NOT_REQUEST = (
+        "datagrams",
+        "STUN, but no Binding Request, from an address without a flow.",
+        "Answers or indications for a flow that has expired, or scanning for TURN servers.",
+    )
+    DROPPED_UFRAG_MALFORMED = (
+        "datagrams",
+        "A ufrag that is no hint: wrong length, alphabet or version.",
+        "A client of another service, or a version that this relay does not know.",
+    )
+    DROPPED_UFRAG_UNKNOWN_KEY = (
+        "datagrams",
+        "A ufrag under a key id that the key file does not have.",
+        "A transceiver mints with a key this relay has not got yet, or no longer.",
+    )
+    DROPPED_UFRAG_FORGED = (
+        "datagrams",
+        "A ufrag whose check octets do not match.",
+        "Guessing, or one key id with different secrets on the two sides.",
+    )
+    DROPPED_UFRAG_UNKNOWN_CLUSTER = (
+        "datagrams",
+        "A ufrag that names a cluster that is not configured.",
+        "The relay's file lacks a cluster that signaling sends here.",
+    )
+    DROPPED_UFRAG_OUTSIDE = (
+        "datagrams",
+        "A ufrag that names an address or port outside its cluster.",
+        "The files of relay and transceiver disagree about the cluster's prefix or ports.",
+    )
+    DROPPED_BAD_INTEGRITY = (
+        "datagrams",
+        "A first check whose MESSAGE-INTEGRITY is wrong.",
+        "Someone knows a ufrag but not its password: guessing, or a client with a stale answer.",
+    )
+    DROPPED_INTEGRITY_LIMIT = (
+        "datagrams",
+        "First checks over integrity_checks_per_s.",
+        "A flood of first checks; new clients connect later, live flows do not notice.",
+    )
+    DROPPED_FLOWS_LIMIT = (
+        "datagrams",
+        "First checks while flows_max was reached.",
+        "More clients than the relay is configured for.",
+    )
+    DROPPED_TENTATIVE_LIMIT = (
+        "datagrams",
+        "First checks while flows_tentative_max was reached.",
+        "Replayed checks from many addresses, or transceivers that do not answer.",
+    )
+    DROPPED_ADDRESSES_LIMIT = (
+        "datagrams",
+        "First checks of a ufrag that already has addresses_per_ufrag_max flows.",
+        "One client's check is replayed from many addresses.",
+    )
+    DROPPED_FLOW_HELD = (
+        "datagrams",
+        "Checks for another transceiver from the address of an assured flow that is alive.",
+        "A replayed check, or a client that reuses a port within seconds of another call.",
+    )
+    DROPPED_SEND_FAILED = (
+        "datagrams",
+        "Refused by the kernel when sent to the transceiver.",
+        "No route, or a firewall, or a send buffer that stayed full.",
+    )
+
+
+class Outbound(Kinds):
+    """The relay, from transceivers to clients."""
+
+    RECEIVED = "datagrams", "Taken from the internal socket."
+    FORWARDED = "datagrams", "Sent on to a client."
+    OCTETS = "octets", "Payload of what was forwarded, without the frame's header."
+    DROPPED_OVERSIZED = (
+        "datagrams",
+        "Larger than datagram_octets_max and a header.",
+        "A transceiver that sends more than clients can receive.",
+    )
+    DROPPED_NOT_TRANSCEIVER = (
+        "datagrams",
+        "From an address or port outside every cluster.",
+        "Something else sends to the internal port, or the clusters' prefixes are wrong.",
+    )
+    DROPPED_BAD_FRAME = (
+        "datagrams",
+        "Without the header that stands before every client's datagram.",
+        "A transceiver of another version.",
+    )
+    DROPPED_UNKNOWN_CLIENT = (
+        "datagrams",
+        "For an address without a flow.",
+        "A transceiver goes on sending to a client that has gone; harmless for a minute.",
+    )
+    DROPPED_WRONG_OWNER = (
+        "datagrams",
+        "For a client whose flow belongs to another transceiver.",
+        "A client went from one transceiver to another, or a transceiver makes addresses up.",
+    )
+    DROPPED_SEND_FAILED = (
+        "datagrams",
+        "Refused by the kernel when sent to the client.",
+        "No route, or a firewall, or a send buffer that stayed full.",
+    )
+
+
+class Transceiver(Kinds):
+    """The transceiver: its media socket and its sessions."""
+
+    RECEIVED = "datagrams", "Taken from the media socket."
+    FORWARDED = "datagrams", "Handed to the session they belong to."
+    DROPPED_NOT_RELAY = (
+        "datagrams",
+        "From an address outside relay_prefixes.",
+        "Something else sends to the media port, or a relay is missing from relay_prefixes.",
+    )
+    DROPPED_BAD_FRAME = (
+        "datagrams",
+        "Without the header that stands before every client's datagram.",
+        "A relay of another version.",
+    )
+    DROPPED_UNKNOWN_CLIENT = (
+        "datagrams",
+        "From a client address that no session knows.",
+        "Media that outlived its session, or came before its first check.",
+    )
+    DROPPED_UNKNOWN_SESSION = (
+        "datagrams",
+        "A check for a ufrag that no session has.",
+        "A client that outlived its session, or a replay.",
+    )
+    DROPPED_STUN_MALFORMED = (
+        "datagrams",
+        "STUN that is no well-formed Binding Request.",
+        "Garbage that came through a live flow.",
+    )
+    DROPPED_BAD_INTEGRITY = (
+        "datagrams",
+        "A check whose MESSAGE-INTEGRITY is wrong.",
+        "A client with a stale answer, or someone who injects into a flow.",
+    )
+    DROPPED_UNKNOWN_KIND = (
+        "datagrams",
+        "Neither STUN, DTLS nor RTP by the first octet.",
+        "Garbage that came through a live flow.",
+    )
+    SENT = "datagrams", "Sent to a relay."
+    SEND_FAILED = (
+        "datagrams",
+        "Refused by the kernel when sent to a relay.",
+        "No route, or a send buffer that stayed full.",
+    )
+    SESSIONS_OPENED = "sessions", "Offers answered."
+    SESSIONS_CONNECTED = "sessions", "Sessions whose media became live."
+    SESSIONS_REFUSED = (
+        "sessions",
+        "Offers refused because the process was full or draining.",
+        "More calls than sessions_max.",
+    )
+    SESSIONS_CLOSED = "sessions", "Sessions that ended, whatever the reason."
+    SESSIONS = "sessions", "Sessions now.", "", True
+
+
+class Signaling(Kinds):
+    """Signaling: its requests, by how they ended."""
+
+    OFFERS = "requests", "Offers received."
+    ANSWERED = "requests", "Offers answered."
+    REFUSED_OFFER = (
+        "requests",
+        "Offers that a client has to change: broken, or too large.",
+        "A client that is not WebRTC, or one whose offers this version does not read.",
+    )
+    REFUSED_FULL = (
+        "requests",
+        "Offers that no transceiver took.",
+        "All transceivers are full, draining or unreachable.",
+    )
+    TRANSCEIVER_FAILED = (
+        "requests",
+        "Attempts on a transceiver that did not answer.",
+        "A transceiver is down or overloaded; the next one was asked.",
+    )
+    HUNG_UP = "requests", "Calls ended by a request."
+
+
+class Counters:
+    """The counters of one enumeration, as numbers in memory."""
+
+    __slots__ = ("kinds", "values")
+
+    kinds: type[Kinds]
+    """The enumeration whose members index `values`."""
+    values: memoryview
+    """Unsigned 64-bit numbers: `counters.values[Inbound.RECEIVED] += n`."""
+
+    def __init__(self, kinds: type[Kinds], memory: memoryview | None = None) -> None:
+        """Count in `memory`, of at least `octets(kinds)` octets, and go on from what stands there.
+
+        Without it the counters live in this process and start at zero. The view keeps `memory`
+        from being closed as long as the counters exist.
+        """
+        self.kinds = kinds
+        block = memoryview(bytearray(octets(kinds))) if memory is None else memory
+        self.values = block[: octets(kinds)].cast("Q")
+
+    def __getitem__(self, kind: Kinds) -> int:
+        """The present value of one counter."""
+        return int(self.values[kind])
+
+    def drops(self) -> dict[str, int]:
+        """The DROPPED_* counters that are not zero, by name without the prefix, in lower case."""
+        return {
+            kind.name.removeprefix(_DROPPED).lower(): self[kind]
+            for kind in self.kinds
+            if kind.name.startswith(_DROPPED) and self[kind]
+        }
+
+    def missing(self) -> int:
+        """Datagrams received that are neither forwarded nor dropped: those in hand, else 0.
+
+        Raises KeyError for an enumeration without RECEIVED and FORWARDED.
+        """
+        received, forwarded = self.kinds["RECEIVED"], self.kinds["FORWARDED"]
+        return self[received] - self[forwarded] - sum(self.drops().values())
+
+
+def octets(kinds: type[Kinds]) -> int:
+    """Memory that the counters of an enumeration take."""
+    return COUNTER_OCTETS * len(kinds)
+
+
+def total(rows: Sequence[Counters]) -> Counters:
+    """The sum of several counters of one enumeration, in memory of its own."""
+    summed = Counters(rows[0].kinds)
+    for kind in summed.kinds:
+        summed.values[kind] = sum(row[kind] for row in rows)
+    return summed
+
+
+class _Rows(Collector):
+    """What prometheus-client asks for when it prints: no global registry, no copy kept."""
+
+    def __init__(self, name: str, rows: Sequence[tuple[Mapping[str, str], Counters]]) -> None:
+        self._name, self._rows = name, rows
+
+    def collect(self) -> Iterable[Metric]:
+        if not self._rows:
+            return
+        labels = list(self._rows[0][0])
+        for kind in self._rows[0][1].kinds:
+            family: CounterMetricFamily | GaugeMetricFamily
+            shape = GaugeMetricFamily if kind.gauge else CounterMetricFamily
+            family = shape(f"{self._name}_{kind.name.lower()}", kind.help, labels=labels)
+            for names, counters in self._rows:
+                family.add_metric([names[label] for label in labels], counters[kind])
+            yield family
+
+
+def exposition(name: str, rows: Sequence[tuple[Mapping[str, str], Counters]]) -> bytes:
+    """Prometheus' text of counters: a family `name_kind` a member, a line a row.
+
+    All rows are of one enumeration and carry the same labels. Texts of different names may be
+    joined.
+    """
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Rows(name, rows))
+    return generate_latest(registry)
