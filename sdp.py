@@ -1,0 +1,407 @@
+"""Session descriptions: reading a client's offer, writing the answer.
+
+An offer comes from a browser, a native library or an encoder, and is input from a stranger:
+`read_offer` ends in an `Offer` or in an `OfferError` whose sentence goes into the 400, and in
+nothing else, whatever the text.
+
+Rules that stay true:
+- Every m-line of the offer is answered, in its order (RFC 9429 section 5.3.1). One audio line and
+  one application line are taken; more audio, and video, is answered `inactive`; what cannot be
+  bundled (another protocol, no codec that we know) is rejected with port 0.
+- All lines share one transport: credentials, fingerprint and DTLS role are read from the line that
+  the BUNDLE group names first among those taken (RFC 8843 section 7.3.1).
+- The answer names only what the server does: Opus, one sha-256 fingerprint, all candidates there
+  will ever be, no trickle, no header extensions. It does not say `a=ice-lite` (see ice.py).
+- Nothing of the offer reaches the answer but tokens, so a client cannot smuggle lines into it.
+
+The client's candidates are not read: it is found by its first check.
+
+Sans-IO. RFC 8866 https://www.rfc-editor.org/rfc/rfc8866 (SDP), RFC 9429
+https://www.rfc-editor.org/rfc/rfc9429 (JSEP), RFC 8843 https://www.rfc-editor.org/rfc/rfc8843
+(BUNDLE), RFC 8839 https://www.rfc-editor.org/rfc/rfc8839 (ICE), RFC 8842
+https://www.rfc-editor.org/rfc/rfc8842 (DTLS), RFC 8841 https://www.rfc-editor.org/rfc/rfc8841
+(SCTP), RFC 7587 https://www.rfc-editor.org/rfc/rfc7587 (Opus).
+"""
+
+import ipaddress
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+OFFER_CHARACTERS_MAX = 64 * 1024
+"""A browser's offer with audio, two video lines and data has 6 to 8 thousand characters."""
+
+LINES_MAX = 2000
+"""Lines of an offer; browsers send some 250."""
+
+MEDIA_MAX = 16
+"""m-lines. Voice clients send two to four; each is answered, so each makes the answer longer."""
+
+SCTP_PORT = 5000
+"""Our SCTP port; it means nothing inside DTLS, and 5000 is what everybody writes."""
+
+MESSAGE_OCTETS_MAX = 262_144
+"""The largest data channel message we take (a=max-message-size): what Chromium announces too."""
+
+_MESSAGE_OCTETS_DEFAULT = 65_536  # RFC 8841 section 6: an offer without a=max-message-size
+_TOKEN = re.compile(r"[!#-'*+\-./0-9A-Z^-~:]{1,64}")  # RFC 8866 section 9, with "/" and ":"
+_PORT = re.compile(r"[0-9]{1,5}")
+_FORMAT = re.compile(r"[!#-'*+\-.0-9A-Z^-~]{1,32}")
+_ICE = re.compile(r"[A-Za-z0-9+/]+")  # RFC 8839 section 5.4: ice-char
+_SHA256 = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){31}")
+_OPUS = re.compile(r"opus/48000/2", re.IGNORECASE)
+_RTP_PROTOCOL = re.compile(r"((UDP|TCP)/TLS/)?RTP/SAVPF?")
+_SCTP_PROTOCOL = re.compile(r"(UDP|TCP)/DTLS/SCTP")
+_DIRECTIONS = ("sendrecv", "sendonly", "recvonly", "inactive")
+_MIRRORED = dict(zip(_DIRECTIONS, ("sendrecv", "recvonly", "sendonly", "inactive"), strict=True))
+_SETUPS = ("actpass", "active", "passive")
+
+
+class OfferError(ValueError):
+    """An offer that cannot be answered. The message is a sentence for whoever sent it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One m-line of an offer, as far as the answer depends on it."""
+
+    kind: str
+    """audio, video, application, or something else."""
+    protocol: str
+    formats: tuple[str, ...]
+    """Payload types, or `webrtc-datachannel`."""
+    mid: str
+    """Empty if the offer gives none."""
+    direction: str
+    """What the offerer wants: sendrecv, sendonly, recvonly, inactive."""
+    bundled: bool
+    """False: the answer rejects it."""
+    mapping: str
+    """The `a=rtpmap` value of the first format, empty if it has none."""
+    reduced_size_rtcp: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What the server needs to know of an offer."""
+
+    lines: tuple[Line, ...]
+    audio: int | None
+    """Index of the audio line that is used; None if there is none."""
+    application: int | None
+    """Index of the data channels' line; None if there is none."""
+    bundle: tuple[str, ...]
+    """The mids of the BUNDLE group that are taken, in its order; empty if the offer has no group."""
+    ufrag: str
+    password: str = field(repr=False)
+    fingerprint: str
+    """The client certificate's SHA-256, upper-case hexadecimal pairs and colons."""
+    setup: str
+    """actpass, active or passive."""
+    opus: int
+    """The payload type of Opus in this session, 0 to 127; 0 without an audio line."""
+    sends_audio: bool
+    takes_audio: bool
+    sctp_port: int
+    message_octets_max: int
+    """The largest data channel message the client takes; 0 for any size."""
+
+    @property
+    def active(self) -> bool:
+        """True if the server is the DTLS client: half a round trip quicker, so wherever it may."""
+        return self.setup != "active"
+
+
+@dataclass(slots=True)
+class _Section:
+    """The attributes of the session or of one m-line, by name, in their order."""
+
+    media: str = ""
+    attributes: dict[str, list[str]] = field(default_factory=dict)
+
+    def first(self, name: str) -> str | None:
+        values = self.attributes.get(name)
+        return values[0] if values else None
+
+
+def read_offer(text: str) -> Offer:
+    """Read an offer. Raises OfferError, and nothing else, for a text that cannot be answered."""
+    session, sections = _split(text)
+    if "ice-lite" in session.attributes:
+        raise OfferError("The offer says a=ice-lite: the client must send the connectivity checks.")
+    group = _bundle(session)
+    mids: set[str] = set()
+    lines = tuple(_line(section, number, group, mids) for number, section in enumerate(sections))
+    audio = _first(lines, "audio", lambda at: _opus(sections[at], lines[at]) is not None)
+    application = _first(lines, "application", lambda _: True)
+    if audio is None and application is None:
+        raise OfferError(_nothing_to_do(lines))
+    taken = {line.mid: at for at, line in enumerate(lines) if line.bundled}
+    if group is None and sum(line.bundled for line in lines) > 1:
+        raise OfferError("The offer has several m-lines and no a=group:BUNDLE: bundle them.")
+    if audio is not None and "rtcp-mux" not in sections[audio].attributes:
+        raise OfferError("The offer's audio has no a=rtcp-mux: RTCP must share the one port.")
+    bundle = [mid for mid in dict.fromkeys(group or ()) if mid in taken]
+    tagged = sections[taken[bundle[0]] if bundle else next(iter(taken.values()))]
+    direction = "inactive" if audio is None else lines[audio].direction
+    channels = _Section() if application is None else sections[application]
+    return Offer(
+        lines=lines,
+        audio=audio,
+        application=application,
+        bundle=tuple(bundle),
+        ufrag=_ice(tagged, session, "ice-ufrag", 4),
+        password=_ice(tagged, session, "ice-pwd", 22),
+        fingerprint=_fingerprint(tagged, session),
+        setup=_setup(tagged, session),
+        opus=0 if audio is None else int(_opus(sections[audio], lines[audio]) or 0),
+        sends_audio=direction in ("sendrecv", "sendonly"),
+        takes_audio=direction in ("sendrecv", "recvonly"),
+        sctp_port=_number(channels, "sctp-port", SCTP_PORT, 1, 0xFFFF),
+        message_octets_max=_number(
+            channels, "max-message-size", _MESSAGE_OCTETS_DEFAULT, 0, 1 << 63
+        ),
+    )
+
+
+def answer(
+    offer: Offer,
+    ufrag: str,
+    password: str,
+    *,
+    fingerprint: str,
+    candidates: Sequence[tuple[str, int]],
+    ssrc: int,
+    session_id: int,
+    rate_hz: int = 16_000,
+) -> str:
+    """The answer to an offer.
+
+    `fingerprint` is the server certificate's SHA-256; `candidates` are the relays' public addresses
+    in order of preference, at least one; `ssrc` is that of the audio sent; `session_id` is a number
+    for the o-line; `rate_hz` is the rate the backend hears at, which the client's encoder need not
+    exceed.
+    """
+    transport = [
+        f"a=ice-ufrag:{ufrag}",
+        f"a=ice-pwd:{password}",
+        f"a=fingerprint:sha-256 {fingerprint}",
+        f"a=setup:{'active' if offer.active else 'passive'}",
+        *(_candidate(at, host, port) for at, (host, port) in enumerate(candidates)),
+        "a=end-of-candidates",
+    ]
+    host, port = candidates[0]
+    version = ipaddress.ip_address(host).version
+    text = [
+        "v=0",
+        f"o=- {session_id} 2 IN IP4 0.0.0.0",
+        "s=-",
+        "t=0 0",
+        *([f"a=group:BUNDLE {' '.join(offer.bundle)}"] if offer.bundle else []),
+        "a=msid-semantic:WMS *",
+    ]
+    for at, line in enumerate(offer.lines):
+        mid = [f"a=mid:{line.mid}"] if line.mid else []
+        if not line.bundled:
+            text += [f"m={line.kind} 0 {line.protocol} {line.formats[0]}", "c=IN IP4 0.0.0.0", *mid]
+            continue
+        if at == offer.application:
+            formats, body = line.formats[0], _channels()
+        elif at == offer.audio:
+            formats, body = str(offer.opus), _audio(offer, line, ssrc, rate_hz)
+        else:
+            formats, body = line.formats[0], _inactive(line)
+        text += [f"m={line.kind} {port} {line.protocol} {formats}", f"c=IN IP{version} {host}"]
+        text += [*mid, *body, *transport]
+    return "\r\n".join(text) + "\r\n"
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def _candidate(at: int, host: str, port: int) -> str:
+    # RFC 8445 section 5.1.2.1: type preference 126 (host), then the order given, component 1.
+    priority = 126 << 24 | 65535 - at << 8 | 255
+    return f"a=candidate:{at + 1} 1 udp {priority} {host} {port} typ host"
+
+
+def _audio(offer: Offer, line: Line, ssrc: int, rate_hz: int) -> list[str]:
+    body = [
+        f"a={_MIRRORED[line.direction]}",
+        "a=rtcp-mux",
+        f"a=rtpmap:{offer.opus} opus/48000/2",
+        # RFC 7587 section 6.1: what we would like to receive. FEC in band mends single losses; mono
+        # at the rate the model hears costs the client, the network and us less.
+        f"a=fmtp:{offer.opus} minptime=10;useinbandfec=1;stereo=0;sprop-stereo=0"
+        f";maxplaybackrate={rate_hz}",
+        "a=ptime:20",
+    ]
+    if line.reduced_size_rtcp:
+        body.append("a=rtcp-rsize")
+    if offer.takes_audio:
+        # Clients play `event.streams[0]`: without a stream id there is none (RFC 8830).
+        body += ["a=msid:earshot audio", f"a=ssrc:{ssrc} cname:earshot"]
+    return body
+
+
+def _channels() -> list[str]:
+    return [f"a=sctp-port:{SCTP_PORT}", f"a=max-message-size:{MESSAGE_OCTETS_MAX}"]
+
+
+def _inactive(line: Line) -> list[str]:
+    body = ["a=inactive", "a=rtcp-mux"]
+    return [*body, f"a=rtpmap:{line.formats[0]} {line.mapping}"] if line.mapping else body
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def _split(text: str) -> tuple[_Section, list[_Section]]:
+    """The session's attributes and the m-lines with theirs."""
+    if len(text) > OFFER_CHARACTERS_MAX:
+        raise OfferError(f"The offer is longer than {OFFER_CHARACTERS_MAX} characters.")
+    lines = text.replace("\r\n", "\n").split("\n")
+    if len(lines) > LINES_MAX:
+        raise OfferError(f"The offer has more than {LINES_MAX} lines.")
+    if lines[0].strip() != "v=0":
+        raise OfferError("The offer does not begin with v=0: it is no session description.")
+    session = _Section()
+    sections: list[_Section] = []
+    for line in lines:
+        kind, equals, value = line.strip().partition("=")
+        if kind == "m" and equals:
+            if len(sections) == MEDIA_MAX:
+                raise OfferError(f"The offer has more than {MEDIA_MAX} m-lines.")
+            sections.append(_Section(value))
+        elif kind == "a" and equals:
+            name, _, rest = value.partition(":")
+            where = sections[-1] if sections else session
+            where.attributes.setdefault(name, []).append(rest.strip())
+    if not sections:
+        raise OfferError("The offer has no m-line: there is nothing to answer.")
+    return session, sections
+
+
+def _bundle(session: _Section) -> list[str] | None:
+    """The mids of the first BUNDLE group; None without one."""
+    for value in session.attributes.get("group", []):
+        semantics, *mids = value.split()
+        if semantics == "BUNDLE":
+            return mids
+    return None
+
+
+def _line(section: _Section, number: int, group: list[str] | None, mids: set[str]) -> Line:
+    """One m-line, checked for all that the answer repeats of it."""
+    where = f"m-line {number + 1}"
+    words = section.media.split()
+    if len(words) < 4 or not _PORT.fullmatch(words[1]):
+        raise OfferError(
+            f"The offer's {where} is malformed: m=MEDIA PORT PROTOCOL FORMAT expected."
+        )
+    kind, port, protocol, *formats = words
+    if not all(map(_TOKEN.fullmatch, (kind, protocol))) or not all(map(_FORMAT.fullmatch, formats)):
+        raise OfferError(f"The offer's {where} has characters that SDP does not allow there.")
+    mid = section.first("mid") or ""  # a line on its own may come without (RFC 8843 section 7.1)
+    if mid and (not _FORMAT.fullmatch(mid) or mid in mids):
+        raise OfferError(f"The offer's {where} has an a=mid that is malformed or not its own.")
+    mids.add(mid)
+    media = kind in ("audio", "video") and _RTP_PROTOCOL.fullmatch(protocol)
+    channels = kind == "application" and _SCTP_PROTOCOL.fullmatch(protocol)
+    if channels and formats[0] != "webrtc-datachannel":
+        channels = None
+    wanted = int(port) != 0 or "bundle-only" in section.attributes
+    mapping = _mapping(section, formats[0])
+    return Line(
+        kind=kind,
+        protocol=protocol,
+        formats=tuple(formats),
+        mid=mid,
+        direction=next((d for d in _DIRECTIONS if d in section.attributes), "sendrecv"),
+        bundled=bool(media or channels) and wanted and (group is None or mid in group),
+        mapping=mapping if _TOKEN.fullmatch(mapping) else "",
+        reduced_size_rtcp="rtcp-rsize" in section.attributes,
+    )
+
+
+def _mapping(section: _Section, payload_type: str) -> str:
+    for value in section.attributes.get("rtpmap", []):
+        number, _, mapping = value.partition(" ")
+        if number == payload_type:
+            return mapping.strip()
+    return ""
+
+
+def _opus(section: _Section, line: Line) -> str | None:
+    """The first payload type of the m-line that is Opus; None if there is none."""
+    for payload_type in line.formats:
+        known = payload_type.isascii() and payload_type.isdecimal() and int(payload_type) <= 127
+        if known and _OPUS.fullmatch(_mapping(section, payload_type)):
+            return payload_type
+    return None
+
+
+def _first(lines: Sequence[Line], kind: str, suits: Callable[[int], bool]) -> int | None:
+    for at, line in enumerate(lines):
+        if line.kind == kind and line.bundled and suits(at):
+            return at
+    return None
+
+
+def _nothing_to_do(lines: Sequence[Line]) -> str:
+    audio = [line for line in lines if line.kind == "audio"]
+    if any(line.bundled for line in audio):
+        return "The offer's audio has no Opus (a=rtpmap:… opus/48000/2)."
+    if audio:
+        return "The offer's audio is switched off, outside the BUNDLE group, or not DTLS-SRTP."
+    return "The offer has neither audio nor a data channel."
+
+
+def _inherited(section: _Section, session: _Section, name: str) -> list[str]:
+    """An attribute's values: the m-line's, else the session's."""
+    return section.attributes.get(name) or session.attributes.get(name) or []
+
+
+def _ice(section: _Section, session: _Section, name: str, characters_min: int) -> str:
+    values = _inherited(section, session, name)
+    if not values:
+        raise OfferError(f"The offer has no a={name}.")
+    if not _ICE.fullmatch(values[0]) or not characters_min <= len(values[0]) <= 256:
+        raise OfferError(f"The offer's a={name} is not {characters_min} to 256 ICE characters.")
+    return values[0]
+
+
+def _fingerprint(section: _Section, session: _Section) -> str:
+    """The SHA-256 fingerprint; others beside it are left aside (RFC 8122 section 5)."""
+    found = set()
+    for value in _inherited(section, session, "fingerprint"):
+        algorithm, _, digest = value.partition(" ")
+        if algorithm.lower() == "sha-256":
+            if not _SHA256.fullmatch(digest.strip()):
+                raise OfferError("The offer's a=fingerprint:sha-256 is not 32 hexadecimal pairs.")
+            found.add(digest.strip().upper())
+    if not found:
+        raise OfferError("The offer has no a=fingerprint:sha-256.")
+    if len(found) > 1:
+        raise OfferError("The offer has several a=fingerprint:sha-256 that differ.")
+    return found.pop()
+
+
+def _setup(section: _Section, session: _Section) -> str:
+    values = _inherited(section, session, "setup")
+    if not values:
+        raise OfferError("The offer has no a=setup.")
+    if values[0] not in _SETUPS:
+        raise OfferError("The offer's a=setup is not actpass, active or passive.")
+    return values[0]
+
+
+def _number(section: _Section, name: str, default: int, least: int, most: int) -> int:
+    value = section.first(name)
+    if value is None:
+        return default
+    if not (value.isascii() and value.isdecimal() and len(value) <= 20):
+        raise OfferError(f"The offer's a={name} is not a number.")
+    if not least <= int(value) <= most:
+        raise OfferError(f"The offer's a={name} is not between {least} and {most}.")
+    return int(value)
