@@ -1,0 +1,140 @@
+"""Settings: every mistake ends in one sentence that names file, key and reason."""
+
+from pathlib import Path
+
+import pytest
+
+import settings
+import ufrag
+
+KEY = "0 " + "00" * 32 + "\n"
+COMMON = """
+[keys]
+file = "keys"
+[[cluster]]
+id = 1
+prefix = "127.0.0.0/8"
+ports = [9000, 9099]
+"""
+RELAY = '[relay]\npublic = "127.0.0.1:3478"\ninternal = "127.0.0.1:3500"\n' + COMMON
+TRANSCEIVER = (
+    '[transceiver]\nlisten = "127.0.0.1:9000"\nrelay_prefixes = ["127.0.0.0/8"]\n'
+    'control_prefixes = ["127.0.0.0/8", "::1/128"]\n' + COMMON
+)
+SIGNALING = (
+    '[signaling]\nlisten = "127.0.0.1:8080"\nrelays = ["127.0.0.1:3478"]\n'
+    'transceivers = ["127.0.0.1:9000"]\nweb_dir = "web"\n' + COMMON
+)
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "keys").write_text(KEY)
+    (folder / "keys").chmod(0o600)
+    path = folder / "some.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_and_relative_paths(tmp_path: Path) -> None:
+    relay = settings.load(write(tmp_path, RELAY), settings.Relay)
+    assert str(relay.relay.public) == "127.0.0.1:3478"
+    assert relay.relay.workers == 0
+    assert relay.keys.file == tmp_path / "keys"
+    assert relay.keys.load().mint_id == 0
+    clusters = settings.clusters(relay.cluster)
+    assert clusters[1].contains(relay.relay.public.address, 9099)
+    signaling = settings.load(write(tmp_path, SIGNALING), settings.Signaling)
+    assert signaling.signaling.web_dir == tmp_path / "web"
+    transceiver = settings.load(write(tmp_path, TRANSCEIVER), settings.Transceiver)
+    assert transceiver.backend.kind == "parrot"
+
+
+def test_settings_are_frozen(tmp_path: Path) -> None:
+    relay = settings.load(write(tmp_path, RELAY), settings.Relay)
+    with pytest.raises(AttributeError):
+        relay.relay.workers = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("shape", "text", "old", "new", "message"),
+    [
+        (settings.Relay, RELAY, "127.0.0.1:3478", "127.0.0.1:99999",
+         "relay.public: '99999' in '127.0.0.1:99999' is not a port (0 to 65535)"),
+        (settings.Relay, RELAY, "127.0.0.1:3478", "localhost:1",
+         "relay.public: 'localhost:1' is not ADDRESS:PORT or [IPV6]:PORT"),
+        (settings.Relay, RELAY, "127.0.0.1:3478", "::1",
+         "relay.public: '::1' is not ADDRESS:PORT or [IPV6]:PORT"),
+        (settings.Relay, RELAY, '"127.0.0.1:3500"', "3500",
+         "relay.internal: expected text, got 3500"),
+        (settings.Relay, RELAY, "127.0.0.1:3500", "127.0.0.1:0",
+         "relay.internal: needs a port, so that it is the same after a restart"),
+        (settings.Relay, RELAY, "[keys]", "[keyz]",
+         "the file: Object contains unknown field `keyz`"),
+        (settings.Relay, RELAY, "public", "pubic",
+         "relay: Object contains unknown field `pubic`"),
+        (settings.Relay, RELAY, "[keys]", "workers = 257\n[keys]",
+         "relay.workers: Expected `int` <= 256"),
+        (settings.Relay, RELAY, "[keys]", "flow_idle_s = 0\n[keys]",
+         "relay.flow_idle_s: Expected `float` > 0.0"),
+        (settings.Relay, RELAY, "[keys]", "flows_max = 10\n[keys]",
+         "relay.flows_tentative_max: larger than relay.flows_max"),
+        (settings.Relay, RELAY, "id = 1", "id = 65536", "cluster[0].id: Expected `int` <= 65535"),
+        (settings.Relay, RELAY, "127.0.0.0/8", "fd00::/64",
+         "cluster[0]: prefix fd00::/64 is shorter than /96: a hint carries 32 bits"),
+        (settings.Relay, RELAY, "127.0.0.0/8", "127.0.0.1/8",
+         "cluster[0].prefix: 127.0.0.1/8 has host bits set"),
+        (settings.Relay, RELAY, "9000, 9099", "9099, 9000",
+         "cluster[0]: ports 9099 to 9000 are no range of ports"),
+        (settings.Relay, RELAY, COMMON, COMMON + COMMON.partition('"keys"')[2],
+         "cluster: an id stands there twice"),
+        (settings.Transceiver, TRANSCEIVER, "127.0.0.1:9000", "127.0.0.1:8999",
+         "transceiver.listen: 127.0.0.1:8999 is outside its cluster (127.0.0.0/8,"
+         " ports 9000 to 9099): no relay would find it"),
+        (settings.Transceiver, TRANSCEIVER, '["127.0.0.0/8"]', "[]",
+         "transceiver.relay_prefixes: Expected `array` of length >= 1"),
+        (settings.Signaling, SIGNALING, "[keys]", "offer_octets_max = 1\n[keys]",
+         "signaling.offer_octets_max: Expected `int` >= 1024"),
+        (settings.Signaling, SIGNALING, "listen", "[", "not TOML: "),
+    ],
+)  # fmt: skip
+def test_mistakes(tmp_path: Path, shape: type, text: str, old: str, new: str, message: str) -> None:
+    assert old in text
+    path = write(tmp_path, text.replace(old, new, 1))
+    with pytest.raises(settings.SettingsError) as caught:
+        settings.load(path, shape)
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(settings.SettingsError, match=r"none\.toml: No such file or directory"):
+        settings.load(tmp_path / "none.toml", settings.Relay)
+
+
+def test_key_files_that_cannot_be_trusted(tmp_path: Path) -> None:
+    path = write(tmp_path, RELAY).with_name("keys")
+    path.chmod(0o640)
+    with pytest.raises(settings.SettingsError, match=r"keys: mode 0640 lets others .* chmod 600"):
+        settings.load_keys(path)
+    path.chmod(0o600)
+    path.write_text("0 nonsense\n")
+    with pytest.raises(settings.SettingsError, match="keys: line 1: the secret is not 64"):
+        settings.load_keys(path)
+    with pytest.raises(settings.SettingsError, match="No such file"):
+        settings.load_keys(tmp_path / "absent")
+    path.write_text(KEY)
+    with pytest.raises(settings.SettingsError, match="no key 4 in it to mint with"):
+        settings.load_keys(path, 4)
+    assert isinstance(settings.load_keys(path), ufrag.Keyring)
+
+
+def test_endpoints_and_prefixes() -> None:
+    assert str(settings.Endpoint("[::1]:80")) == "[::1]:80"
+    assert settings.Endpoint("127.0.0.1:80") == settings.Endpoint("127.0.0.1:80")
+    assert len({settings.Endpoint("[::1]:80"), settings.Endpoint("[0::1]:80")}) == 1
+    prefix = settings.Prefix("10.4.0.0/16")
+    assert "10.4.255.1" in prefix
+    assert "::ffff:10.4.0.1" in prefix
+    assert "10.5.0.1" not in prefix
+    assert "::1" not in prefix
+    assert "nonsense" not in prefix
+    assert "fe80::1%eth0" in settings.Prefix("fe80::/10")
