@@ -91,7 +91,7 @@ class Offer:
     application: int | None
     """Index of the data channels' line; None if there is none."""
     bundle: tuple[str, ...]
-    """The mids of the BUNDLE group that are taken, in its order; empty if the offer has no group."""
+    """The mids of the BUNDLE group that are taken, in its order; empty without a group."""
     ufrag: str
     password: str = field(repr=False)
     fingerprint: str
