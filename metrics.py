@@ -222,6 +222,41 @@ class Transceiver(Kinds):
         "Neither STUN, DTLS nor RTP by the first octet.",
         "Garbage that came through a live flow.",
     )
+    DROPPED_OVERSIZED = (
+        "datagrams",
+        "Larger than 1,500 octets without the frame.",
+        "A relay that forwards more than clients send, or garbage.",
+    )
+    DROPPED_STUN_REPLAYED = (
+        "datagrams",
+        "A check whose transaction id came from another address before.",
+        "Someone replays recorded checks; the session does not move.",
+    )
+    DROPPED_ADDRESS_HELD = (
+        "datagrams",
+        "A check for a session from an address where another session is alive.",
+        "A forged source, or a client that reuses a port within a second of another call.",
+    )
+    DROPPED_BAD_SRTP = (
+        "datagrams",
+        "SRTP or SRTCP that does not authenticate, or that came before.",
+        "Duplicated packets, or someone who injects into a flow.",
+    )
+    DROPPED_EARLY = (
+        "datagrams",
+        "SRTP before its keys, beyond the second of it that is kept.",
+        "A client that speaks but does not finish its DTLS handshake.",
+    )
+    DROPPED_BACKLOG = (
+        "datagrams",
+        "DTLS that its session has not kept up with.",
+        "A client that floods its data channel, or an overloaded process.",
+    )
+    DROPPED_FAULT = (
+        "datagrams",
+        "Met a mistake in this program; the log has it.",
+        "A defect: please report it. The session it belonged to has ended, others go on.",
+    )
     SENT = "datagrams", "Sent to a relay."
     SEND_FAILED = (
         "datagrams",
