@@ -213,7 +213,7 @@ class Flight:
         """When `due` has something to send; None while nothing waits for an answer."""
 
     def sent(self, datagram: bytes, now: float) -> None:
-        """Note a DTLS datagram as it leaves: the first one after an answer begins a new flight."""
+        """Note a DTLS datagram as it leaves: the first one after `answered` begins a new flight."""
         if self._answered:
             self._datagrams.clear()
             self._answered = False
@@ -223,7 +223,14 @@ class Flight:
             self._datagrams.append(datagram)
 
     def answered(self) -> None:
-        """Note that something new came from the client: the flight arrived."""
+        """Note that DTLS came from the client: what we send next is a new flight.
+
+        The old one goes on being sent until then, for the answer may be a part, or an old one.
+        """
+        self._answered = True
+
+    def done(self) -> None:
+        """Note that the handshake is over on both sides: nothing is sent again."""
         self._answered = True
         self.wakes_at = None
         self._datagrams.clear()

@@ -1,0 +1,194 @@
+"""Many sessions on one UDP socket: which session does a datagram belong to?
+
+What it owns: the media socket, and the maps from ufrag and from client address to session.
+
+A datagram's life reads downward in `Mux._receive`: relay, frame, class; then STUN finds its session
+by ufrag and everything else by the client's address, which only an authenticated check can set.
+
+Rules that stay true:
+- Frames from outside the relays' prefixes are dropped unread, and MESSAGE-INTEGRITY holds before
+  anything of a check has an effect.
+- Every datagram received ends in one counter (metrics.Transceiver): FORWARDED or a DROPPED_*.
+- Total over any octets from a relay: nothing escapes to the event loop, and what one client sends
+  ends its own session at the worst.
+- No task and no queue for media: what the reader's callback reads is handled before it returns.
+
+It does not decrypt (`peer.py` does) and does not know what a session is for (`session.py` does).
+
+RFC 7983 https://www.rfc-editor.org/rfc/rfc7983 (telling the classes apart).
+"""
+
+import asyncio
+import datetime
+import logging
+import socket
+from collections.abc import Callable
+from functools import lru_cache
+
+import frame
+import ice
+import metrics
+import sdp
+import stun
+from peer import DATAGRAM_OCTETS_MAX, Certificate, Handler, Peer
+
+Count = metrics.Transceiver
+
+BATCH_SIZE = 32
+"""Datagrams read in one turn of the event loop: more would hold up the pacer, fewer pay the loop's
+own cost (some 20 us) more often."""
+
+ADDRESS_HELD_S = 1.0
+"""How long an address stays with the session that authenticated there last. Less, and someone with
+a session of his own could take a caller's address by forging it as his source; more, and a client
+that reuses its port waits longer."""
+
+CERTIFICATE_RENEWED_BEFORE = datetime.timedelta(days=7)
+"""Certificates last 30 days (aiortc); a session that starts lives for hours at the most."""
+
+log = logging.getLogger("mux")
+
+
+class Mux:
+    """The media socket and the sessions on it."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        trusts: Callable[[str], bool],
+        counters: metrics.Counters,
+        clock: Callable[[], float],
+    ) -> None:
+        """Serve a bound, non-blocking UDP socket from the running event loop, and own it.
+
+        `trusts` says whether a host is a relay's; `clock` is monotonic seconds.
+        """
+        self.clock = clock
+        self.loop = asyncio.get_running_loop()
+        self._socket = sock
+        # A socket of a sender that we do not trust costs a look-up; hosts are few.
+        self._trusts = lru_cache(maxsize=1024)(trusts)
+        self._values = counters.values
+        self._by_ufrag: dict[bytes, Peer] = {}
+        self._by_client: dict[bytes, Peer] = {}
+        self._certificate = Certificate.generateCertificate()
+        self.loop.add_reader(sock.fileno(), self._readable)
+
+    @property
+    def certificate(self) -> Certificate:
+        """The certificate for a session that begins now."""
+        now = datetime.datetime.now(tz=datetime.UTC)
+        if now > self._certificate.expires - CERTIFICATE_RENEWED_BEFORE:
+            self._certificate = Certificate.generateCertificate()
+        return self._certificate
+
+    def open(self, offer: sdp.Offer, ufrag: str, password: bytes, handler: Handler) -> "Peer":
+        """Begin to answer the checks of a session."""
+        peer = Peer(self, offer, self.certificate, ice.Agent(ufrag.encode(), password), handler)
+        self._by_ufrag[ufrag.encode()] = peer
+        return peer
+
+    def restart(self, peer: "Peer", ufrag: str, password: bytes) -> None:
+        """Answer a session's checks under new credentials too (ICE restart); media goes on."""
+        forgotten = peer.agent.restart(ufrag.encode(), password)
+        self._by_ufrag[ufrag.encode()] = peer
+        if forgotten is not None:
+            self._by_ufrag.pop(forgotten, None)
+
+    def forget(self, peer: "Peer") -> None:
+        """Let go of a session: its datagrams belong to nobody from here on."""
+        for ufrag in peer.agent.ufrags:
+            self._by_ufrag.pop(ufrag, None)
+        for key in peer.agent.keys:
+            if self._by_client.get(key) is peer:
+                del self._by_client[key]
+
+    def close(self) -> None:
+        """Close the socket. Close the sessions first: their goodbyes go through it."""
+        self.loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+
+    def send(self, header: bytes, payload: bytes, relay: ice.Sockaddr) -> None:
+        """Send a datagram to a client by its relay. What the kernel refuses is lost and counted."""
+        try:
+            self._socket.sendto(header + payload, relay)
+        except OSError:
+            self._values[Count.SEND_FAILED] += 1
+        else:
+            self._values[Count.SENT] += 1
+
+    def _readable(self) -> None:
+        values, receive, clock = self._values, self._socket.recvfrom, self.clock
+        for _ in range(BATCH_SIZE):
+            try:
+                datagram, relay = receive(frame.HEADER_OCTETS + DATAGRAM_OCTETS_MAX + 1)
+            except OSError:  # nothing more for now, or an ICMP error of something sent: recv(2)
+                return
+            values[Count.RECEIVED] += 1
+            try:
+                outcome = self._receive(datagram, relay, clock())
+            except Exception:
+                outcome = Count.DROPPED_FAULT
+                self._fault(datagram)
+            values[outcome] += 1
+
+    def _receive(self, datagram: bytes, relay: ice.Sockaddr, now: float) -> Count:
+        """One datagram, from the socket to its session: what became of it."""
+        if not self._trusts(relay[0]):
+            return Count.DROPPED_NOT_RELAY
+        if not frame.is_frame(datagram) or len(datagram) == frame.HEADER_OCTETS:
+            return Count.DROPPED_BAD_FRAME
+        if len(datagram) > frame.HEADER_OCTETS + DATAGRAM_OCTETS_MAX:
+            return Count.DROPPED_OVERSIZED
+        header, payload = datagram[: frame.HEADER_OCTETS], datagram[frame.HEADER_OCTETS :]
+        kind = stun.KINDS[payload[0]]
+        if kind == stun.Kind.STUN:
+            return self._check(payload, header, relay, now)
+        if kind not in (stun.Kind.RTP, stun.Kind.DTLS):
+            return Count.DROPPED_UNKNOWN_KIND
+        peer = self._by_client.get(frame.key(header))
+        if peer is None:
+            return Count.DROPPED_UNKNOWN_CLIENT
+        if kind == stun.Kind.RTP:
+            return peer.receive_srtp(payload, header, relay, now)
+        return peer.receive_dtls(payload)
+
+    def _check(self, payload: bytes, header: bytes, relay: ice.Sockaddr, now: float) -> Count:
+        request = stun.read_request(payload)
+        if isinstance(request, stun.Malformed):
+            return Count.DROPPED_STUN_MALFORMED
+        peer = self._by_ufrag.get(request.ufrag)
+        if peer is None:
+            return Count.DROPPED_UNKNOWN_SESSION
+        key = frame.key(header)
+        holder = self._by_client.get(key, peer)
+        if holder is not peer and (holder.agent.quiet_s(key, now) or 0.0) < ADDRESS_HELD_S:
+            return Count.DROPPED_ADDRESS_HELD
+        checked = peer.agent.check(payload, request, header, relay, now)
+        if checked.response:
+            self.send(header, checked.response, relay)
+        if checked.verdict is not ice.Verdict.ANSWERED:
+            return _VERDICTS[checked.verdict]
+        if holder is not peer:
+            holder.agent.forget(key)
+        self._by_client[key] = peer
+        if checked.forgotten is not None:
+            self._by_client.pop(checked.forgotten, None)
+        peer.checked()
+        return Count.FORWARDED
+
+    def _fault(self, datagram: bytes) -> None:
+        """A mistake of ours, met by this datagram: say so once, and end the session that it hit."""
+        log.exception("a datagram of %d octets met a fault", len(datagram))
+        peer = self._by_client.get(frame.key(datagram))
+        if peer is not None:
+            self.forget(peer)
+            peer.end("a fault in the server")
+
+
+_VERDICTS = {
+    ice.Verdict.CONFLICT: Count.FORWARDED,
+    ice.Verdict.UNKNOWN_UFRAG: Count.DROPPED_UNKNOWN_SESSION,
+    ice.Verdict.FORGED: Count.DROPPED_BAD_INTEGRITY,
+    ice.Verdict.REPLAYED: Count.DROPPED_STUN_REPLAYED,
+}

@@ -1,0 +1,359 @@
+"""One client's encrypted transport: DTLS, SRTP and the data channel, by aiortc and libsrtp.
+
+What it owns: the handshake, the keys, the SCTP association, and the session's ICE agent. It is the
+only file that touches aiortc; the private names it leans on are listed at `Peer`.
+
+Rules that stay true:
+- SRTP is handled in the callback that read it: no queue, no task, no copy beyond slicing. Only
+  DTLS (the handshake and the data channel) passes through aiortc's coroutine, a session has one.
+- DTLS begins with the first authenticated check. What it sends goes where the agent says.
+- SRTP that comes before its keys is kept, up to a second, and handled as soon as they are there.
+- Everything that the client can make grow has a limit here, because aiortc has none.
+- When the transport ends by itself the handler hears it once; `close` frees everything.
+
+It does not know what RTP carries, what the messages mean, or how long a session may last.
+
+RFC 5764 https://www.rfc-editor.org/rfc/rfc5764 (DTLS-SRTP), RFC 8831
+https://www.rfc-editor.org/rfc/rfc8831 (data channels).
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import pylibsrtp
+from aiortc.rtcdatachannel import RTCDataChannel
+from aiortc.rtcdtlstransport import (
+    RTCCertificate,
+    RTCDtlsFingerprint,
+    RTCDtlsParameters,
+    RTCDtlsTransport,
+    SRTPProtectionProfile,
+)
+from aiortc.rtcsctptransport import RTCSctpCapabilities, RTCSctpTransport
+from OpenSSL import SSL
+
+import ice
+import metrics
+import sdp
+import stun
+
+Count = metrics.Transceiver
+
+DATAGRAM_OCTETS_MAX = 1500
+"""Largest datagram of a client: libsrtp's buffer behind pylibsrtp has this size, WebRTC stays under
+1,200."""
+
+INBOX_DATAGRAMS_MAX = 128
+"""DTLS datagrams that wait for their session's coroutine: a whole SCTP window of 131 kB. What does
+not fit is lost, as on any full link, and SCTP sends it again."""
+
+EARLY_DATAGRAMS_MAX = 50
+"""SRTP kept until its keys are there: one second of speech, where the handshake needs half a round
+trip more than the client's first packet."""
+
+CHANNELS_MAX = 8
+"""Data channels of a session. Clients open one, two at the most; each costs some kilobytes."""
+
+MISORDERED_MAX = 4096
+"""SCTP chunks received out of order. aiortc keeps and sorts them without a limit; a window of 1 MB
+in full chunks holds 900."""
+
+_CIPHERS = b":".join(
+    # aiortc's own, then the same for peers with an RSA certificate (GStreamer and other encoders).
+    b"ECDHE-%s-%s" % (kind, suite)
+    for kind in (b"ECDSA", b"RSA")
+    for suite in (b"AES128-GCM-SHA256", b"CHACHA20-POLY1305", b"AES128-SHA", b"AES256-SHA")
+)
+
+log = logging.getLogger("peer")
+
+
+class Handler(Protocol):
+    """What a session does with what arrives. All are called in the event loop's thread."""
+
+    def connected(self, now: float) -> None:
+        """DTLS is up: `Peer.send_rtp` works from here on."""
+
+    def rtp(self, packet: bytes, now: float) -> None:
+        """An authenticated RTP packet, in the callback that read it from the socket."""
+
+    def rtcp(self, packet: bytes, now: float) -> None:
+        """An authenticated compound RTCP packet."""
+
+    def opened(self, now: float) -> None:
+        """The client's first data channel is open: `Peer.send_message` works from here on."""
+
+    def message(self, message: str | bytes, now: float) -> None:
+        """A message on the first data channel."""
+
+    def lost(self, reason: str) -> None:
+        """The transport has ended by itself; `Peer.close` is still to be called. At most once."""
+
+
+class Wire(Protocol):
+    """What a peer needs of the socket it shares (mux.Mux)."""
+
+    loop: asyncio.AbstractEventLoop
+    clock: Callable[[], float]
+
+    def send(self, header: bytes, payload: bytes, relay: ice.Sockaddr) -> None:
+        """Send a datagram to a client by its relay."""
+
+    def forget(self, peer: "Peer") -> None:
+        """Deliver nothing more to this peer."""
+
+
+class Certificate(RTCCertificate):
+    """aiortc's certificate with one TLS context for all sessions: 0.2 ms less each."""
+
+    _context: SSL.Context | None = None
+
+    def _create_ssl_context(self, srtp_profiles: list[SRTPProtectionProfile]) -> SSL.Context:
+        if self._context is None:
+            self._context = super()._create_ssl_context(srtp_profiles)
+            self._context.set_cipher_list(_CIPHERS)
+            # A shared context would collect sessions to resume, which WebRTC never does.
+            self._context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+        return self._context
+
+    @property
+    def sha256(self) -> str:
+        """The fingerprint that the answer names."""
+        return next(f.value for f in self.getFingerprints() if f.algorithm == "sha-256")
+
+
+class Peer:
+    """One client: its ICE agent, DTLS, SRTP and data channel.
+
+    Towards aiortc it plays the RTCIceTransport: `role`, `_recv` and `_send` are all that
+    RTCDtlsTransport asks of it. Private names used in return, stable since 2019 and pinned by the
+    version: `_set_role`, `_rx_srtp`, `_tx_srtp` of RTCDtlsTransport; `_advertised_rwnd` and
+    `_sack_misordered` of RTCSctpTransport, to see a client that ignores the window.
+    """
+
+    role = "controlled"
+
+    def __init__(
+        self,
+        wire: Wire,
+        offer: sdp.Offer,
+        certificate: Certificate,
+        agent: ice.Agent,
+        handler: Handler,
+    ) -> None:
+        self.agent = agent
+        self._wire, self._offer, self._certificate = wire, offer, certificate
+        self._handler: Handler | None = handler
+        self._dtls: RTCDtlsTransport | None = None  # made by the first check, not by the offer
+        self._sctp: RTCSctpTransport | None = None
+        self._channels: list[RTCDataChannel] = []
+        self._receiving: Any = None  # pylibsrtp's sessions
+        self._sending: Any = None
+        self._task: asyncio.Task[None] | None = None
+        self._inbox: deque[bytes] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._early: deque[tuple[bytes, bytes, ice.Sockaddr]] = deque()
+        self._flight = ice.Flight()
+        self._resending: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    # --- from the socket ------------------------------------------------------------------------
+
+    def checked(self) -> None:
+        """Note an authenticated check: the first one completes ICE, and DTLS begins."""
+        if self._task is None and not self._closed:
+            self._task = self._wire.loop.create_task(self._connect())
+
+    def receive_srtp(self, payload: bytes, header: bytes, relay: ice.Sockaddr, now: float) -> Count:
+        """SRTP or SRTCP from one of the client's addresses, to the handler if it authenticates."""
+        if self._receiving is None:
+            if len(self._early) >= EARLY_DATAGRAMS_MAX:
+                return Count.DROPPED_EARLY
+            self._early.append((payload, header, relay))
+            return Count.FORWARDED
+        rtcp = stun.is_rtcp(payload)
+        try:
+            if rtcp:
+                packet = self._receiving.unprotect_rtcp(payload)
+            else:
+                packet = self._receiving.unprotect(payload)
+        except pylibsrtp.Error:
+            return Count.DROPPED_BAD_SRTP
+        self.agent.media(header, relay, now)
+        if self._flight.wakes_at is not None:
+            self._flight.done()
+        if self._handler is not None:
+            (self._handler.rtcp if rtcp else self._handler.rtp)(packet, now)
+        return Count.FORWARDED
+
+    def receive_dtls(self, payload: bytes) -> Count:
+        """A DTLS datagram, for aiortc's coroutine."""
+        if len(self._inbox) >= INBOX_DATAGRAMS_MAX:
+            return Count.DROPPED_BACKLOG
+        self._inbox.append(payload)
+        self._flight.answered()
+        if self._sending is not None:
+            self._flight.done()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        return Count.FORWARDED
+
+    # --- to the client --------------------------------------------------------------------------
+
+    def send_rtp(self, packet: bytes) -> None:
+        """Protect and send an RTP packet. Before `connected` and after `close` it is lost."""
+        active = self.agent.active
+        if self._sending is not None and active is not None:
+            self._wire.send(active.header, self._sending.protect(packet), active.relay)
+
+    def send_rtcp(self, packet: bytes) -> None:
+        """The same for a compound RTCP packet."""
+        active = self.agent.active
+        if self._sending is not None and active is not None:
+            self._wire.send(active.header, self._sending.protect_rtcp(packet), active.relay)
+
+    def send_message(self, message: str) -> None:
+        """Send text on the client's first data channel, if that is open.
+
+        A message larger than the client takes (a=max-message-size) is dropped and logged.
+        """
+        channel = self._channels[0] if self._channels else None
+        if channel is None or channel.readyState != "open":
+            return
+        try:
+            channel.send(message)
+        except ValueError as error:
+            log.info("message not sent: %s", error)
+
+    @property
+    def backlog_octets(self) -> int:
+        """Octets of messages that the client has not taken yet."""
+        return self._channels[0].bufferedAmount if self._channels else 0
+
+    # --- life -----------------------------------------------------------------------------------
+
+    async def _connect(self) -> None:
+        """DTLS, then SCTP. Runs once, and ends when both have started."""
+        try:
+            await self._handshake()
+        except Exception as error:  # whatever a peer's certificate or SCTP can provoke in there
+            log.info("set-up failed: %s", error)
+            self.end("the set-up failed")
+
+    async def _handshake(self) -> None:
+        offer = self._offer
+        dtls = self._dtls = RTCDtlsTransport(self, [self._certificate])  # type: ignore[arg-type]  # see the docstring
+        dtls._set_role("client" if offer.active else "server")
+        await dtls.start(RTCDtlsParameters([RTCDtlsFingerprint("sha-256", offer.fingerprint)]))
+        if dtls.state != "connected":
+            raise ConnectionError("the DTLS handshake failed")
+        self._receiving, self._sending = dtls._rx_srtp, dtls._tx_srtp
+        if offer.active:  # else our last flight is still on its way
+            self._flight.done()
+        dtls.on("statechange", self._changed)
+        if self._handler is not None:
+            self._handler.connected(self._wire.clock())
+        while self._early:
+            payload, header, relay = self._early.popleft()
+            self.receive_srtp(payload, header, relay, self._wire.clock())
+        if offer.application is not None:
+            self._sctp = RTCSctpTransport(dtls, sdp.SCTP_PORT)
+            self._sctp.on("datachannel", self._channel)
+            capabilities = RTCSctpCapabilities(maxMessageSize=offer.message_octets_max)
+            await self._sctp.start(capabilities, offer.sctp_port)
+
+    def _channel(self, channel: RTCDataChannel) -> None:
+        """A data channel that the client opened: the first one carries the events."""
+        if len(self._channels) >= CHANNELS_MAX:
+            self.end("the client opened too many data channels")
+            return
+        first = not self._channels
+        self._channels.append(channel)
+        if first and self._handler is not None:
+            channel.on("message", self._message)
+            self._handler.opened(self._wire.clock())
+
+    def _message(self, message: str | bytes) -> None:
+        if self._handler is not None:
+            self._handler.message(message, self._wire.clock())
+
+    def _changed(self) -> None:
+        if self._dtls is not None and self._dtls.state in ("closed", "failed"):
+            self.end("the client closed the connection")
+
+    def end(self, reason: str) -> None:
+        """Tell the handler, once, that the transport has ended by itself."""
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            handler.lost(reason)
+
+    async def close(self) -> None:
+        """Say goodbye (DTLS close_notify) and free everything. Closing twice is harmless."""
+        if self._closed:
+            return
+        self._handler = None
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        if self._sctp is not None:
+            await self._sctp.stop()
+        if self._dtls is not None:
+            await self._dtls.stop()
+        self._closed = True
+        self._wire.forget(self)
+        self._receiving = self._sending = None
+        self._early.clear()
+        self._inbox.clear()
+        self._channels.clear()
+        if self._resending is not None:
+            self._resending.cancel()
+
+    # --- what aiortc asks of its ICE transport --------------------------------------------------
+
+    async def _recv(self) -> bytes:
+        """The next DTLS datagram. Raises ConnectionError when there will be none."""
+        while not self._inbox:
+            if self._closed:
+                raise ConnectionError("closed")
+            self._waiter = self._wire.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        sctp = self._sctp
+        if sctp is not None and (
+            sctp._advertised_rwnd < 0 or len(sctp._sack_misordered) > MISORDERED_MAX
+        ):
+            raise ConnectionError("the client ignores the SCTP window")
+        return self._inbox.popleft()
+
+    async def _send(self, datagram: bytes) -> None:
+        """Send what DTLS made; during the handshake also keep it, to send it again."""
+        active = self.agent.active
+        if self._closed or active is None:
+            return
+        if self._sending is None:
+            self._flight.sent(datagram, self._wire.clock())
+            self._arm()
+        self._wire.send(active.header, datagram, active.relay)
+
+    def _arm(self) -> None:
+        """Set the timer that sends the last flight again."""
+        wakes_at = self._flight.wakes_at
+        if self._resending is not None:
+            self._resending.cancel()
+            self._resending = None
+        if wakes_at is not None:
+            delay_s = max(0.0, wakes_at - self._wire.clock())
+            self._resending = self._wire.loop.call_later(delay_s, self._resend)
+
+    def _resend(self) -> None:
+        self._resending = None
+        active = self.agent.active
+        if active is not None and not self._closed:
+            for datagram in self._flight.due(self._wire.clock()):
+                self._wire.send(active.header, datagram, active.relay)
+        self._arm()
