@@ -1,7 +1,10 @@
 """Settings: every mistake ends in one sentence that names file, key and reason."""
 
+import re
+import typing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import settings
@@ -138,3 +141,38 @@ def test_endpoints_and_prefixes() -> None:
     assert "::1" not in prefix
     assert "nonsense" not in prefix
     assert "fe80::1%eth0" in settings.Prefix("fe80::/10")
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("relay", settings.Relay),
+        ("transceiver", settings.Transceiver),
+        ("signaling", settings.Signaling),
+    ],
+)
+def test_example_files_show_every_key_at_its_default(
+    tmp_path: Path, name: str, shape: type
+) -> None:
+    """With the comment signs taken away nothing changes, and no key of the shape is missing."""
+    text = (ROOT / "config" / f"{name}.toml").read_text()
+    as_shipped = settings.load(write(tmp_path, text), shape)
+    spelt_out = re.sub(r"^#(\w+ = )", r"\1", text, flags=re.MULTILINE)
+    everything = settings.load(write(tmp_path, spelt_out), shape)
+    # The id to mint with has no default in the file: by default it follows the key file.
+    everything = msgspec.structs.replace(
+        everything, keys=msgspec.structs.replace(everything.keys, mint_id=None)
+    )
+    assert msgspec.to_builtins(everything, enc_hook=str) == msgspec.to_builtins(
+        as_shipped, enc_hook=str
+    )
+    for table, kind in typing.get_type_hints(shape).items():
+        for key in getattr(kind, "__struct_fields__", ()):
+            assert re.search(rf"^#?{key} = ", text, re.MULTILINE) or (table, key) in OTHERS_ONLY
+
+
+# Only a transceiver mints.
+OTHERS_ONLY = {("keys", "mint_id")}
