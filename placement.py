@@ -1,0 +1,231 @@
+"""Placement: which transceiver takes a call, and which one has it.
+
+What it owns: the static list of transceivers with what is known of their load, the order in which
+they are asked, and the client of their control API.
+
+Rules that stay true:
+- A call id leads only to a transceiver in the settings: it is authenticated by the key (ufrag.py)
+  and its address must stand in the static list. Nobody can make this a way into the network.
+- The transceiver itself says yes or no. What is known here of its load is a second old and only
+  decides who is asked first: that opinion never turns a caller away.
+- Every attempt, and all of them together, have a deadline.
+
+It keeps nothing about a call, reads no SDP and knows nothing of the clients' HTTP (signaling.py).
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import orjson
+
+import metrics
+import settings
+import ufrag
+
+log = logging.getLogger("placement")
+
+CALL_DEADLINE_S = 8.0
+"""All attempts to place a call. Clients give up after about ten seconds: better a 503 they see."""
+
+HEALTH_PERIOD_S = 1.0
+"""How often transceivers are asked for their load. It orders the attempts, nothing depends on it:
+shorter only costs requests, longer makes bursts lean on who was idle."""
+
+
+class BadOffer(Exception):
+    """The transceiver cannot use the offer; the message is its sentence for the client."""
+
+    def __init__(self, message: str, code: str, param: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+class Unavailable(Exception):
+    """No transceiver took the call, or the one that has it does not answer; the message says it."""
+
+
+class UnknownCall(Exception):
+    """The call id is none of ours, or the call has ended."""
+
+
+@dataclass(slots=True)
+class Peer:
+    """A transceiver, as far as signaling knows it."""
+
+    endpoint: settings.Endpoint
+    serving: bool = True
+    """False while it drains or cannot be reached. Such a one is asked last, but it is asked: a
+    second-old opinion must not turn a caller away."""
+    sessions: int = 0
+    """Sessions at the last health check, and those placed there since."""
+    sessions_max: int = 1
+    """Sessions it takes at most."""
+
+    @property
+    def url(self) -> str:
+        """Where its control API is."""
+        return f"http://{self.endpoint}/v1"
+
+    def heard(self, health: Any) -> None:
+        """Take over what its health endpoint said; anything unexpected counts as not serving."""
+        match health:
+            case {"state": "serving", "sessions": int(now), "sessions_max": int(most)} if most > 0:
+                self.serving, self.sessions, self.sessions_max = True, now, most
+            case _:
+                self.serving = False
+
+
+def order(peers: list[Peer], rng: random.Random) -> list[Peer]:
+    """In which order to ask: the better of two at random, then the rest at random, the full last.
+
+    Two random choices keep the fullest close to the average (Mitzenmacher 2001) without the herd
+    that runs to the single least loaded one when several instances see the same old figures.
+    """
+    shuffled = rng.sample(peers, len(peers))
+    shuffled[:2] = sorted(shuffled[:2], key=lambda peer: peer.sessions / peer.sessions_max)
+    return sorted(shuffled, key=lambda peer: not peer.serving or peer.sessions >= peer.sessions_max)
+
+
+class Placement:
+    """Places calls on transceivers, and finds the transceiver of a call."""
+
+    def __init__(
+        self, config: settings.Signaling, counters: metrics.Counters, rng: random.Random
+    ) -> None:
+        """Opens nothing: `connected` does.
+
+        Raises SettingsError if the key file cannot be read, and for a transceiver outside the
+        clusters.
+        """
+        table = config.signaling
+        self.peers = [Peer(endpoint) for endpoint in table.transceivers]
+        self._table = table
+        self._candidates = [[at.host, at.port] for at in table.relays]
+        self._keyring = config.keys.load()
+        self._clusters = settings.clusters(config.cluster)
+        self._owners = {
+            (peer.endpoint.address, peer.endpoint.port): peer.url for peer in self.peers
+        }
+        self._counters = counters
+        self._rng = rng
+        for peer in self.peers:
+            at = peer.endpoint
+            if not any(home.contains(at.address, at.port) for home in self._clusters.values()):
+                raise settings.SettingsError(
+                    f"signaling.transceivers: {at} is in no cluster: its calls could not be hung up"
+                )
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """While it lasts, calls can be placed and the transceivers' load is followed."""
+        timeout = aiohttp.ClientTimeout(total=self._table.transceiver_timeout_s)
+        async with aiohttp.ClientSession(timeout=timeout) as self._http:
+            watch = asyncio.create_task(self._watch())
+            try:
+                yield
+            finally:
+                watch.cancel()
+
+    async def place(
+        self, offer: str, session: dict[str, Any] | None, model: str | None
+    ) -> tuple[str, str]:
+        """The call id and the answer of the first transceiver that takes the call.
+
+        Raises BadOffer for an offer that it cannot use, Unavailable if none takes it. One that
+        times out may still have made a session: it ends by its own deadline, since no client will
+        ever connect to it.
+        """
+        request = orjson.dumps(
+            {"offer": offer, "session": session, "model": model, "candidates": self._candidates}
+        )
+        try:
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                for peer in order(self.peers, self._rng):
+                    found = await self._try(peer, request)
+                    if found is not None:
+                        peer.sessions += 1
+                        return found
+        except TimeoutError:
+            pass
+        raise Unavailable("No transceiver can take this call now. Please try again shortly.")
+
+    async def hang_up(self, call_id: str) -> None:
+        """End a call, wherever it is. Raises UnknownCall, and Unavailable if its owner is out of
+        reach."""
+        hint = ufrag.from_call_id(call_id)
+        found = hint and ufrag.parse(self._keyring, self._clusters, hint.encode())
+        if not isinstance(found, ufrag.Hint):
+            raise UnknownCall(call_id)
+        owner = self._owners.get((found.address, found.port))
+        if owner is None:
+            raise UnknownCall(call_id)
+        try:
+            async with self._http.delete(f"{owner}/sessions/{call_id}") as response:
+                if response.status == 404:
+                    raise UnknownCall(call_id)
+                if response.status < 300:
+                    return
+                log.warning("%s answered %d to a hang-up", owner, response.status)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            log.warning("%s is out of reach: %r", owner, error)
+        raise Unavailable("The transceiver of this call does not answer.")
+
+    async def _try(self, peer: Peer, request: bytes) -> tuple[str, str] | None:
+        """One attempt; None if another transceiver should be asked."""
+        try:
+            async with self._http.post(
+                f"{peer.url}/sessions", data=request, headers={"Content-Type": "application/json"}
+            ) as response:
+                body = await _json_of(response)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            peer.serving = False
+            self._counters.values[metrics.Signaling.TRANSCEIVER_FAILED] += 1
+            log.warning("transceiver %s is out of reach: %r", peer.endpoint, error)
+            return None
+        match response.status, body:
+            case 201, {"call_id": str(call_id), "answer": str(answer)}:
+                return call_id, answer
+            case 400, {"error": {"message": str(message), **rest}}:
+                # The other transceivers read offers just as this one does.
+                raise BadOffer(
+                    message,
+                    str(rest.get("code") or "invalid_offer"),
+                    str(rest.get("param") or "sdp"),
+                )
+            case 503, _:
+                peer.sessions = max(peer.sessions, peer.sessions_max)  # until its next health
+            case status, _:
+                self._counters.values[metrics.Signaling.TRANSCEIVER_FAILED] += 1
+                log.error("transceiver %s answered %d to an offer", peer.endpoint, status)
+        return None
+
+    async def _watch(self) -> None:
+        """Ask every transceiver for its load, for ever. One that hangs delays none of the rest."""
+        while True:
+            await asyncio.gather(*(self._check(peer) for peer in self.peers))
+            await asyncio.sleep(HEALTH_PERIOD_S)
+
+    async def _check(self, peer: Peer) -> None:
+        before = peer.serving
+        try:
+            async with self._http.get(f"{peer.url}/health") as response:
+                peer.heard(await _json_of(response))
+        except (aiohttp.ClientError, TimeoutError):
+            peer.serving = False
+        if peer.serving != before:
+            log.info("transceiver %s %s", peer.endpoint, "serves" if peer.serving else "is away")
+
+
+async def _json_of(response: aiohttp.ClientResponse) -> Any:
+    """A transceiver's body; None if it is not JSON."""
+    try:
+        return orjson.loads(await response.read())
+    except orjson.JSONDecodeError:
+        return None
