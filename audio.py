@@ -1,13 +1,85 @@
-"""Audio between RTP and PCM: signatures first."""
+"""Audio between RTP and PCM, both ways: what was said in order, what is answered in time.
+
+Owns two things a voice conversation feels first. The `Receiver` makes PCM of a caller's packets
+without a jitter buffer: a model server needs no even pace, so what is in order leaves in the moment
+it comes. The `Playout` makes paced packets of a reply that a model server sends faster than real
+time; it can be emptied between two packets, and knows to the millisecond what was sent.
+
+Rules of the Receiver:
+- In order means at once. A hole waits for two later packets; then the last lost frame is taken from
+  the copy in the next packet (in-band FEC) if there is one, the others are concealed, and what
+  waited leaves with them: the delay is zero again. PCM never leaves out of order, nor twice.
+- Between two calls one packet waits at most, and not for long: tick() lets it go when no further
+  one comes.
+- Every packet ends in one counter: received = decoded + malformed + late + duplicate + stray, plus
+  the one that may wait.
+
+Rules of the Playout:
+- The first frame of an utterance leaves at once and its grid of 20 ms starts there; only if another
+  frame left less than 20 ms ago it waits for that one's end. The RTP timestamp follows the clock
+  over pauses, and the first packet after a pause carries the marker (RFC 3551 section 4.1,
+  https://www.rfc-editor.org/rfc/rfc3551#section-4.1).
+- Frames are encoded when they are sent: dropping a minute of speech costs nothing, and no packet of
+  it leaves afterwards.
+- Items play one after another, in the order of their first write. An item that was finished or
+  flushed takes no more audio: the rest of an answer still under way is ignored.
+
+Neither owns a codec, a socket or a clock: the codecs are arguments (opus.py has them), `now` is
+monotonic seconds, packets are returned. Neither knows about conversations or RTCP.
+RTP for Opus: RFC 7587, https://www.rfc-editor.org/rfc/rfc7587.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple, Protocol
 
 import rtp
 
+FRAME_MS = 20
+"""Length of what Playout sends in one packet, and of a piece of silence."""
+
+HOLE_PACKETS = 2
+"""Later packets that a hole waits for. One less takes every swapped pair for a loss; one more is
+20 ms of delay for each real loss, and reordering by three is rare on any path."""
+
+HOLE_S = 0.06
+"""How long a hole waits when nothing comes any more: what HOLE_PACKETS would take, and a little."""
+
+CONCEALED_PACKETS_MAX = 5
+"""Frames invented for one hole. After 100 ms libopus has faded to silence anyway."""
+
+PAUSE_S = 0.2
+"""Without a packet for this long the caller is taken to pause (DTX, a muted track). Sooner, and a
+stalled network puts silence into the middle of words; later, and the end of a turn is found late,
+for then the whole pause is made up at once, and turns end after 500 ms of silence by default."""
+
+PAUSE_S_MAX = 10.0
+"""Silence made for one pause. Longer than any end-of-turn delay; a caller who is gone costs no
+more than this."""
+
 QUEUE_S_MAX = 300.0
-"""Audio waiting to be sent, in seconds of play-out."""
+"""Audio waiting to be sent, in seconds of play-out. The longest reply of the Realtime models is
+4,096 tokens of 50 ms, 205 s; this much at 24 kHz is 14 MB, which only a backend can make us hold.
+"""
+
+ITEMS_MAX = 64
+"""Items waiting to be sent: a bound for a backend that makes a new one for every sample. One reply
+has one or two."""
+
+ITEMS_REMEMBERED_MAX = 64
+"""Ended items whose milliseconds are kept for truncations, and whose late audio is ignored."""
+
+LATE_S_MAX = 0.06
+"""A timer this late is caught up with, in a burst of up to four packets; a later one has been a
+pause: the client has played silence by then, and a burst would only become delay in its buffer."""
+
+_FRAME_S = FRAME_MS / 1_000
+_FRAME_CLOCK = rtp.CLOCK_HZ * FRAME_MS // 1_000
+_SEEN_MASK = (1 << 64) - 1
+
+assert HOLE_S < PAUSE_S < PAUSE_S_MAX
+assert LATE_S_MAX >= _FRAME_S
 
 
 class SpeechEncoder(Protocol):
@@ -16,52 +88,167 @@ class SpeechEncoder(Protocol):
     rate_hz: int
 
     def encode(self, pcm: bytes) -> bytes:
-        """One 20 ms frame of PCM16LE mono to one payload."""
+        """One frame of FRAME_MS of PCM16LE mono to one payload."""
 
 
 class SpeechDecoder(Protocol):
-    """What Receiver needs of a codec: opus.Decoder has it."""
+    """What Receiver needs of a codec: opus.Decoder has it. All PCM is PCM16LE mono at rate_hz."""
 
     rate_hz: int
 
     def decode(self, payload: bytes) -> bytes | None:
-        """One payload to PCM16LE mono; None if it is malformed."""
+        """One payload to its PCM; None if it is malformed."""
 
     def conceal(self, samples: int) -> bytes:
         """Invent a lost frame of that many samples."""
 
     def recover(self, payload: bytes, samples: int) -> bytes | None:
-        """The lost frame before `payload`, from its in-band FEC; None if it carries none."""
+        """The frame lost just before `payload`, from the copy in it; None if it has none."""
 
     def reset(self) -> None:
         """Forget the stream so far: another one begins."""
 
 
 class Receiver:
-    """One caller's packets to PCM, in order."""
+    """One caller's packets to PCM pieces in order (PCM16LE mono at the decoder's rate)."""
 
     def __init__(self, decoder: SpeechDecoder) -> None:
         self.received = 0
-        self.late = 0
-        self.duplicate = 0
+        """Packets that came."""
+        self.decoded = 0
+        """Of these, the ones whose audio went out."""
         self.malformed = 0
+        """Not decodable: replaced by a concealed frame, so that time stays right."""
+        self.late = 0
+        """Came after their hole had been filled."""
+        self.duplicate = 0
+        """Came twice."""
+        self.stray = 0
+        """Far from the numbering, and the next packet did not confirm a new one."""
         self.concealed = 0
+        """Frames invented for holes."""
         self.recovered = 0
-        raise NotImplementedError
+        """Frames taken from in-band FEC for holes."""
+        self._decoder = decoder
+        self._frame = decoder.rate_hz * FRAME_MS // 1_000
+        self._samples = self._frame  # of the last packet: a lost one is taken to be as long
+        self._ssrc = -1
+        self._next = 0
+        self._restart = -1  # the sequence number that would confirm a new numbering
+        self._seen = 0  # of the 64 packets before _next, a bit each, the last one lowest
+        self._held: dict[int, rtp.Packet] = {}
+        self._last_at = 0.0
+        self._silent = 0  # frames of silence made since the last packet
+        self._bridged = False  # whether silence stands for what is missing before _next
 
     def receive(self, packet: rtp.Packet, now: float) -> list[bytes]:
-        """PCM16LE mono pieces that are now in order."""
-        raise NotImplementedError
+        """Take a packet; return the PCM that is in order with it: none, one or a few pieces."""
+        self.received += 1
+        out: list[bytes] = []
+        sequence = packet.sequence
+        if packet.ssrc != self._ssrc:
+            out = self._begin(packet)
+        elif sequence != self._next:  # nearly every packet is the next one
+            ahead = (sequence - self._next) & 0xFFFF
+            if rtp.SEQUENCE_DROPOUT_MAX <= ahead < 0x1_0000 - rtp.SEQUENCE_MISORDER_MAX:
+                if sequence != self._restart:  # two in a row are a new numbering, one is a stray
+                    self._restart = (sequence + 1) & 0xFFFF
+                    self.stray += 1
+                    return out
+                out = self._begin(packet)
+            elif ahead >= 0x8000:
+                self._count_behind(0x1_0000 - ahead)
+                return out
+            elif sequence in self._held:
+                self.duplicate += 1
+                return out
+        self._last_at = now
+        self._silent = 0
+        if sequence == self._next and not self._held:
+            out.append(self._play(packet))
+            return out
+        self._held[sequence] = packet
+        return out + self._release(HOLE_PACKETS - 1)
 
     def tick(self, now: float) -> list[bytes]:
-        """What time alone releases; call it with backend.tick, every 20 to 100 ms: a packet behind
-        a hole when no further one comes, and silence in real time while a sender with DTX sends
-        nothing (for at most a named number of seconds), so that a backend's VAD hears the pause."""
-        raise NotImplementedError
+        """Return the PCM that time alone brings; to be called every 20 to 100 ms.
+
+        What waits behind a hole after HOLE_S without a packet; and from PAUSE_S on, in real time
+        and counted from the last packet, silence: a sender with DTX sends nothing in its pauses,
+        and a model server hears the end of a turn only in audio.
+        """
+        quiet_s = now - self._last_at
+        if quiet_s < HOLE_S or self._ssrc < 0:
+            return []
+        if self._held:
+            return self._release(0)
+        frames = int(min(quiet_s, PAUSE_S_MAX) / _FRAME_S) - self._silent
+        if quiet_s < PAUSE_S or frames <= 0:
+            return []
+        self._silent += frames
+        self._bridged = True
+        return [bytes(2 * self._frame * frames)]
+
+    def _begin(self, packet: rtp.Packet) -> list[bytes]:
+        """Start over with this packet, once what waits has left."""
+        out = self._release(0)
+        if self._ssrc >= 0:
+            self._decoder.reset()
+        self._ssrc = packet.ssrc
+        self._next = packet.sequence
+        self._restart = -1
+        self._seen = 0
+        self._bridged = False
+        return out
+
+    def _count_behind(self, behind: int) -> None:
+        if self._seen >> (behind - 1) & 1:
+            self.duplicate += 1
+        else:
+            self.late += 1
+
+    def _release(self, held_max: int) -> list[bytes]:
+        """Play what is in order; fill holes while more than `held_max` packets wait."""
+        out = []
+        while True:
+            packet = self._held.pop(self._next, None)
+            if packet is not None:
+                out.append(self._play(packet))
+            elif len(self._held) > held_max:
+                missing, first = min((s - self._next & 0xFFFF, s) for s in self._held)
+                out += self._fill(missing, self._held[first])
+            else:
+                return out
+
+    def _fill(self, missing: int, following: rtp.Packet) -> list[bytes]:
+        """Stand-ins for the `missing` packets before `following`."""
+        out = []
+        if not self._bridged:
+            for _ in range(min(missing, CONCEALED_PACKETS_MAX) - 1):
+                out.append(self._decoder.conceal(self._samples))
+            copy = self._decoder.recover(following.payload, self._samples)
+            self.recovered += copy is not None
+            out.append(self._decoder.conceal(self._samples) if copy is None else copy)
+            self.concealed += len(out) - (copy is not None)
+        self._next = following.sequence
+        self._seen = self._seen << min(missing, 64) & _SEEN_MASK
+        return out
+
+    def _play(self, packet: rtp.Packet) -> bytes:
+        self._next = packet.sequence + 1 & 0xFFFF
+        self._seen = (self._seen << 1 | 1) & _SEEN_MASK
+        self._bridged = False
+        pcm = self._decoder.decode(packet.payload)
+        if pcm is None:
+            self.malformed += 1
+            return self._decoder.conceal(self._samples)
+        self.decoded += 1
+        self._samples = len(pcm) // 2
+        return pcm
 
 
 class Played(NamedTuple):
-    """An item and how many milliseconds of it were sent."""
+    """An item, and how many milliseconds of it were sent."""
 
     item: str
     ms: int
@@ -74,14 +261,31 @@ class Started(NamedTuple):
 
 
 class Drained(NamedTuple):
-    """The last packet of a finished item has been sent; `ms` is its length."""
+    """The last packet of a finished item has been sent; `ms` is the length of what was written."""
 
     item: str
     ms: int
 
 
+class _Item:
+    """One item's audio that waits, and the account of what was sent."""
+
+    __slots__ = ("finished", "name", "packets", "pcm", "written")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.pcm = bytearray()  # deleting at its front moves a pointer, not the rest
+        self.written = 0
+        self.packets = 0
+        self.finished = False
+
+
 class Playout:
-    """The reply's PCM to paced RTP packets; flushable, and exact about what was sent."""
+    """A reply's PCM (PCM16LE mono at the encoder's rate) to RTP packets in real time.
+
+    After write() and finish() look at `wakes_at` and call send() then; calling it more often is
+    harmless, calling it late is caught up with.
+    """
 
     def __init__(
         self,
@@ -92,39 +296,178 @@ class Playout:
         sequence: int,
         timestamp: int,
     ) -> None:
+        """`sequence` and `timestamp` are those of the first packet; RFC 3550 wants them random."""
         self.ssrc = ssrc
         self.wakes_at: float | None = None
-        """When send() has something; it may lie in the past: then send now."""
+        """When send() will have something to send; in the past means now. None: write first."""
         self.packets_sent = 0
         self.octets_sent = 0
+        """Of payload, as sender reports count."""
         self.last_timestamp = timestamp
-        raise NotImplementedError
+        """RTP timestamp of the last packet sent (of the first one, until that is sent)."""
+        self._encoder = encoder
+        self._payload_type = payload_type
+        self._sequence = sequence
+        self._frame = 2 * encoder.rate_hz * FRAME_MS // 1_000
+        self._octets_max = int(QUEUE_S_MAX * 2 * encoder.rate_hz)
+        self._octets = 0
+        self._queue: deque[_Item] = deque()
+        self._open: dict[str, _Item] = {}  # the same items by name
+        self._ended: dict[str, int] = {}  # milliseconds sent, the oldest first
+        self._events: list[Started | Drained] = []
+        self._now = 0.0
+        self._grid_at = float("-inf")  # when the last packet's 20 ms are over
 
     def write(self, item: str, pcm: bytes, now: float) -> bool:
-        """Append to an item. False if the queue is full: what fits is kept, the item ends there.
-        Audio for an item that was finished or flushed is ignored (True)."""
-        raise NotImplementedError
+        """Append audio of any length to an item, after all that was written before.
+
+        The first write of another item finishes the one before. True if it was taken, or ignored
+        because the item has been finished or flushed. False, once, if the queue was full: what
+        fits has been taken and the item ends there, so that what is heard has no hole.
+        """
+        entry = self._open.get(item)
+        if entry is None:
+            if item in self._ended or not pcm:
+                return True
+            if len(self._queue) >= ITEMS_MAX:
+                self._remember(item, 0)
+                return False
+            if self._queue:
+                self._finish(self._queue[-1])
+            entry = self._open[item] = _Item(item)
+            self._queue.append(entry)
+        elif entry.finished:
+            return True
+        room = self._octets_max - self._octets
+        fits = len(pcm) <= room
+        taken = pcm if fits else pcm[:room]
+        entry.pcm += taken
+        entry.written += len(taken)
+        self._octets += len(taken)
+        self._now = now
+        if not fits:
+            self._finish(entry)
+        self._schedule()
+        return fits
 
     def finish(self, item: str) -> None:
-        """No more audio for this item."""
-        raise NotImplementedError
+        """Say that no more audio comes for this item: a last partial frame is sent with silence.
+
+        Does nothing for an item that is unknown or has ended.
+        """
+        entry = self._open.get(item)
+        if entry is not None:
+            self._finish(entry)
+            self._schedule()
 
     def send(self, now: float) -> list[bytes]:
-        """RTP packets due now."""
-        raise NotImplementedError
+        """Return the RTP packets that are due: mostly none or one, up to four if called late."""
+        wakes_at = self.wakes_at
+        if wakes_at is None or now < wakes_at:
+            return []
+        self._now = now
+        if wakes_at == self._grid_at and now - wakes_at <= LATE_S_MAX:
+            packets = [self._packet(wakes_at, self.last_timestamp + _FRAME_CLOCK, marker=False)]
+        else:
+            packets = [self._packet(now, self.timestamp_at(now), marker=True)]
+        while self._is_ready() and self._grid_at <= now:
+            timestamp = self.last_timestamp + _FRAME_CLOCK
+            packets.append(self._packet(self._grid_at, timestamp, marker=False))
+        self.wakes_at = self._grid_at if self._is_ready() else None
+        return packets
 
     def flush(self, now: float) -> list[Played]:
-        """Drop all that is not yet sent."""
-        raise NotImplementedError
+        """Drop all that is not sent, at once; say for each item that waited what of it was sent.
+
+        The encoder keeps the last 2.5 ms of what was sent, and they sound, faded out, at the start
+        of the next utterance: that is its overlap, not a rest of the queue.
+        """
+        played = [Played(entry.name, self._ms(entry)) for entry in self._queue]
+        self._queue.clear()
+        self._open.clear()
+        self._octets = 0
+        self._now = now
+        self.wakes_at = None
+        for name, ms in played:
+            self._remember(name, ms)
+        return played
 
     def events(self) -> list[Started | Drained]:
-        """What happened since the last call."""
-        raise NotImplementedError
+        """Return what happened since the last call, in order. Flushed items are not Drained."""
+        events, self._events = self._events, []
+        return events
 
     def played_ms(self, item: str) -> int:
-        """Milliseconds of the item that were sent; 0 for one unknown or long forgotten."""
-        raise NotImplementedError
+        """Milliseconds of the item sent so far, without padding; 0 if unknown or forgotten."""
+        entry = self._open.get(item)
+        return self._ended.get(item, 0) if entry is None else self._ms(entry)
 
     def timestamp_at(self, now: float) -> int:
-        """The RTP timestamp that belongs to this moment: what a sender report wants."""
-        raise NotImplementedError
+        """The RTP timestamp of this moment: for sender reports, and for what is sent next."""
+        if not self.packets_sent:
+            return self.last_timestamp
+        since_s = now - (self._grid_at - _FRAME_S)
+        return self.last_timestamp + round(since_s * rtp.CLOCK_HZ) & 0xFFFF_FFFF
+
+    def _packet(self, at: float, timestamp: int, *, marker: bool) -> bytes:
+        """Take one frame off the queue and make the packet whose place on the grid is `at`."""
+        entry = self._queue[0]
+        pcm = bytes(entry.pcm[: self._frame])
+        del entry.pcm[: self._frame]
+        self._octets -= len(pcm)
+        if len(pcm) < self._frame:
+            pcm = pcm[: len(pcm) & ~1].ljust(self._frame, b"\0")
+        if not entry.packets:
+            self._events.append(Started(entry.name))
+        entry.packets += 1
+        payload = self._encoder.encode(pcm)
+        self.last_timestamp = timestamp & 0xFFFF_FFFF
+        packet = rtp.write(
+            self._payload_type,
+            self._sequence,
+            self.last_timestamp,
+            self.ssrc,
+            payload,
+            marker=marker,
+        )
+        self._sequence = self._sequence + 1 & 0xFFFF
+        self._grid_at = at + _FRAME_S
+        self.packets_sent += 1
+        self.octets_sent += len(payload)
+        self._drain()
+        return packet
+
+    def _is_ready(self) -> bool:
+        """Whether a frame can be taken: a whole one, or the last one of an item."""
+        if not self._queue:
+            return False
+        entry = self._queue[0]
+        return entry.finished or len(entry.pcm) >= self._frame
+
+    def _schedule(self) -> None:
+        if self.wakes_at is None and self._is_ready():
+            self.wakes_at = max(self._now, self._grid_at)
+
+    def _finish(self, entry: _Item) -> None:
+        entry.finished = True
+        self._drain()
+
+    def _drain(self) -> None:
+        """Take leave of items at the front that are finished and sent. Half a sample is dropped."""
+        while self._queue and self._queue[0].finished and len(self._queue[0].pcm) < 2:
+            entry = self._queue.popleft()
+            del self._open[entry.name]
+            self._octets -= len(entry.pcm)
+            self._remember(entry.name, self._ms(entry))
+            if entry.packets:
+                self._events.append(Drained(entry.name, self._ms(entry)))
+
+    def _ms(self, entry: _Item) -> int:
+        """A model server refuses to truncate an item behind its end: padding does not count."""
+        written_ms = entry.written * 500 // self._encoder.rate_hz
+        return min(entry.packets * FRAME_MS, written_ms)
+
+    def _remember(self, name: str, ms: int) -> None:
+        self._ended[name] = ms
+        if len(self._ended) > ITEMS_REMEMBERED_MAX:
+            del self._ended[next(iter(self._ended))]
