@@ -31,16 +31,16 @@ MODULE_LINES_MAX = 500
 
 # Each outside dependency has the importers named here and no other.
 IMPORTERS = {
-    "aiohttp": {"transceiver", "signaling"},
+    "aiohttp": {"transceiver", "signaling", "placement"},
     "aioice": set(),
     "aiortc": {"peer"},
-    "asyncio": {"mux", "peer", "session", "transceiver", "signaling", "backend"},
+    "asyncio": {"mux", "peer", "session", "transceiver", "signaling", "placement", "backend"},
     "av": {"opus"},
     "cryptography": {"ufrag"},
     "ctypes": {"udp", "opus"},
     "msgspec": {"settings"},
     "OpenSSL": {"peer"},
-    "orjson": {"conversation", "transceiver", "signaling"},
+    "orjson": {"conversation", "transceiver", "signaling", "placement"},
     "prometheus_client": {"metrics"},
     "psutil": {"host"},
     "pylibsrtp": {"peer"},

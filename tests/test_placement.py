@@ -1,0 +1,53 @@
+"""Who is asked first: properties of the order. What happens then is in test_signaling.py."""
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+import settings
+from placement import Peer, order
+
+AT = settings.Endpoint("127.0.0.1:9000")
+PEERS = st.lists(
+    st.builds(Peer, st.just(AT), st.booleans(), st.integers(0, 12), st.just(10)),
+    min_size=1,
+    max_size=8,
+)
+
+
+def takes(peer: Peer) -> bool:
+    return peer.serving and peer.sessions < peer.sessions_max
+
+
+@given(PEERS, st.integers(0, 1 << 32))
+def test_everyone_is_asked_once_and_the_full_last(peers: list[Peer], seed: int) -> None:
+    asked = order(peers, random.Random(seed))
+    assert sorted(map(id, asked)) == sorted(map(id, peers))
+    assert sorted(asked, key=takes, reverse=True) == asked
+
+
+def test_two_random_choices_keep_the_load_even() -> None:
+    seed = 7
+    rng = random.Random(seed)
+    peers = [Peer(AT, sessions_max=1000) for _ in range(10)]
+    for _ in range(1000):
+        order(peers, rng)[0].sessions += 1
+    # One random choice leaves a spread of 50 or so here; two leave a handful.
+    loads = [peer.sessions for peer in peers]
+    assert max(loads) - min(loads) <= 10, f"seed {seed}: {loads}"
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.dictionaries(st.text(), x)))
+def test_health_in_any_other_form_is_not_serving(health: object) -> None:
+    peer = Peer(AT)
+    peer.heard(health)
+    assert not peer.serving
+
+
+def test_health_is_taken_over() -> None:
+    peer = Peer(AT, serving=False)
+    peer.heard({"state": "serving", "sessions": 3, "sessions_max": 100, "more": True})
+    assert (peer.serving, peer.sessions, peer.sessions_max) == (True, 3, 100)
+    peer.heard({"state": "draining", "sessions": 3, "sessions_max": 100})
+    assert not peer.serving
