@@ -263,6 +263,11 @@ class Transceiver(Kinds):
         "Refused by the kernel when sent to a relay.",
         "No route, or a send buffer that stayed full.",
     )
+    PACED_LATE = (
+        "packets",
+        "Audio that left more than 5 ms after its time.",
+        "An overloaded process: lower sessions_max, or give it more of a CPU.",
+    )
     SESSIONS_OPENED = "sessions", "Offers answered."
     SESSIONS_CONNECTED = "sessions", "Sessions whose media became live."
     SESSIONS_REFUSED = (

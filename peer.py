@@ -145,7 +145,8 @@ class Peer:
         handler: Handler,
     ) -> None:
         self.agent = agent
-        self._wire, self._offer, self._certificate = wire, offer, certificate
+        self.certificate = certificate
+        self._wire, self._offer = wire, offer
         self._handler: Handler | None = handler
         self._dtls: RTCDtlsTransport | None = None  # made by the first check, not by the offer
         self._sctp: RTCSctpTransport | None = None
@@ -245,7 +246,7 @@ class Peer:
 
     async def _handshake(self) -> None:
         offer = self._offer
-        dtls = self._dtls = RTCDtlsTransport(self, [self._certificate])  # type: ignore[arg-type]  # see the docstring
+        dtls = self._dtls = RTCDtlsTransport(self, [self.certificate])  # type: ignore[arg-type]  # see the docstring
         dtls._set_role("client" if offer.active else "server")
         await dtls.start(RTCDtlsParameters([RTCDtlsFingerprint("sha-256", offer.fingerprint)]))
         if dtls.state != "connected":

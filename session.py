@@ -1,1 +1,294 @@
-"""session"""
+"""One call: its transport, its audio both ways, its conversation and its backend, joined.
+
+    client ── Peer ── rtp ── Receiver ──────────▶ Backend
+                 ◀── Playout ◀── Conversation ◀──┘
+                 ◀──▶ data channel ◀──▶ Conversation
+
+What it owns: the objects of one call and the order in which they hear of things.
+
+Rules that stay true:
+- A packet's PCM reaches the backend in the callback that read the packet. Nothing queues between.
+- Whatever changes a conversation is followed by `flow`: what it has for the backend, for the
+  client and for play-out leaves before the event loop turns again.
+- Nothing is played before the client is connected, and nothing after a flush.
+- A call passes through its states once: offered, connecting, live, closed. Each has a deadline,
+  and `sweep` says when one has passed.
+
+It knows no socket and sets no timer: `transceiver.py` calls `flow`, `tick` and `sweep` in time.
+
+RFC 3550 section 6 https://www.rfc-editor.org/rfc/rfc3550#section-6 (reports), RFC 7675
+https://www.rfc-editor.org/rfc/rfc7675 (consent: a silent client has gone).
+"""
+
+import enum
+import logging
+import secrets
+from typing import Any, Protocol
+
+import audio
+import backend
+import conversation
+import metrics
+import opus
+import realtime
+import rtp
+import sdp
+import settings
+import ufrag
+from peer import Handler, Peer
+
+BACKLOG_OCTETS_MAX = 4 << 20
+"""Data channel messages that a client has not taken. A long transcript is some kilobytes; a client
+that leaves this much has stopped reading."""
+
+CNAME = "earshot"
+"""In RTCP and in the answer. The same for all calls: it ties streams of one call together, and
+there is one (RFC 7022 asks that it tells nothing about the host)."""
+
+log = logging.getLogger("session")
+
+
+class State(enum.Enum):
+    """Where a call is in its life."""
+
+    OFFERED = "answered; the client has not been heard of"
+    CONNECTING = "the client's first check has come; DTLS is under way"
+    LIVE = "media flows"
+    CLOSED = "over; everything is freed or about to be"
+
+
+class Owner(Protocol):
+    """What a session needs of the process that it runs in."""
+
+    counters: metrics.Counters
+    limits: settings.TransceiverTable
+
+    def clock(self) -> float:
+        """Monotonic seconds."""
+
+    def unix(self) -> float:
+        """Seconds since 1970, for sender reports."""
+
+    def paced(self, session: "Session") -> None:
+        """Call `session.flow` at `session.wakes_at`, which may have changed."""
+
+    def ended(self, session: "Session", reason: str) -> None:
+        """The session has to be closed: its transport has gone."""
+
+
+class Opener(Protocol):
+    """The part of mux.Mux that a session uses."""
+
+    def open(self, offer: sdp.Offer, ufrag: str, password: bytes, handler: Handler) -> Peer:
+        """Begin to answer the checks of a session."""
+
+
+class Session:
+    """One call, from its offer to its end."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        mux: Opener,
+        offer: sdp.Offer,
+        credentials: tuple[str, bytes],
+        chosen: settings.Backend,
+        wanted: dict[str, Any] | None,
+    ) -> None:
+        """Open a call under ICE `credentials`, towards the backend `chosen` by the settings.
+
+        `wanted` is the `session` object that came with the offer, if any.
+        """
+        self.call_id = ufrag.call_id(credentials[0])
+        self.opened_at = owner.clock()
+        self.live_at: float | None = None
+        """When DTLS was up; None until then."""
+        self.round_trip_s: float | None = None
+        """By the client's last report; None until it has sent one."""
+        self.fraction_lost = 0.0
+        """Of what we sent, by the client's last report."""
+        self._owner, self._offer = owner, offer
+        self._closed = False
+        self._early: list[realtime.Event] | None = []
+        self._backend = backend.connect(chosen, wanted, self._emitted)
+        self._decoder = opus.Decoder(self._backend.rate_hz)
+        self._encoder = opus.Encoder(self._backend.rate_hz)
+        self._receiver = audio.Receiver(self._decoder)
+        self._reception: rtp.Reception | None = None
+        self._playout = audio.Playout(
+            self._encoder,
+            ssrc=secrets.randbits(32),
+            payload_type=offer.opus,
+            # RFC 3711 section 3.3.1 leaves it to the receiver to guess the rollover counter: far
+            # from the wrap, losing the first packets does no harm.
+            sequence=secrets.randbits(15),
+            timestamp=secrets.randbits(32),
+        )
+        self._conversation = conversation.Conversation(self.call_id, self._playout, self.opened_at)
+        self._peer = mux.open(offer, *credentials, self)
+        early, self._early = self._early, None
+        for event in early or ():
+            self._emitted(event)
+
+    @property
+    def state(self) -> State:
+        """Where the call is in its life."""
+        if self._closed:
+            return State.CLOSED
+        if self.live_at is not None:
+            return State.LIVE
+        return State.OFFERED if self._peer.agent.active is None else State.CONNECTING
+
+    @property
+    def ssrc(self) -> int:
+        """Of the audio we send."""
+        return self._playout.ssrc
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the certificate that this call's DTLS shows."""
+        return self._peer.certificate.sha256
+
+    @property
+    def rate_hz(self) -> int:
+        """Of the backend's audio, both ways."""
+        return self._backend.rate_hz
+
+    @property
+    def wakes_at(self) -> float | None:
+        """When `flow` has audio to send; None while there is nothing or nobody to hear it."""
+        return None if self.live_at is None or self._closed else self._playout.wakes_at
+
+    # --- from the transport: mux.Handler --------------------------------------------------------
+
+    def connected(self, now: float) -> None:
+        """DTLS is up: what the backend has said so far begins to play."""
+        self.live_at = now
+        self._owner.counters.values[metrics.Transceiver.SESSIONS_CONNECTED] += 1
+        log.info("%s live after %.0f ms", self, 1000 * (now - self.opened_at))
+        self.flow(now)
+
+    def rtp(self, packet: bytes, now: float) -> None:
+        """A packet to PCM, and that to the backend. Other payloads than Opus are ignored."""
+        found = rtp.read(packet)
+        if found is None or found.payload_type != self._offer.opus or self._closed:
+            return
+        reception = self._reception
+        if reception is None or reception.ssrc != found.ssrc:
+            reception = self._reception = rtp.Reception(found.ssrc)
+        reception.received(found.sequence, found.timestamp, now)
+        for pcm in self._receiver.receive(found, now):
+            self._backend.append(pcm, now)
+
+    def rtcp(self, packet: bytes, now: float) -> None:
+        """A report: when the client sent what, and how it receives us."""
+        if self._reception is not None:
+            for sender in rtp.read_senders(packet):
+                if sender.ssrc == self._reception.ssrc:
+                    self._reception.sender_report(sender, now)
+        for block in rtp.read_reports(packet):
+            if block.ssrc == self.ssrc:
+                self.round_trip_s = rtp.round_trip_s(block, self._owner.unix())
+                self.fraction_lost = block.fraction_lost / 256
+
+    def opened(self, now: float) -> None:
+        """The data channel is open: session.created goes first."""
+        self._conversation.opened(now)
+        self.flow(now)
+
+    def message(self, message: str | bytes, now: float) -> None:
+        """A client event."""
+        if not self._closed:
+            self._conversation.client_message(message, now)
+            self.flow(now)
+
+    def lost(self, reason: str) -> None:
+        """The transport has ended by itself."""
+        self._owner.ended(self, reason)
+
+    # --- in time --------------------------------------------------------------------------------
+
+    def flow(self, now: float) -> None:
+        """Let out all there is: audio that is due, events for the backend and for the client."""
+        if self._closed:
+            return
+        wakes_at = self.wakes_at
+        if wakes_at is not None and wakes_at <= now:
+            packets = self._playout.send(now)
+            if self._offer.takes_audio:
+                for packet in packets:
+                    self._peer.send_rtp(packet)
+        self._conversation.playout_events(now)
+        for event in self._conversation.to_backend():
+            self._backend.send(event, now)
+        for message in self._conversation.to_client():
+            self._peer.send_message(message)
+        self._owner.paced(self)
+
+    def tick(self, now: float) -> None:
+        """Let time pass for whoever waits for silence: every 20 to 100 ms while live."""
+        if self.state is not State.LIVE:
+            return
+        for pcm in self._receiver.tick(now):
+            self._backend.append(pcm, now)
+        self._backend.tick(now)
+        self.flow(now)
+
+    def sweep(self, now: float) -> str | None:
+        """Send the reports; the reason why the call has to end now, or None. Once a second."""
+        limits = self._owner.limits
+        if now - self.opened_at >= limits.session_s_max:
+            return "the session limit is reached"
+        if self.live_at is None:
+            late = now - self.opened_at >= limits.connect_deadline_s
+            return "the client never connected" if late else None
+        heard_at = self._peer.agent.heard_at or self.live_at
+        if now - heard_at >= limits.silence_deadline_s:
+            return "the client has vanished"
+        if self._peer.backlog_octets > BACKLOG_OCTETS_MAX:
+            return "the client has stopped reading its data channel"
+        self._report(now)
+        return None
+
+    async def close(self, reason: str) -> None:
+        """End the call politely and free what it holds. Closing twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        log.info("%s closed after %.1f s: %s", self, self._owner.clock() - self.opened_at, reason)
+        self._conversation.closed()
+        self._backend.close()
+        await self._peer.close()
+        self._encoder.close()
+        self._decoder.close()
+
+    def __str__(self) -> str:
+        """A name for the log: the end of the call id, too short to be of use as a credential."""
+        return f"call …{self.call_id[-6:]}"
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _emitted(self, event: realtime.Event) -> None:
+        """An event from the backend, possibly while the constructor is still at work."""
+        if self._early is not None:
+            self._early.append(event)
+        elif not self._closed:
+            now = self._owner.clock()
+            self._conversation.backend_event(event, now)
+            self.flow(now)
+
+    def _report(self, now: float) -> None:
+        """RFC 3550 section 6.4: a sender report once something was sent, else a receiver report."""
+        blocks = [] if self._reception is None else [self._reception.report(now)]
+        playout = self._playout
+        if playout.packets_sent:
+            sender = rtp.Sender(
+                ssrc=playout.ssrc,
+                ntp=rtp.ntp(self._owner.unix()),
+                timestamp=playout.timestamp_at(now),
+                packets=playout.packets_sent,
+                octets=playout.octets_sent,
+            )
+            self._peer.send_rtcp(rtp.sender_report(sender, blocks, CNAME))
+        elif blocks:
+            self._peer.send_rtcp(rtp.receiver_report(playout.ssrc, blocks, CNAME))
