@@ -47,7 +47,8 @@ HOLE_S = 0.06
 """How long a hole waits when nothing comes any more: what HOLE_PACKETS would take, and a little."""
 
 CONCEALED_PACKETS_MAX = 5
-"""Frames invented for one hole. After 100 ms libopus has faded to silence anyway."""
+"""Frames invented for one hole. After 100 ms SILK's have faded to silence, and CELT's turn from the
+voice to noise."""
 
 PAUSE_S = 0.2
 """Without a packet for this long the caller is taken to pause (DTX, a muted track). Sooner, and a
