@@ -21,13 +21,13 @@ It does not know of data channels, of play-out, of who may see which event: that
 import secrets
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import parrot
+import realtime
 import settings
 
-Event = dict[str, Any]
-"""One event of the Realtime API; "type" says which."""
+Event = realtime.Event
 
 
 class Backend(Protocol):
@@ -67,7 +67,7 @@ class InProcess:
     """The parrot as a Backend: calls go in, events come out before they return."""
 
     def __init__(self, mind: parrot.Parrot, emit: Callable[[Event], None]) -> None:
-        self.rate_hz = parrot.RATE_HZ
+        self.rate_hz = mind.rate_hz
         self._mind: parrot.Parrot | None = mind
         self._emit = emit
         self._waiting: deque[Event] = deque()
@@ -95,7 +95,7 @@ class InProcess:
         self._waiting.clear()
 
     def _deliver(self, events: list[Event]) -> None:
-        """Emit in order, also if `emit` itself calls `send`: then the outer loop goes on with it."""
+        """Emit in order. If `emit` itself calls `send`, the outer loop goes on with what comes."""
         self._waiting.extend(events)
         if self._emitting:
             return

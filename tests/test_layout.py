@@ -23,6 +23,8 @@ SANS_IO = {
     "rtp",
     "audio",
     "parrot",
+    "realtime",
+    "turns",
     "conversation",
 }
 
@@ -38,15 +40,15 @@ IMPORTERS = {
     "av": {"opus"},
     "cryptography": {"ufrag"},
     "ctypes": {"udp", "opus"},
-    "msgspec": {"settings"},
+    "msgspec": {"settings", "realtime"},
     "OpenSSL": {"peer"},
-    "orjson": {"conversation", "transceiver", "signaling", "placement"},
+    "orjson": {"conversation", "realtime", "transceiver", "signaling", "placement"},
     "prometheus_client": {"metrics"},
     "psutil": {"host"},
     "pylibsrtp": {"peer"},
     "pyroute2": {"host"},
     "redis": {"registry"},
-    "webrtcvad": {"parrot"},
+    "webrtcvad": {"turns"},
     "typer": {"ufrag", *PROGRAMS},
 }
 
