@@ -33,9 +33,35 @@ SESSION_OCTETS_MAX = 262_144
 every update could add fields."""
 
 
+CLIENT_MESSAGE_OCTETS_MAX = 262_144
+"""Of one message from a client; browsers send no larger ones (RFC 8841 leaves 64 kB to those that
+agree on nothing). Room for an agent's instructions and tools, or for 8 s of base64 audio."""
+
+NESTING_MAX = 64
+"""Objects inside of objects. A tool's JSON schema has about ten levels; serialisers give up at 254,
+and every recursive reader behind us would have to know its own limit."""
+
 ITEMS_MAX = 256
 HISTORY_OCTETS_MAX = 262_144
 """Of a conversation's items, as JSON: about an hour of talk. A model forgets sooner."""
+
+
+CLIENT_EVENTS = frozenset(
+    (
+        "session.update",
+        "input_audio_buffer.append",
+        "input_audio_buffer.commit",
+        "input_audio_buffer.clear",
+        "output_audio_buffer.clear",
+        "conversation.item.create",
+        "conversation.item.retrieve",
+        "conversation.item.truncate",
+        "conversation.item.delete",
+        "response.create",
+        "response.cancel",
+    )
+)
+"""What a client may say."""
 
 
 class _Detection(
@@ -223,6 +249,30 @@ def message(item_id: str, role: str, status: str, *content: Event) -> Event:
         "role": role,
         "content": list(content),
     }
+
+
+def parsed(message: str | bytes) -> Event:
+    """A client's message as an event; raises Refused if it is none, or too large or too deep."""
+    if len(message) > CLIENT_MESSAGE_OCTETS_MAX:
+        limit = f"A message has at most {CLIENT_MESSAGE_OCTETS_MAX} octets."
+        raise Refused("message_too_large", limit)
+    try:
+        event = orjson.loads(message)
+    except orjson.JSONDecodeError as error:
+        raise Refused("invalid_json", f"This is not JSON: {error}.") from None
+    if not isinstance(event, dict):
+        raise Refused("invalid_json", "An event is an object.")
+    level: list[Any] = [event]
+    for _ in range(NESTING_MAX):
+        level = [
+            below
+            for value in level
+            for below in (value.values() if isinstance(value, dict) else value)
+            if isinstance(below, dict | list)
+        ]
+        if not level:
+            return event
+    raise Refused("invalid_json", f"Nested more than {NESTING_MAX} levels deep.")
 
 
 @dataclass(slots=True)
