@@ -1,0 +1,387 @@
+// The page's story: buttons to a call, the call's events to what is seen.
+//
+//   call.js          the connection and its errors
+//   sound.js         levels of both sounds on one clock (levels.js runs on the audio thread)
+//   turns.js         turns and their waits, from events and levels; conversation.js shows them
+//   tape.js          the picture of both sounds
+//   events.js        the list of events
+//   stats.js         figures of the connection
+//
+// For tests and for the curious, `window.earshot` shows, read-only, what the page knows:
+//   state      one of STATES in call.js
+//   callId     "rtc_…" or null
+//   levels     {microphone, reply}: root mean square of the last 10 ms, 0 to 1
+//   timings    {answered, connected, channel, reply}: milliseconds since the offer was posted, as
+//              far as they have happened; `reply` is the first sound of a reply
+//   counters   {sent, received, turns, interruptions, errors, packetsIn, packetsOut}
+//   turns      the turns, oldest first: {status, heard, said, replyAfterMs, audibleAfterMs}
+//   events     [{direction, event}], the last 500, oldest first
+
+import { Call } from "./call.js";
+import { ConversationView } from "./conversation.js";
+import { Timeline } from "./events.js";
+import { Ears } from "./sound.js";
+import { Stats } from "./stats.js";
+import { Tape } from "./tape.js";
+import { between, Loudness, Turns } from "./turns.js";
+
+const STATS_PERIOD_MS = 1000;
+
+// The slider speaks after a rest: a drag would send dozens of updates.
+const SLIDER_REST_MS = 150;
+
+// The end of a word is still on its way when the button is let go: captured, encoded, sent.
+const RELEASE_TAIL_MS = 150;
+
+// A shorter press is a slip, and its commit would be an error of an empty buffer.
+const PRESS_MS_MIN = 250;
+
+const TURNS_SHOWN = 20;
+const EVENTS_KEPT = 500;
+
+const $ = (id) => document.getElementById(id);
+
+const STATUS = {
+  idle: "Ready",
+  microphone: "Waiting for the microphone",
+  offering: "Calling",
+  connecting: "Connecting",
+  live: "Live",
+  reconnecting: "Connection interrupted, trying again",
+  ended: "Ended",
+  failed: "Ended",
+};
+
+const page = {
+  call: null,
+  ears: null,
+  sounds: { you: new Loudness(), reply: new Loudness() },
+  turns: null,
+  levels: { microphone: 0, reply: 0 },
+  counters: { sent: 0, received: 0, errors: 0, packetsIn: 0, packetsOut: 0 },
+  events: [],
+  firstReplyMs: null,
+  posted: 0, // performance.now() when the call began
+  timers: [],
+  muted: false,
+  pressedAt: null, // performance.now() of the press of the talk button, while it is down
+};
+
+const tape = new Tape($("tape"), () => page.ears?.now ?? 0);
+const timeline = new Timeline();
+const conversation = new ConversationView();
+
+// --- a call, from start to end ------------------------------------------------------------------
+
+function startCall() {
+  const call = (page.call = new Call());
+  const ears = (page.ears = new Ears());
+  page.sounds = { you: new Loudness(), reply: new Loudness() };
+  page.turns = new Turns(page.sounds.you, page.sounds.reply, showTurn);
+  page.counters = { sent: 0, received: 0, errors: 0, packetsIn: 0, packetsOut: 0 };
+  page.events = [];
+  page.firstReplyMs = null;
+  page.posted = performance.now();
+  page.muted = false;
+  conversation.clear();
+  timeline.clear();
+  hideNotice();
+  tape.start();
+  call.addEventListener("state", ({ detail }) => stateChanged(call, ears, detail));
+  call.addEventListener("message", ({ detail }) => message(detail));
+  call.addEventListener("reply", ({ detail }) => hearReply(ears, detail.stream));
+  call.start({ session: session(), processing: $("processing").checked });
+}
+
+function stateChanged(call, ears, { state, error }) {
+  if (state === "offering") {
+    gateMicrophone();
+    ears.listen(call.microphone, (level) => {
+      page.levels.microphone = level.rms;
+      page.sounds.you.heard(level);
+      tape.heard("you", level);
+    });
+  }
+  if (state === "live" && page.timers.length === 0) {
+    const stats = new Stats();
+    page.timers = [
+      setInterval(() => showStats(call, stats), STATS_PERIOD_MS),
+      setInterval(showClock, 500),
+    ];
+    showStats(call, stats);
+    showClock();
+  }
+  if (state === "ended" || state === "failed") endOf(ears);
+  if (error) showNotice(error);
+  showState(state);
+}
+
+function endOf(ears) {
+  page.timers.forEach(clearInterval);
+  page.timers = [];
+  page.pressedAt = null;
+  page.levels = { microphone: 0, reply: 0 };
+  tape.stop();
+  ears.close();
+  $("speaker").srcObject = null;
+}
+
+function hearReply(ears, stream) {
+  $("speaker").srcObject = stream;
+  ears.listen(stream, (level) => {
+    page.levels.reply = level.rms;
+    page.sounds.reply.heard(level);
+    tape.heard("reply", level);
+    if (page.firstReplyMs === null && page.sounds.reply.onset > 0) {
+      page.firstReplyMs = Math.round(performance.now() - page.posted);
+    }
+    page.turns.listen();
+  });
+}
+
+function message({ direction, event }) {
+  const now = page.ears.now;
+  page.counters[direction] += 1;
+  page.events.push({ direction, event });
+  if (page.events.length > EVENTS_KEPT) page.events.shift();
+  timeline.add((performance.now() - page.posted) / 1000, direction, event);
+  if (direction === "sent") return;
+  page.turns.event(event, now);
+  if (event.type === "error") page.counters.errors += 1;
+  if (event.type === "session.created") $("hint").textContent = "";
+  if (event.type === "session.updated") sessionUpdated(event.session);
+  if (event.type === "output_audio_buffer.cleared") {
+    tape.mark({ kind: "cut", at: now, text: "interrupted" });
+  }
+}
+
+// --- turns --------------------------------------------------------------------------------------
+
+function showTurn(turn) {
+  conversation.show(turn, TURNS_SHOWN);
+  if (turn.replyBegan !== null && !turn.marked) {
+    turn.marked = true;
+    const text = `${between(turn.speechEnd, turn.replyBegan)} ms`;
+    tape.mark({ kind: "wait", from: turn.speechEnd, until: turn.replyBegan, text });
+  }
+  $("interrupt").disabled = page.call.state !== "live" || turn.status !== "replying";
+}
+
+function interrupt() {
+  if (page.turns?.last?.status !== "replying") return;
+  page.call.send({ type: "response.cancel" });
+  page.call.send({ type: "output_audio_buffer.clear" });
+}
+
+// --- settings of the session ----------------------------------------------------------------------
+
+const pushToTalk = () => document.querySelector("input[name=mode]:checked").value === "push";
+
+function session() {
+  const turn_detection = pushToTalk()
+    ? null
+    : { type: "server_vad", silence_duration_ms: $("delay").valueAsNumber };
+  return { type: "realtime", audio: { input: { turn_detection } } };
+}
+
+function updateSession() {
+  const sent = page.call?.send({ type: "session.update", session: session() });
+  if (sent) $("delay-state").textContent = "Telling the server…";
+}
+
+function sessionUpdated(updated) {
+  const silence = updated?.audio?.input?.turn_detection?.silence_duration_ms;
+  $("delay-state").textContent = silence === undefined ? "" : `In effect: ${silence} ms.`;
+}
+
+let sliderTimer = 0;
+function slide() {
+  $("delay-text").textContent = `${$("delay").value} ms`;
+  clearTimeout(sliderTimer);
+  sliderTimer = setTimeout(updateSession, SLIDER_REST_MS);
+}
+
+function modeChanged() {
+  page.pressedAt = null;
+  gateMicrophone();
+  updateSession();
+  showState(page.call?.state ?? "idle");
+}
+
+// --- push-to-talk ---------------------------------------------------------------------------------
+
+function press() {
+  if (page.pressedAt !== null || !pushToTalk() || page.call?.state !== "live") return;
+  interrupt();
+  page.pressedAt = performance.now();
+  page.call.send({ type: "input_audio_buffer.clear" });
+  page.turns.begin(page.ears.now);
+  gateMicrophone();
+  $("talk").dataset.pressed = "";
+}
+
+async function release() {
+  if (page.pressedAt === null) return;
+  const [call, held] = [page.call, performance.now() - page.pressedAt];
+  delete $("talk").dataset.pressed;
+  if (held < PRESS_MS_MIN) {
+    page.pressedAt = null;
+    gateMicrophone();
+    page.turns.drop();
+    call.send({ type: "input_audio_buffer.clear" });
+    $("hint").textContent = "Hold the button, or the space bar, while you speak.";
+    return;
+  }
+  $("hint").textContent = "";
+  await new Promise((resolve) => setTimeout(resolve, RELEASE_TAIL_MS));
+  page.pressedAt = null;
+  gateMicrophone();
+  if (!call.send({ type: "input_audio_buffer.commit" })) return;
+  page.turns.endSpeech(page.ears.now);
+  call.send({ type: "response.create" });
+}
+
+// In push-to-talk nothing leaves the microphone unless the button is down.
+function gateMicrophone() {
+  const open = !page.muted && (!pushToTalk() || page.pressedAt !== null);
+  for (const track of page.call?.microphone?.getTracks() ?? []) track.enabled = open;
+}
+
+function mute() {
+  page.muted = !page.muted;
+  gateMicrophone();
+  showState(page.call.state);
+}
+
+// --- what is seen ---------------------------------------------------------------------------------
+
+function showState(state) {
+  const idle = state === "idle" || state === "ended" || state === "failed";
+  const live = state === "live" || state === "reconnecting";
+  $("status").dataset.state = state;
+  $("status-text").textContent = STATUS[state];
+  $("start").textContent = idle ? "Start" : "Hang up";
+  $("start").classList.toggle("danger", !idle);
+  $("mute").disabled = idle || pushToTalk();
+  $("mute").textContent = page.muted ? "Unmute" : "Mute";
+  $("mute").setAttribute("aria-pressed", page.muted);
+  $("talk").hidden = !pushToTalk();
+  $("talk").disabled = !live;
+  $("delay-box").classList.toggle("off", pushToTalk());
+  $("delay").disabled = pushToTalk();
+  $("processing").disabled = !idle;
+  if (!live) $("interrupt").disabled = true;
+  if (idle) $("hint").textContent = "Press Start, allow the microphone, and say something.";
+  else if (live && pushToTalk()) $("hint").textContent = "Hold the button, or the space bar, and speak.";
+  else $("hint").textContent = live ? "Say something, then pause." : "";
+}
+
+function showClock() {
+  const seconds = Math.floor((performance.now() - page.posted) / 1000);
+  $("clock").hidden = false;
+  $("clock").textContent = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
+}
+
+async function showStats(call, stats) {
+  if (call.state !== "live" && call.state !== "reconnecting") return;
+  const read = stats.read(await call.getStats());
+  page.counters.packetsIn = read.packetsIn;
+  page.counters.packetsOut = read.packetsOut;
+  const setup = `${call.timings.answered} ms to the answer, ${call.timings.connected} ms connected`;
+  for (const [name, text] of Object.entries({ ...read.figures, setup })) {
+    document.querySelector(`[data-figure=${name}]`).textContent = text;
+  }
+}
+
+let noticeTimer = 0;
+function showNotice({ title, message, retryAfter }) {
+  clearInterval(noticeTimer);
+  $("notice-title").textContent = title;
+  $("notice").hidden = false;
+  let seconds = retryAfter;
+  const tick = () => {
+    const wait = seconds > 0 ? ` Try again in ${seconds} s.` : " You can try again now.";
+    $("notice-text").textContent = message + (retryAfter ? wait : "");
+    if (!(seconds > 0)) clearInterval(noticeTimer);
+    seconds -= 1;
+  };
+  tick();
+  if (retryAfter) noticeTimer = setInterval(tick, 1000);
+}
+
+function hideNotice() {
+  clearInterval(noticeTimer);
+  $("notice").hidden = true;
+}
+
+// --- hands ----------------------------------------------------------------------------------------
+
+$("start").onclick = () => {
+  const state = page.call?.state ?? "ended";
+  if (state === "ended" || state === "failed") startCall();
+  else page.call.end();
+};
+$("mute").onclick = mute;
+$("interrupt").onclick = interrupt;
+$("notice-close").onclick = hideNotice;
+$("delay").oninput = slide;
+for (const radio of document.querySelectorAll("input[name=mode]")) radio.onchange = modeChanged;
+
+const talk = $("talk");
+talk.onpointerdown = (event) => {
+  talk.setPointerCapture(event.pointerId);
+  press();
+};
+talk.onpointerup = talk.onpointercancel = talk.onlostpointercapture = release;
+talk.oncontextmenu = (event) => event.preventDefault(); // a long press is not a right click
+addEventListener("blur", release); // the key's release would go to another window
+
+// The space bar talks wherever the focus is, except where it already means something.
+const takesSpace = "input, select, textarea, summary, button:not(#talk)";
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape") interrupt();
+  if (event.key !== " " || !pushToTalk() || event.target.closest(takesSpace)) return;
+  event.preventDefault();
+  if (!event.repeat) press();
+});
+addEventListener("keyup", (event) => {
+  if (event.key === " ") release();
+});
+addEventListener("pagehide", () => page.call?.end());
+
+slide();
+showState("idle");
+
+Object.defineProperty(window, "earshot", {
+  value: Object.freeze({
+    get state() {
+      return page.call?.state ?? "idle";
+    },
+    get callId() {
+      return page.call?.id ?? null;
+    },
+    get levels() {
+      return { ...page.levels };
+    },
+    get timings() {
+      const reply = page.firstReplyMs;
+      return { ...page.call?.timings, ...(reply === null ? {} : { reply }) };
+    },
+    get counters() {
+      const { list, interruptions } = page.turns ?? { list: [], interruptions: 0 };
+      return { ...page.counters, turns: list.length, interruptions };
+    },
+    get turns() {
+      return (page.turns?.list ?? []).map((turn) => ({
+        status: turn.status,
+        heard: turn.heard,
+        said: turn.said,
+        replyAfterMs: between(turn.speechEnd, turn.replyBegan),
+        audibleAfterMs: between(turn.speechEnd, turn.replyHeard),
+      }));
+    },
+    get events() {
+      return structuredClone(page.events);
+    },
+  }),
+});

@@ -1,0 +1,39 @@
+// Listening to two sounds on one clock: the microphone and the reply.
+//
+// What it owns: the audio context and the worklet nodes in it. Everything that the page measures in
+// sound uses this clock (`now`), so that differences between the two sounds mean something.
+
+export class Ears {
+  #context;
+  #ready;
+  #nodes = [];
+
+  // To be made in a click handler: browsers start audio only after a gesture.
+  constructor() {
+    this.#context = new AudioContext({ latencyHint: "interactive" });
+    this.#ready = this.#context.audioWorklet.addModule("levels.js");
+  }
+
+  // Seconds on the clock of the sounds. It stands still while the page has no audio device.
+  get now() {
+    return this.#context.currentTime;
+  }
+
+  // Call `heard({at, rms, peak})` for every 10 ms of a stream, until `close`.
+  async listen(stream, heard) {
+    await this.#ready;
+    if (this.#context.state === "closed") return;
+    const source = this.#context.createMediaStreamSource(stream);
+    const node = new AudioWorkletNode(this.#context, "levels", { channelCount: 1 });
+    // Chromium runs only what leads to the destination; the node's output is silence.
+    source.connect(node).connect(this.#context.destination);
+    node.port.onmessage = ({ data }) => heard(data);
+    this.#nodes.push(source, node);
+  }
+
+  close() {
+    for (const node of this.#nodes) node.disconnect();
+    this.#nodes = [];
+    if (this.#context.state !== "closed") this.#context.close();
+  }
+}
