@@ -279,7 +279,10 @@ class Conversation:
             response_id = _at(event, "response", "id")
             if not isinstance(response_id, str):
                 return
-            self._active = response_id if kind == "response.created" else None
+            if kind == "response.created":
+                self._active = response_id
+            elif response_id == self._active:
+                self._active = None
             speech = self._speeches.get(response_id)
             if speech is not None and kind == "response.done":
                 speech.done = True
