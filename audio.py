@@ -330,7 +330,7 @@ class Playout:
         if entry is None:
             if item in self._ended or not pcm:
                 return True
-            if len(self._queue) >= ITEMS_MAX:
+            if len(self._queue) >= ITEMS_MAX or self._octets >= self._octets_max:
                 self._remember(item, 0)
                 return False
             if self._queue:

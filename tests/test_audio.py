@@ -1,0 +1,500 @@
+"""The two halves of the audio path, with a codec that shows what it was given."""
+
+import itertools
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import audio
+import rtp
+
+RATE_HZ = 16_000
+FRAME = 640  # octets of 20 ms
+CONCEALED, RECOVERED = 0x7FFF, 0x4000
+
+
+class FakeCodec:
+    """Payload n decodes to a frame of samples n; a payload with a second number holds FEC."""
+
+    rate_hz = RATE_HZ
+
+    def __init__(self) -> None:
+        self.resets = 0
+        self.encoded: list[bytes] = []
+
+    def encode(self, pcm: bytes) -> bytes:
+        assert len(pcm) == FRAME
+        self.encoded.append(pcm)
+        return pcm[:2]
+
+    def decode(self, payload: bytes) -> bytes | None:
+        return payload[:2] * (FRAME // 2) if len(payload) >= 2 else None
+
+    def conceal(self, samples: int) -> bytes:
+        return struct.pack("<H", CONCEALED) * samples
+
+    def recover(self, payload: bytes, samples: int) -> bytes | None:
+        return struct.pack("<H", RECOVERED) * samples if len(payload) == 4 else None
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def packet(number: int, *, ssrc: int = 1, fec: bool = False, offset: int = 0) -> rtp.Packet:
+    """Packet `number` of a stream; its payload says the number."""
+    payload = struct.pack("<HH" if fec else "<H", *([number % 0x4000] * (1 + fec)))
+    sequence = number + offset & 0xFFFF
+    return rtp.Packet(False, 111, sequence, number * 960 & 0xFFFF_FFFF, ssrc, payload)
+
+
+def numbers(pieces: list[bytes]) -> list[int | str]:
+    """What came out, a frame each: the packet's number, "plc", "fec", or a 0 of silence."""
+    names: dict[int, int | str] = {CONCEALED: "plc", RECOVERED: "fec"}
+    pcm = b"".join(pieces)
+    assert len(pcm) % FRAME == 0
+    frames = [pcm[n : n + FRAME] for n in range(0, len(pcm), FRAME)]
+    assert all(frame == frame[:2] * (FRAME // 2) for frame in frames)
+    return [names.get(n, n) for n in (int.from_bytes(f[:2], "little") for f in frames)]
+
+
+def run(sequence: list[int], *, fec: bool = False, offset: int = 0) -> list[list[int | str]]:
+    receiver = audio.Receiver(FakeCodec())
+    arrivals = [packet(number, fec=fec, offset=offset) for number in sequence]
+    return [numbers(receiver.receive(arrival, 0.0)) for arrival in arrivals]
+
+
+# ---- Receiver ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "pieces"),
+    [
+        ([1, 2, 3], [[1], [2], [3]]),
+        ([1, 3, 2, 4], [[1], [], [2, 3], [4]]),  # swapped: nothing invented
+        ([1, 3, 4, 5], [[1], [], ["plc", 3, 4], [5]]),  # lost: two packets later, then no delay
+        ([1, 4, 5, 6], [[1], [], ["plc", "plc", 4, 5], [6]]),
+        ([1, 3, 5, 6], [[1], [], ["plc", 3], ["plc", 5, 6]]),  # the second hole waits for its own
+        ([1, 3, 4, 2, 5], [[1], [], ["plc", 3, 4], [], [5]]),  # too late
+        ([1, 1, 3, 3, 2, 2, 4], [[1], [], [], [], [2, 3], [], [4]]),  # everything twice
+        ([1, 4, 3, 2, 5], [[1], [], ["plc", 3, 4], [], [5]]),  # reordered by more than two
+        ([1, 30, 31], [[1], [], [*["plc"] * 5, 30, 31]]),  # a long hole is not filled
+    ],
+)
+@pytest.mark.parametrize("offset", [0, 0xFFFD, 0xFFFC, 0x7FFD])  # also over the wrap
+def test_holes_wait_for_two_packets(
+    arrivals: list[int], pieces: list[list[int | str]], offset: int
+) -> None:
+    assert run(arrivals, offset=offset) == pieces
+
+
+def test_the_last_lost_frame_comes_from_the_next_packet() -> None:
+    assert run([1, 3, 4], fec=True) == [[1], [], ["fec", 3, 4]]
+    assert run([1, 5, 6], fec=True) == [[1], [], ["plc", "plc", "fec", 5, 6]]
+    assert run([1, 60, 61], fec=True) == [[1], [], ["plc"] * 4 + ["fec", 60, 61]]
+
+
+def test_every_packet_is_counted_once() -> None:
+    receiver = audio.Receiver(FakeCodec())
+    for number in (1, 2, 2, 5, 5, 6, 3, 7, 60_000, 8):
+        receiver.receive(packet(number), 0.0)
+    receiver.receive(packet(9)._replace(payload=b""), 0.0)
+    assert (receiver.received, receiver.decoded, receiver.malformed) == (11, 6, 1)
+    assert (receiver.late, receiver.duplicate, receiver.stray) == (1, 2, 1)
+    assert (receiver.concealed, receiver.recovered) == (2, 0)
+
+
+def test_a_malformed_packet_keeps_its_time() -> None:
+    receiver = audio.Receiver(FakeCodec())
+    receiver.receive(packet(1), 0.0)
+    assert numbers(receiver.receive(packet(2)._replace(payload=b"!"), 0.02)) == ["plc"]
+    assert numbers(receiver.receive(packet(3), 0.04)) == [3]
+
+
+def test_a_lost_frame_is_as_long_as_the_last_one() -> None:
+    class SixtyMs(FakeCodec):
+        def decode(self, payload: bytes) -> bytes | None:
+            return payload[:2] * 960
+
+    receiver = audio.Receiver(SixtyMs())
+    pieces = [receiver.receive(packet(number), 0.0) for number in (1, 3, 4)]
+    assert [len(piece) for piece in pieces[2]] == [1_920, 1_920, 1_920]
+
+
+def test_another_source_starts_anew_and_what_waited_leaves_first() -> None:
+    codec = FakeCodec()
+    receiver = audio.Receiver(codec)
+    receiver.receive(packet(1), 0.0)
+    assert codec.resets == 0
+    receiver.receive(packet(3), 0.02)
+    assert numbers(receiver.receive(packet(9_000, ssrc=2), 0.04)) == ["plc", 3, 9_000]
+    assert codec.resets == 1
+    assert numbers(receiver.receive(packet(9_001, ssrc=2), 0.06)) == [9_001]
+
+
+@pytest.mark.parametrize("jump", [5_000, 40_000, 0x1_0000 - 102])
+def test_a_new_numbering_needs_two_packets(jump: int) -> None:
+    receiver = audio.Receiver(FakeCodec())
+    receiver.receive(packet(1), 0.0)
+    assert receiver.receive(packet(2, offset=jump), 0.02) == []
+    assert numbers(receiver.receive(packet(3, offset=jump), 0.04)) == [3]
+    assert numbers(receiver.receive(packet(4, offset=jump), 0.06)) == [4]
+
+
+def test_a_timestamp_that_jumps_changes_nothing() -> None:
+    receiver = audio.Receiver(FakeCodec())
+    for number, timestamp in ((1, 0), (2, 4_000_000_000), (3, 17)):
+        jumped = packet(number)._replace(timestamp=timestamp)
+        assert numbers(receiver.receive(jumped, number * 0.02)) == [number]
+
+
+def test_what_waits_leaves_when_nothing_else_comes() -> None:
+    receiver = audio.Receiver(FakeCodec())
+    assert receiver.tick(5.0) == [], "no packet yet, no time to keep"
+    receiver.receive(packet(1), 10.0)
+    receiver.receive(packet(3, fec=True), 10.04)
+    assert receiver.tick(10.08) == []
+    assert numbers(receiver.tick(10.101)) == ["fec", 3]
+    assert receiver.tick(10.12) == []
+
+
+def test_a_pause_becomes_silence_in_real_time() -> None:
+    receiver = audio.Receiver(FakeCodec())
+    receiver.receive(packet(1), 10.0)
+    assert receiver.tick(10.19) == []
+    assert numbers(receiver.tick(10.201)) == [0] * 10, "all of the pause so far"
+    assert receiver.tick(10.205) == []
+    assert numbers(receiver.tick(10.261)) == [0] * 3
+    assert numbers(receiver.receive(packet(2), 10.3)) == [2]
+    assert receiver.tick(10.3) == []
+    assert numbers(receiver.tick(99.0)) == [0] * 500, "ten seconds, and no more"
+    assert receiver.tick(200.0) == []
+
+
+def test_a_hole_that_silence_stands_for_is_not_filled_again() -> None:
+    receiver = audio.Receiver(FakeCodec())
+    receiver.receive(packet(1), 10.0)
+    assert len(numbers(receiver.tick(10.301))) == 15
+    assert receiver.receive(packet(17, fec=True), 10.32) == []
+    assert receiver.tick(10.33) == [], "the pause is over"
+    assert numbers(receiver.receive(packet(18, fec=True), 10.34)) == [17, 18]
+    assert receiver.receive(packet(20), 10.38) == []
+    assert numbers(receiver.receive(packet(21), 10.40)) == ["plc", 20, 21]
+
+
+@st.composite
+def journeys(draw: st.DrawFn) -> tuple[list[int], int]:
+    """Arrivals after loss (bursts up to 8), reordering and duplication; and where they wrap."""
+    count = draw(st.integers(1, 60))
+    sent = [0]  # the first packet arrives first: what it begins with is the stream's beginning
+    for number in range(1, count):
+        if number - sent[-1] > 8 or draw(st.integers(0, 9)) > 2:
+            sent.append(number)
+    delays = draw(st.lists(st.integers(0, 4), min_size=len(sent), max_size=len(sent)))
+    delays[0] = 0
+    arrivals = sorted(range(len(sent)), key=lambda n: (n + delays[n], n))
+    twice = draw(st.sets(st.integers(0, len(sent) - 1)))
+    journey = [sent[n] for n in arrivals for _ in range(1 + (n in twice))]
+    return journey, draw(st.sampled_from([0, 0xFFF0, 0x7FF0, 0xFFFF]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(journeys(), st.booleans())
+def test_any_journey_ends_in_order_and_complete(journey: tuple[list[int], int], fec: bool) -> None:
+    arrivals, offset = journey
+    receiver = audio.Receiver(FakeCodec())
+    out: list[int | str] = []
+    for index, number in enumerate(arrivals):
+        out += numbers(receiver.receive(packet(number, fec=fec, offset=offset), index * 0.02))
+        accounted = receiver.decoded + receiver.late + receiver.duplicate
+        assert receiver.received - accounted <= 1, "more than one packet waits"
+    out += numbers(receiver.tick(len(arrivals) * 0.02 + 0.1))
+    heard = [number for number in out if isinstance(number, int)]
+    assert heard == sorted(set(heard))
+    assert receiver.received == receiver.decoded + receiver.late + receiver.duplicate
+    assert (receiver.decoded, heard[-1]) == (len(heard), max(arrivals))
+    assert set(arrivals) - set(heard) == set() or receiver.late
+    # Every number in between stands in the output, as itself or invented, up to the named bound
+    gaps = [two - one - 1 for one, two in itertools.pairwise(heard)]
+    assert len(out) - len(heard) == sum(min(gap, audio.CONCEALED_PACKETS_MAX) for gap in gaps)
+    assert len(out) - len(heard) == receiver.concealed + receiver.recovered
+    assert receiver.recovered == (sum(gap > 0 for gap in gaps) if fec else 0)
+
+
+ANYTHING = st.builds(
+    rtp.Packet,
+    st.booleans(),
+    st.integers(0, 127),
+    st.integers(0, 0xFFFF) | st.integers(0, 12),
+    st.integers(0, 0xFFFF_FFFF),
+    st.integers(1, 2),
+    st.binary(max_size=4),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(ANYTHING, st.floats(0, 1), st.booleans()), max_size=80))
+def test_no_packets_break_it(arrivals: list[tuple[rtp.Packet, float, bool]]) -> None:
+    receiver = audio.Receiver(FakeCodec())
+    now = 0.0
+    for arrival, after_s, tick in [*arrivals, (packet(1), 0.0, True)]:
+        now += after_s
+        pieces = receiver.receive(arrival, now)
+        assert len(pieces) <= audio.CONCEALED_PACKETS_MAX + audio.HOLE_PACKETS + 1
+        if tick:
+            receiver.tick(now + 0.1)
+    dropped = receiver.malformed + receiver.late + receiver.duplicate + receiver.stray
+    assert receiver.received == len(arrivals) + 1 == receiver.decoded + dropped
+
+
+# ---- Playout -----------------------------------------------------------------------------------
+
+
+def playout(codec: audio.SpeechEncoder | None = None) -> audio.Playout:
+    return audio.Playout(
+        codec or FakeCodec(), ssrc=77, payload_type=111, sequence=0xFFFE, timestamp=0xFFFF_FF00
+    )
+
+
+def speech(frames: float, first: int = 1) -> bytes:
+    """Frames of samples first, first + 1, …; a fraction of a frame at the end."""
+    whole = b"".join(struct.pack("<H", first + n) * (FRAME // 2) for n in range(int(frames) + 1))
+    return whole[: int(frames * FRAME)]
+
+
+def sent(packets: list[bytes]) -> list[tuple[int, bool, int, int]]:
+    """Sequence from the start, marker, timestamp from the start, first sample."""
+    out = []
+    for datagram in packets:
+        read = rtp.read(datagram)
+        assert read is not None
+        assert (read.ssrc, read.payload_type) == (77, 111)
+        sequence = read.sequence - 0xFFFE & 0xFFFF
+        timestamp = read.timestamp - 0xFFFF_FF00 & 0xFFFF_FFFF
+        out.append((sequence, read.marker, timestamp, int.from_bytes(read.payload, "little")))
+    return out
+
+
+def test_the_first_frame_leaves_at_once_and_the_grid_starts_there() -> None:
+    out = playout()
+    assert (out.wakes_at, out.send(99.0)) == (None, [])
+    assert out.write("a", speech(3), 100.007)
+    assert out.wakes_at == 100.007
+    assert sent(out.send(100.007)) == [(0, True, 0, 1)]
+    assert out.wakes_at == pytest.approx(100.027)
+    assert out.send(100.0269) == []
+    assert sent(out.send(100.0271)) == [(1, False, 960, 2)]
+    assert out.wakes_at == pytest.approx(100.047), "the grid keeps its place"
+    assert sent(out.send(100.048)) == [(2, False, 1_920, 3)]
+    assert out.wakes_at is None
+    assert (out.packets_sent, out.octets_sent) == (3, 6)
+
+
+def test_after_a_pause_the_timestamp_is_that_of_the_clock_and_the_marker_says_so() -> None:
+    out = playout()
+    out.write("a", speech(1), 10.0)
+    out.send(10.0)
+    out.write("a", speech(2, 5), 12.5)
+    assert out.timestamp_at(12.5) == 0xFFFF_FF00 + 120_000 & 0xFFFF_FFFF
+    assert sent(out.send(12.5)) == [(1, True, 120_000, 5)]
+    assert sent(out.send(12.52)) == [(2, False, 120_960, 6)]
+
+
+def test_audio_that_comes_within_the_last_frame_continues_its_grid() -> None:
+    out = playout()
+    out.write("a", speech(1), 10.0)
+    out.send(10.0)
+    out.write("b", speech(1, 7), 10.005)
+    assert out.send(10.005) == []
+    assert out.wakes_at == pytest.approx(10.02)
+    assert sent(out.send(10.021)) == [(1, False, 960, 7)]
+
+
+def test_a_late_timer_is_caught_up_with() -> None:
+    out = playout()
+    out.write("a", speech(20), 10.0)
+    out.send(10.0)
+    assert [entry[2] for entry in sent(out.send(10.075))] == [960, 1_920, 2_880]
+    assert out.wakes_at == pytest.approx(10.08)
+
+
+def test_a_very_late_timer_makes_a_pause_and_no_burst() -> None:
+    out = playout()
+    out.write("a", speech(50), 10.0)
+    out.send(10.0)
+    assert sent(out.send(10.5)) == [(1, True, 24_000, 2)]
+    assert sent(out.send(10.52)) == [(2, False, 24_960, 3)]
+    assert len(out.send(10.595)) == 3
+
+
+def test_a_last_partial_frame_is_sent_with_silence_and_not_counted() -> None:
+    codec = FakeCodec()
+    out = playout(codec)
+    out.write("a", speech(1.5), 10.0)
+    assert len(out.send(10.0)) == 1
+    assert out.wakes_at is None, "half a frame waits for the rest"
+    assert out.events() == [audio.Started("a")]
+    out.finish("a")
+    assert len(out.send(10.02)) == 1
+    assert codec.encoded[1] == struct.pack("<H", 2) * 160 + bytes(320)
+    assert out.events() == [audio.Drained("a", 30)]
+    assert out.played_ms("a") == 30
+
+
+def test_pieces_of_any_length_are_joined() -> None:
+    codec = FakeCodec()
+    out = playout(codec)
+    pcm = speech(3)
+    for n in range(0, len(pcm), 7):  # also in the middle of samples
+        out.write("a", pcm[n : n + 7], 10.0)
+    for n in range(3):
+        out.send(10.0 + n * 0.02)
+    assert b"".join(codec.encoded) == pcm
+
+
+def test_an_item_that_was_sent_is_drained_when_it_is_finished() -> None:
+    out = playout()
+    out.write("a", speech(1), 10.0)
+    out.send(10.0)
+    assert out.events() == [audio.Started("a")]
+    out.finish("a")
+    out.finish("a")
+    out.finish("never heard of")
+    assert out.events() == [audio.Drained("a", 20)]
+    assert out.wakes_at is None
+
+
+def test_items_play_one_after_another() -> None:
+    out = playout()
+    out.write("a", speech(1.5), 10.0)
+    out.write("b", speech(1, 50), 10.0)  # finishes a
+    out.write("a", speech(9, 90), 10.0)  # too late for a
+    out.finish("b")
+    packets = [entry[3] for n in range(5) for entry in sent(out.send(10.0 + n * 0.02))]
+    assert packets == [1, 2, 50]
+    assert out.events() == [
+        audio.Started("a"),
+        audio.Drained("a", 30),
+        audio.Started("b"),
+        audio.Drained("b", 20),
+    ]
+
+
+def test_nothing_leaves_after_a_flush_and_it_says_what_was_played() -> None:
+    codec = FakeCodec()
+    out = playout(codec)
+    out.write("a", speech(1), 10.0)
+    out.write("b", speech(100), 10.0)
+    out.write("c", speech(100), 10.0)
+    for n in range(4):
+        out.send(10.0 + n * 0.02)
+    assert out.events()[-1] == audio.Started("b")
+    assert out.flush(10.065) == [audio.Played("b", 60), audio.Played("c", 0)]
+    assert out.wakes_at is None
+    assert len(codec.encoded) == 4, "what is dropped was never encoded"
+    out.write("b", speech(5), 10.07)  # was under way
+    out.finish("b")
+    out.write("c", speech(5), 10.07)
+    assert out.send(10.08) == [] == out.events()
+    assert [out.played_ms(item) for item in "abcd"] == [20, 60, 0, 0]
+    assert out.flush(10.08) == []
+    out.write("d", speech(1, 9), 10.081)
+    assert sent(out.send(10.081)) == [(4, True, 3_888, 9)], "the next utterance leaves at once"
+
+
+def test_items_without_a_whole_sample_make_no_sound_and_no_event() -> None:
+    out = playout()
+    out.write("a", b"", 10.0)
+    out.write("b", b"x", 10.0)
+    out.finish("a")
+    out.finish("b")
+    assert (out.wakes_at, out.events(), out.flush(10.0)) == (None, [], [])
+    assert out.write("b", speech(1), 10.0), "b has ended"
+    assert out.wakes_at is None
+
+
+def test_a_full_queue_takes_what_fits_and_ends_the_item_there() -> None:
+    out = playout()
+    longest = int(audio.QUEUE_S_MAX * RATE_HZ * 2)
+    assert out.write("a", bytes(longest - 100), 10.0)
+    assert not out.write("a", speech(1), 10.0)
+    assert out.write("a", speech(1), 10.0), "told once, then ignored"
+    assert not out.write("b", speech(1), 10.0)
+    assert out.flush(10.0) == [audio.Played("a", 0)]
+    assert out.write("c", bytes(longest), 10.0), "all of it is free again"
+    assert len(out.send(10.0)) == 1
+    assert out.write("c", bytes(FRAME), 10.0)
+    assert not out.write("c", bytes(2), 10.0)
+
+
+def test_items_and_what_is_remembered_of_them_are_bounded() -> None:
+    out = playout()
+    taken = [out.write(f"item {n}", b"xx", 10.0) for n in range(audio.ITEMS_MAX + 5)]
+    assert taken == [True] * audio.ITEMS_MAX + [False] * 5
+    assert len(out.flush(10.0)) == audio.ITEMS_MAX
+    for n in range(1_000):
+        out.write(f"other {n}", bytes(FRAME), 10.0)
+        out.finish(f"other {n}")
+        assert len(out.send(10.0 + n)) == 1
+        out.events()
+    assert len(out._ended) == audio.ITEMS_REMEMBERED_MAX
+    assert (out.played_ms("other 999"), out.played_ms("other 1")) == (20, 0)
+
+
+def test_sender_reports_get_the_timestamp_of_their_moment() -> None:
+    out = playout()
+    assert out.timestamp_at(5.0) == out.last_timestamp == 0xFFFF_FF00
+    out.write("a", speech(1), 10.0)
+    out.send(10.003)
+    assert out.timestamp_at(10.003) == 0xFFFF_FF00
+    assert out.timestamp_at(10.013) == 0xFFFF_FF00 + 480 & 0xFFFF_FFFF
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("write"), st.sampled_from("abcdef"), st.integers(0, 300)),
+    st.tuples(st.just("finish"), st.sampled_from("abcdef"), st.just(0)),
+    st.tuples(st.sampled_from(["flush", "pass"]), st.just(""), st.integers(0, 300)),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(ACTIONS, max_size=60))
+def test_any_use_keeps_the_account(actions: list[tuple[str, str, int]]) -> None:
+    out = playout()
+    now = 1_000.0
+    ended: set[str] = set()
+    left: list[tuple[float, rtp.Packet]] = []
+
+    def step() -> None:
+        datagrams = out.send(now)
+        assert len(datagrams) <= 4
+        left.extend((now, read) for d in datagrams if (read := rtp.read(d)) is not None)
+        assert out.wakes_at is None or out.wakes_at > now
+        for event in out.events():
+            assert event.item not in ended
+            ended.update({event.item} if isinstance(event, audio.Drained) else ())
+        played = sum(-(-out.played_ms(item) // audio.FRAME_MS) for item in "abcdef")
+        assert played == out.packets_sent == len(left)
+
+    for action, item, ms in actions:
+        if action == "write":
+            out.write(item, bytes(ms * RATE_HZ * 2 // 1_000), now)
+        elif action == "finish":
+            out.finish(item)
+        elif action == "flush":
+            ended.update(played.item for played in out.flush(now))
+            assert out.send(now + 60.0) == []
+        else:
+            now += ms / 1_000
+        step()
+    while out.wakes_at is not None:
+        now = max(now, out.wakes_at)
+        step()
+    for (_, one), (_, other) in itertools.pairwise(left):
+        assert other.sequence == one.sequence + 1 & 0xFFFF
+        ticks = other.timestamp - one.timestamp & 0xFFFF_FFFF
+        assert ticks >= 960 if other.marker else ticks == 960
+    for at, read in left:  # no packet is ahead of the clock, none further behind it than allowed
+        stamp_s = (read.timestamp - left[0][1].timestamp & 0xFFFF_FFFF) / rtp.CLOCK_HZ
+        assert -1e-3 <= at - left[0][0] - stamp_s <= audio.LATE_S_MAX + 1e-3
