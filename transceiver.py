@@ -247,8 +247,11 @@ class Transceiver:
         self._guarded(session, session.flow, now)
 
     def _tick(self) -> None:
-        now = self.clock()
         self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        self.tick(self.clock())
+
+    def tick(self, now: float) -> None:
+        """Let time pass in every session, and sweep those whose turn it is."""
         self._ticks += 1
         slot = self._ticks % SWEEP_TICKS
         for session in list(self.sessions.values()):

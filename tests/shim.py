@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
+from aiortc import RTCCertificate, RTCConfiguration, RTCPeerConnection, RTCSessionDescription
 
 import frame
 
@@ -81,8 +81,10 @@ class Shim:
 class Client:
     """A WebRTC client as users have it."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: RTCCertificate | None = None) -> None:
         self.pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        if certificate is not None:
+            self.pc._RTCPeerConnection__certificates = [certificate]
         self.channel = self.pc.createDataChannel("oai-events")
         self.messages: list[str] = []
         self.track: Any = None
