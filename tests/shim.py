@@ -46,7 +46,8 @@ class Shim:
         """Tap on what the transceiver sends, without the header."""
         self.seen_as: Callable[[tuple[str, int]], tuple[str, int]] = lambda client: client
         """The address that a client appears under: another one is another network."""
-        self._clients: dict[tuple[str, int], tuple[str, int]] = {}
+        self.clients: dict[tuple[str, int], tuple[str, int]] = {}
+        """Real addresses of clients by the one they appear under."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self.front, self._upward)
         loop.add_reader(self.back, self._downward)
@@ -61,13 +62,19 @@ class Shim:
         passed = self.up(datagram)
         if passed is not None:
             seen = self.seen_as(client)
-            self._clients[seen] = client
+            self.clients[seen] = client
             self.back.sendto(frame.header(*seen) + passed, self.transceiver)
+
+    def inject(self, datagrams: list[bytes], seen: tuple[str, int] | None = None) -> None:
+        """Send datagrams upward as if a client had (the only one, unless `seen` says which)."""
+        header = frame.header(*(seen or next(iter(self.clients))))
+        for datagram in datagrams:
+            self.back.sendto(header + datagram, self.transceiver)
 
     def _downward(self) -> None:
         datagram = self.back.recv(2048)
         passed = self.down(datagram[frame.HEADER_OCTETS :])
-        client = self._clients.get(frame.client(datagram))
+        client = self.clients.get(frame.client(datagram))
         if passed is not None and client is not None:
             self.front.sendto(passed, client)
 

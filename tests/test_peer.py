@@ -1,0 +1,335 @@
+"""One client's transport, against a client as users have it."""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from aiortc import RTCCertificate
+from aiortc.mediastreams import AudioStreamTrack
+from aiortc.rtcdtlstransport import SRTPProtectionProfile, generate_certificate
+from cryptography.hazmat.primitives.asymmetric import rsa
+from OpenSSL import SSL
+
+import frame
+import mux
+import peer
+import rtp
+import sdp
+import stun
+from metrics import Counters
+from metrics import Transceiver as Count
+
+from . import shim
+
+UFRAG, PASSWORD = "APeT9ekG4r6OlO9+HGsokz4", b"Z4K/XErQpQxJ6rgyZhiW2+BN"
+
+
+class Recorder:
+    """A handler that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.packets: list[rtp.Packet] = []
+        self.reports = 0
+        self.messages: list[str | bytes] = []
+
+    def connected(self, now: float) -> None:
+        self.heard.append("connected")
+
+    def rtp(self, packet: bytes, now: float) -> None:
+        found = rtp.read(packet)
+        assert found is not None
+        self.packets.append(found)
+
+    def rtcp(self, packet: bytes, now: float) -> None:
+        self.reports += 1
+
+    def opened(self, now: float) -> None:
+        self.heard.append("opened")
+
+    def message(self, message: str | bytes, now: float) -> None:
+        self.messages.append(message)
+
+    def lost(self, reason: str) -> None:
+        self.heard.append(f"lost: {reason}")
+
+
+class Line:
+    """A client, the miniature relay, a mux with one session: what a test connects."""
+
+    def __init__(self, certificate: RTCCertificate | None = None) -> None:
+        self.counters = Counters(Count)
+        sock = shim.udp_socket()
+        loop = asyncio.get_running_loop()
+        self.shim = shim.Shim(sock.getsockname())
+        self.mux = mux.Mux(sock, lambda host: host == "127.0.0.1", self.counters, loop.time)
+        self.client = shim.Client(certificate)
+        self.handler = Recorder()
+        self.peer: peer.Peer
+
+    async def dial(self, change: Callable[[str], str] = lambda offer: offer) -> None:
+        offer = sdp.read_offer(change(await self.client.offer(AudioStreamTrack())))
+        self.peer = self.mux.open(offer, UFRAG, PASSWORD, self.handler)
+        answer = sdp.answer(
+            offer,
+            UFRAG,
+            PASSWORD.decode(),
+            fingerprint=self.peer.certificate.sha256,
+            candidates=[self.shim.address],
+            ssrc=7,
+            session_id=1,
+        )
+        await self.client.accept(answer)
+
+    async def connect(self) -> None:
+        await self.dial()
+        await shim.until(lambda: "opened" in self.handler.heard and self.handler.packets)
+
+    async def close(self) -> None:
+        await self.peer.close()
+        await self.client.close()
+        self.mux.close()
+        self.shim.close()
+
+
+def line(
+    scenario: Callable[[Line], Coroutine[Any, Any, None]],
+    certificate: RTCCertificate | None = None,
+) -> None:
+    """Run a scenario on a line of its own; no datagram may be unaccounted for."""
+
+    async def run() -> None:
+        found = Line(certificate)
+        try:
+            await scenario(found)
+            assert found.counters.missing() == 0
+            assert found.counters[Count.DROPPED_FAULT] == 0
+        finally:
+            await found.close()
+
+    asyncio.run(run())
+
+
+class RsaCertificate(RTCCertificate):
+    """What GStreamer and other encoders bring: a stock client of aiortc with an RSA key."""
+
+    @classmethod
+    def make(cls) -> "RsaCertificate":
+        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        return cls(key, generate_certificate(key))  # type: ignore[arg-type]  # it signs all the same
+
+    def _create_ssl_context(self, srtp_profiles: list[SRTPProtectionProfile]) -> SSL.Context:
+        context = super()._create_ssl_context(srtp_profiles)
+        context.set_cipher_list(b"ECDHE-RSA-AES128-GCM-SHA256")
+        return context
+
+
+@pytest.mark.parametrize("setup", ["actpass", "active", "passive"])
+def test_media_and_messages_both_ways_in_either_dtls_role(setup: str) -> None:
+    async def scenario(on: Line) -> None:
+        await on.dial(lambda offer: offer.replace("setup:actpass", f"setup:{setup}"))
+        await shim.until(lambda: "opened" in on.handler.heard)
+        assert on.handler.heard == ["connected", "opened"]
+        on.peer.send_message("hello client")
+        on.client.channel.send("hello server")
+        on.client.channel.send(b"\x00\x01")
+        await shim.until(lambda: on.client.messages and len(on.handler.messages) == 2)
+        assert on.client.messages == ["hello client"]
+        assert on.handler.messages == ["hello server", b"\x00\x01"]
+
+        await shim.until(lambda: len(on.handler.packets) > 10)
+        sequences = [packet.sequence for packet in on.handler.packets]
+        assert sequences == [(sequences[0] + n) & 0xFFFF for n in range(len(sequences))]
+
+        for sequence in range(10):
+            on.peer.send_rtp(rtp.write(96, sequence, sequence * 960, 7, b"\xf8\xff\xfe"))
+        await asyncio.wait_for(on.client.track.recv(), shim.WAIT_S)
+
+    line(scenario)
+
+
+def test_a_client_with_an_rsa_certificate() -> None:
+    async def scenario(on: Line) -> None:
+        await on.connect()
+        assert on.handler.heard == ["connected", "opened"]
+
+    line(scenario, RsaCertificate.make())
+
+
+def test_another_certificate_than_the_offers_is_refused() -> None:
+    async def scenario(on: Line) -> None:
+        other = peer.Certificate.generateCertificate().sha256
+
+        def change(offer: str) -> str:
+            kept = [row for row in offer.split("\r\n") if "sha-384" not in row]
+            return "\r\n".join(
+                f"a=fingerprint:sha-256 {other}" if "sha-256" in row else row for row in kept
+            )
+
+        await on.dial(change)
+        await shim.until(lambda: on.handler.heard)
+        assert on.handler.heard == ["lost: the set-up failed"]
+
+    line(scenario)
+
+
+def test_media_that_comes_before_its_keys_is_kept() -> None:
+    """The client's last DTLS flight is overtaken by its first audio."""
+
+    async def scenario(on: Line) -> None:
+        held: list[bytes] = []
+        overtook: list[int] = []
+
+        def up(datagram: bytes) -> bytes | None:
+            kind = stun.kind(datagram[0])
+            # The client's last flight begins with ChangeCipherSpec, content type 20 (RFC 6347
+            # section 4.2.4); everything of DTLS behind it waits too.
+            if kind is stun.Kind.DTLS and (held or datagram[0] == 20):
+                held.append(datagram)
+                return None
+            if kind is stun.Kind.RTP and not stun.is_rtcp(datagram):
+                overtook.append(int.from_bytes(datagram[2:4], "big"))
+            return datagram
+
+        on.shim.up = up
+        await on.dial()
+        await shim.until(lambda: len(overtook) >= 5)
+        assert on.handler.packets == []
+        on.shim.up = lambda datagram: datagram
+        before = len(overtook)
+        on.shim.inject(held)
+        await shim.until(lambda: len(on.handler.packets) > before)
+        assert on.handler.heard[0] == "connected"
+        got = [packet.sequence for packet in on.handler.packets]
+        assert got[:before] == overtook
+
+    line(scenario)
+
+
+def test_a_lost_client_hello_and_a_lost_last_flight_are_sent_again() -> None:
+    async def scenario(on: Line) -> None:
+        lost: list[bytes] = []
+
+        def down(datagram: bytes) -> bytes | None:
+            if stun.kind(datagram[0]) is stun.Kind.DTLS and len(lost) < 3 and datagram not in lost:
+                lost.append(datagram)  # each of the first three once
+                return None
+            return datagram
+
+        on.shim.down = down
+        await on.connect()
+        assert len(lost) == 3
+
+    line(scenario)
+
+
+def test_garbage_leaves_a_live_call_alone() -> None:
+    async def scenario(on: Line) -> None:
+        recorded: list[bytes] = []
+
+        def up(datagram: bytes) -> bytes:
+            recorded.append(datagram)
+            return datagram
+
+        on.shim.up = up
+        await on.connect()
+        on.shim.up = lambda datagram: datagram
+        before = on.counters[Count.DROPPED_BAD_SRTP]
+        client = next(iter(on.shim.clients))
+        for datagram in list(recorded):
+            for at in (1, len(datagram) // 2, len(datagram) - 1):
+                changed = bytearray(datagram)
+                changed[at] ^= 0x40
+                on.shim.inject([bytes(changed), datagram[:at], datagram], client)
+        on.shim.inject([bytes([first]) + os.urandom(40) for first in range(256)], client)
+        seen = len(on.handler.packets)
+        await shim.until(lambda: len(on.handler.packets) > seen + 5)
+        assert on.counters[Count.DROPPED_BAD_SRTP] > before
+        on.client.channel.send("still here")
+        await shim.until(lambda: "still here" in on.handler.messages)
+        assert not any(heard.startswith("lost") for heard in on.handler.heard)
+
+    line(scenario)
+
+
+def test_media_follows_the_client_to_another_address() -> None:
+    async def scenario(on: Line) -> None:
+        await on.connect()
+        moved = ("127.0.0.9", 4444)
+        on.shim.seen_as = lambda _: moved
+        # Nothing from there counts until a check has verified it; then everything goes there.
+        await shim.until(lambda: on.counters[Count.DROPPED_UNKNOWN_CLIENT])
+        on.shim.inject([stun.request(os.urandom(12), f"{UFRAG}:x", PASSWORD)], moved)
+        seen = len(on.handler.packets)
+        await shim.until(lambda: len(on.handler.packets) > seen)
+        assert on.peer.agent.active is not None
+        assert frame.client(on.peer.agent.active.header) == moved
+        on.peer.send_message("you have moved")
+        await shim.until(lambda: on.client.messages == ["you have moved"])
+
+    line(scenario)
+
+
+def test_the_client_hanging_up_is_noticed() -> None:
+    async def scenario(on: Line) -> None:
+        await on.connect()
+        await on.client.close()
+        await shim.until(lambda: "lost: the client closed the connection" in on.handler.heard)
+
+    line(scenario)
+
+
+def test_closing_tells_the_client_and_leaves_nothing() -> None:
+    async def scenario(on: Line) -> None:
+        await on.connect()
+        before = asyncio.all_tasks()
+        await on.peer.close()
+        await on.peer.close()
+        await shim.until(lambda: on.client.pc.connectionState == "closed")
+        assert not any(heard.startswith("lost") for heard in on.handler.heard)
+        on.peer.send_rtp(b"")
+        on.peer.send_message("")
+        await shim.until(lambda: all("RTCDtls" not in repr(task) for task in asyncio.all_tasks()))
+        assert asyncio.all_tasks() <= before
+
+    line(scenario)
+
+
+def test_closing_in_the_middle_of_the_handshake() -> None:
+    async def scenario(on: Line) -> None:
+        on.shim.down = lambda datagram: (
+            datagram if stun.kind(datagram[0]) is stun.Kind.STUN else None
+        )
+        await on.dial()
+        await shim.until(lambda: on.peer.agent.active is not None)
+        await on.peer.close()
+        assert on.handler.heard == []
+
+    line(scenario)
+
+
+def test_a_client_that_opens_too_many_channels_is_let_go() -> None:
+    async def scenario(on: Line) -> None:
+        await on.connect()
+        for number in range(peer.CHANNELS_MAX):
+            on.client.pc.createDataChannel(f"more {number}")
+        await shim.until(
+            lambda: on.handler.heard[-1] == "lost: the client opened too many data channels"
+        )
+
+    line(scenario)
+
+
+def test_a_message_that_is_too_large_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(on: Line) -> None:
+        await on.connect()
+        with caplog.at_level("INFO", "peer"):
+            on.peer.send_message("x" * 300_000)
+        assert "only supports messages up to" in caplog.text
+        on.peer.send_message("small")
+        await shim.until(lambda: on.client.messages == ["small"])
+        await shim.until(lambda: on.peer.backlog_octets == 0)
+
+    line(scenario)
