@@ -148,7 +148,7 @@ function message({ direction, event }) {
   if (direction === "sent") return;
   page.turns.event(event, now);
   if (event.type === "error") page.counters.errors += 1;
-  if (event.type === "session.created") $("hint").textContent = "";
+  if (event.type === "input_audio_buffer.speech_started") $("hint").textContent = "";
   if (event.type === "session.updated") sessionUpdated(event.session);
   if (event.type === "output_audio_buffer.cleared") {
     tape.mark({ kind: "cut", at: now, text: "interrupted" });
@@ -287,7 +287,7 @@ async function showStats(call, stats) {
   const read = stats.read(await call.getStats());
   page.counters.packetsIn = read.packetsIn;
   page.counters.packetsOut = read.packetsOut;
-  const setup = `${call.timings.answered} ms to the answer, ${call.timings.connected} ms connected`;
+  const setup = `answer ${call.timings.answered} ms, media ${call.timings.connected} ms`;
   for (const [name, text] of Object.entries({ ...read.figures, setup })) {
     document.querySelector(`[data-figure=${name}]`).textContent = text;
   }

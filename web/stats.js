@@ -73,11 +73,13 @@ function pick(report) {
 
 function pathOf(pair, local, remote) {
   const protocol = (local?.protocol ?? remote?.protocol ?? "").toUpperCase();
-  return remote ? `${protocol} ${remote.address ?? "?"}:${remote.port}` : NONE;
+  const address = remote?.address?.includes(":") ? `[${remote.address}]` : remote?.address;
+  return remote ? `${protocol} ${address ?? "?"}:${remote.port}` : NONE;
 }
 
 function codecName({ mimeType, clockRate }) {
-  return `${mimeType.replace("audio/", "")}, ${clockRate / 1000} kHz`;
+  const name = mimeType.replace("audio/", "");
+  return `${name[0].toUpperCase()}${name.slice(1)}, ${clockRate / 1000} kHz`;
 }
 
 const ratio = (part, whole) => (whole > 0 ? part / whole : null);

@@ -173,7 +173,7 @@ class Lane {
   }
 }
 
-// 0 for silence to 1 for full scale.
+// 0 for silence to 1 for full scale; the power gives speech, which lives in the upper half, shape.
 function loudness(peak) {
-  return Math.max(0, 1 - (20 * Math.log10(Math.max(peak, 1e-6))) / FLOOR_DB);
+  return Math.max(0, 1 - (20 * Math.log10(Math.max(peak, 1e-6))) / FLOOR_DB) ** 1.6;
 }
