@@ -326,6 +326,11 @@ class Counters:
         """The present value of one counter."""
         return int(self.values[kind])
 
+    def __str__(self) -> str:
+        """What is not zero, for a log line."""
+        counted = [f"{kind.name.lower()} {self[kind]}" for kind in self.kinds if self[kind]]
+        return f"{self.kinds.__name__.lower()}: {', '.join(counted) or 'nothing'}"
+
     def drops(self) -> dict[str, int]:
         """The DROPPED_* counters that are not zero, by name without the prefix, in lower case."""
         return {

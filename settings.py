@@ -142,7 +142,7 @@ class RelayTable(_Table, frozen=True):
     """Where transceivers answer: worker i binds this port plus i, and keeps it over restarts."""
     workers: Annotated[int, Meta(ge=0, le=256)] = 0
     """Worker processes; 0 is one for every CPU that the process may use."""
-    batch_size: Annotated[int, Meta(ge=1, le=1024)] = 64
+    batch_size: Annotated[int, Meta(ge=1, le=256)] = 64
     """Datagrams taken from a socket at once. Larger batches save nothing measurable beyond 64 and
     make the last of a batch wait for the first."""
     datagram_octets_max: Annotated[int, Meta(ge=576, le=9000)] = 1500

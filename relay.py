@@ -1,0 +1,538 @@
+"""The relay: one public UDP address, and behind it the transceiver that owns each session.
+
+    client  <- WebRTC, as it is ->  relay  <- the same behind a header (frame.py) ->  transceiver
+
+A worker's life is `Worker.serve`: wait, take a batch from the clients, send it to the transceivers,
+take a batch from the transceivers, send it to the clients. Read on from there, downward; below the
+workers stand what they share with the supervisor and the command line.
+
+A client becomes known by a STUN Binding Request whose ufrag names a transceiver (ufrag.py) and
+whose MESSAGE-INTEGRITY proves that it was given that ufrag's password. From then on its datagrams
+are forwarded by its address alone.
+
+Rules that stay true:
+- The relay answers nothing. It sends to transceivers that a ufrag under its keys names, and to
+  clients that have proved themselves, for the transceiver that owns their flow.
+- On the hit path there is no Python-level loop over the datagrams of a batch, no copy of a payload,
+  no exception and no log line. What misses, and STUN, is judged one by one.
+- Every datagram ends in exactly one counter of its way: received = forwarded + dropped.
+- Memory that strangers can grow is bounded by the flow table's limits; time, by the budget of
+  integrity checks.
+
+It keeps no session, decrypts nothing and knows no Redis. DTLS, RTP and RTCP pass unread.
+
+RFC 8445 (ICE), RFC 7983 (telling STUN from the rest by the first octet)
+"""
+
+import contextlib
+import gc
+import ipaddress
+import itertools
+import logging
+import operator
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import flows
+import frame
+import host
+import metrics
+import settings
+import stun
+import supervisor
+import udp
+import ufrag
+
+_log = logging.getLogger("relay")
+
+ROUNDS_MAX = 64
+"""Full batches from each side between two looks at the clock and at the supervisor: at most a few
+tens of milliseconds, and only while both sockets never run dry."""
+
+POLL_MS = 1000
+"""Longest sleep of an idle worker: how late a sweep may be."""
+
+_MALFORMED = dict.fromkeys(stun.Malformed, metrics.Inbound.DROPPED_STUN_MALFORMED) | {
+    stun.Malformed.TRUNCATED: metrics.Inbound.DROPPED_STUN_TRUNCATED,
+    stun.Malformed.NOT_REQUEST: metrics.Inbound.DROPPED_STUN_NOT_REQUEST,
+}
+_REJECTED = {
+    ufrag.Reject.MALFORMED: metrics.Inbound.DROPPED_UFRAG_MALFORMED,
+    ufrag.Reject.UNKNOWN_KEY: metrics.Inbound.DROPPED_UFRAG_UNKNOWN_KEY,
+    ufrag.Reject.FORGED: metrics.Inbound.DROPPED_UFRAG_FORGED,
+    ufrag.Reject.UNKNOWN_CLUSTER: metrics.Inbound.DROPPED_UFRAG_UNKNOWN_CLUSTER,
+    ufrag.Reject.OUTSIDE: metrics.Inbound.DROPPED_UFRAG_OUTSIDE,
+}
+_REFUSED = {
+    flows.Refusal.FLOWS: metrics.Inbound.DROPPED_FLOWS_LIMIT,
+    flows.Refusal.TENTATIVE: metrics.Inbound.DROPPED_TENTATIVE_LIMIT,
+    flows.Refusal.ADDRESSES: metrics.Inbound.DROPPED_ADDRESSES_LIMIT,
+    flows.Refusal.HELD: metrics.Inbound.DROPPED_FLOW_HELD,
+}
+# As plain numbers: an enumeration's member costs more to look up than the count to change.
+_RECEIVED, _FORWARDED, _OCTETS = (
+    int(metrics.Inbound.RECEIVED),
+    int(metrics.Inbound.FORWARDED),
+    int(metrics.Inbound.OCTETS),
+)
+assert (_RECEIVED, _FORWARDED, _OCTETS) == (
+    metrics.Outbound.RECEIVED,
+    metrics.Outbound.FORWARDED,
+    metrics.Outbound.OCTETS,
+)
+
+
+class Worker:
+    """One process's share of the clients."""
+
+    def __init__(self, shared: "Shared", number: int, found: settings.Relay, now: float) -> None:
+        """Take over sockets, flows and counters of worker `number`, the first of it or a later one.
+
+        Raises settings.SettingsError if the key file cannot be read.
+        """
+        table, memory = found.relay, shared.memories[number]
+        self._public, self._internal = shared.public[number], shared.internal[number]
+        self._family = self._internal.family
+        self._octets_max, self._size = table.datagram_octets_max, table.batch_size
+        self._coalesce_s = table.coalesce_us * 1e-6
+        self._keyring, self._clusters = found.keys.load(), settings.clusters(found.cluster)
+        self.inbound_counters, self.outbound_counters = counters_in(memory)
+        self.flows = flows.Table(memory.section("flows"), limits(table), now)
+        shape = self._size, self._octets_max, self._family
+        batch = udp.best()
+        self._inbound = batch(memory.section("batch_in"), udp.Way.INBOUND, *shape)
+        self._outbound = batch(memory.section("batch_out"), udp.Way.OUTBOUND, *shape)
+        self._checks_per_s = self._checks_left = table.integrity_checks_per_s
+        self._checks_renewed_at = now
+        self._nowhere = bytes(udp.name_octets(self._family))
+
+    def serve(self, link: socket.socket) -> None:
+        """Relay until `link` becomes readable."""
+        poll = select.poll()
+        for sock in (self._public, self._internal, link):
+            poll.register(sock, select.POLLIN)
+        public, stop = self._public.fileno(), link.fileno()
+        while True:
+            ready = [fd for fd, _ in poll.poll(POLL_MS)]
+            if stop in ready:
+                return
+            if self._coalesce_s and ready:
+                time.sleep(self._coalesce_s)
+            from_clients, from_transceivers = public in ready, self._internal.fileno() in ready
+            # In turns, so that neither way starves while the other never runs dry; until a batch
+            # comes back short, since waking up costs more than anything done with a datagram.
+            for _ in range(ROUNDS_MAX):
+                if from_clients:
+                    from_clients = self.inbound()
+                if from_transceivers:
+                    from_transceivers = self.outbound()
+                if not (from_clients or from_transceivers):
+                    break
+            self.flows.sweep(time.monotonic())
+
+    def inbound(self) -> bool:
+        """A batch from clients to transceivers; True if more may be waiting."""
+        batch, table = self._inbound, self.flows
+        n = batch.receive(self._public)
+        if not n:
+            return False
+        headers, lengths = batch.headers(n), batch.lengths(n)
+        hops: list[bytes | None] = list(map(table.hops.get, headers))
+        to_judge = batch.kinds(n).translate(stun.STUN_TABLE)
+        # Media of clients that are known: nearly always all of the batch.
+        if all(hops) and 1 not in to_judge and max(lengths) <= self._octets_max:
+            holes: Sequence[int] = ()
+            table.active.update(headers)
+        else:
+            holes = self._judge_inbound(headers, lengths, hops, to_judge)
+        batch.direct(n, hops)  # type: ignore[arg-type]  # judged: None is gone
+        batch.fit(n)
+        self._send(batch, self._internal, self.inbound_counters, lengths, holes)
+        return n == self._size
+
+    def outbound(self) -> bool:
+        """A batch from transceivers to clients; True if more may be waiting."""
+        batch, table = self._outbound, self.flows
+        n = batch.receive(self._internal)
+        if not n:
+            return False
+        headers, lengths, sources = batch.headers(n), batch.lengths(n), batch.sources(n)
+        # Each frame comes from the transceiver that its client's flow leads to.
+        if (
+            tuple(map(table.hops.get, headers)) == sources
+            and min(lengths) >= frame.HEADER_OCTETS
+            and max(lengths) <= self._octets_max + frame.HEADER_OCTETS
+        ):
+            holes: Sequence[int] = ()
+        else:
+            holes = self._judge_outbound(headers, lengths, sources)
+        if table.watched and not table.watched.isdisjoint(headers):
+            self._note_answers(headers, lengths, holes)
+        batch.fit(n)
+        self._send(batch, self._public, self.outbound_counters, lengths, holes)
+        return n == self._size
+
+    def _send(
+        self,
+        batch: udp.Batch,
+        sock: socket.socket,
+        counters: metrics.Counters,
+        lengths: list[int],
+        holes: Sequence[int],
+    ) -> None:
+        """Send what lies between the holes, and count it all."""
+        refused: list[int] = []
+        start, n = 0, len(lengths)
+        for end in (*holes, n):
+            refused += batch.send(sock, start, end)
+            start = end + 1
+        values, lost = counters.values, len(holes) + len(refused)
+        octets = sum(lengths) - (batch is self._outbound) * frame.HEADER_OCTETS * (n - lost)
+        if lost:
+            octets -= sum(lengths[i] for i in itertools.chain(holes, refused))
+            values[counters.kinds["DROPPED_SEND_FAILED"]] += len(refused)
+        values[_RECEIVED] += n
+        values[_FORWARDED] += n - lost
+        values[_OCTETS] += octets
+
+    # --- one by one: what misses, and STUN ------------------------------------------------------
+
+    def _judge_inbound(
+        self,
+        headers: tuple[bytes, ...],
+        lengths: list[int],
+        hops: list[bytes | None],
+        stun_flags: bytes,
+    ) -> list[int]:
+        """Find the hops of all that is not media of a known client; returns what was dropped.
+
+        Afterwards there is a hop for everything, for a hole one that is never used.
+        """
+        numbers, large = range(len(headers)), self._octets_max
+        suspects = set(itertools.compress(numbers, map(operator.not_, hops)))
+        suspects.update(itertools.compress(numbers, stun_flags))
+        if max(lengths) > large:
+            suspects.update(i for i in numbers if lengths[i] > large)
+        holes: list[int] = []
+        now, values = time.monotonic(), self.inbound_counters.values
+        for i in sorted(suspects):
+            verdict = self._route(headers[i], i, lengths[i], now)
+            if isinstance(verdict, bytes):
+                hops[i] = verdict
+            else:
+                values[verdict] += 1
+                hops[i] = None
+                holes.append(i)
+        self.flows.active.update(itertools.compress(headers, hops))
+        for i in holes:
+            hops[i] = self._nowhere
+            self._inbound.make_hole(i)
+        return holes
+
+    def _route(self, header: bytes, i: int, length: int, now: float) -> bytes | metrics.Inbound:
+        """Where datagram i of the batch goes, or why it goes nowhere."""
+        if length > self._octets_max:
+            return metrics.Inbound.DROPPED_OVERSIZED
+        hop, payload = self.flows.hops.get(header), self._inbound.payload(i, length)
+        if not length or stun.kind(payload[0]) is not stun.Kind.STUN:
+            return metrics.Inbound.DROPPED_UNKNOWN_CLIENT if hop is None else hop
+        request = stun.read_request(payload)
+        if isinstance(request, stun.Malformed):
+            # A known client may send indications and answers; what is broken ends here.
+            if hop is not None and request is stun.Malformed.NOT_REQUEST:
+                return hop
+            return _MALFORMED[request]
+        if hop is not None and self.flows.ufrag(header) == request.ufrag:
+            return hop  # the transceiver checks its integrity
+        return self._admit(header, payload, request, now)
+
+    def _admit(
+        self, header: bytes, payload: memoryview, request: stun.Request, now: float
+    ) -> bytes | metrics.Inbound:
+        """A check for a ufrag that this address has no flow for: open one if it is genuine."""
+        hint = ufrag.parse(self._keyring, self._clusters, request.ufrag)
+        if isinstance(hint, ufrag.Reject):
+            return _REJECTED[hint]
+        if now - self._checks_renewed_at >= 1.0:
+            self._checks_renewed_at, self._checks_left = now, self._checks_per_s
+        if not self._checks_left:
+            return metrics.Inbound.DROPPED_INTEGRITY_LIMIT
+        self._checks_left -= 1
+        password = ufrag.password(self._keyring, request.ufrag)
+        if password is None or not stun.check_integrity(payload, request, password):
+            return metrics.Inbound.DROPPED_BAD_INTEGRITY
+        hop = udp.name(str(hint.address), hint.port, self._family)
+        refusal = self.flows.open(header, hop, request.ufrag, now)
+        return hop if refusal is None else _REFUSED[refusal]
+
+    def _judge_outbound(
+        self, headers: tuple[bytes, ...], lengths: list[int], sources: tuple[bytes, ...]
+    ) -> list[int]:
+        """Count what must not be sent to a client; returns what was dropped."""
+        holes: list[int] = []
+        values = self.outbound_counters.values
+        for i, (header, length, source) in enumerate(zip(headers, lengths, sources, strict=True)):
+            drop = self._objection(header, length, source)
+            if drop is not None:
+                values[drop] += 1
+                holes.append(i)
+                self._outbound.make_hole(i)
+        return holes
+
+    def _objection(self, header: bytes, length: int, source: bytes) -> metrics.Outbound | None:
+        """Why a frame must not be sent to the client it names; None if it may."""
+        if length > self._octets_max + frame.HEADER_OCTETS:
+            return metrics.Outbound.DROPPED_OVERSIZED
+        owner = self.flows.hops.get(header)
+        if owner == source and length >= frame.HEADER_OCTETS:
+            return None
+        address, port = udp.endpoint(source)
+        at = ipaddress.ip_address(address)
+        if not any(cluster.contains(at, port) for cluster in self._clusters.values()):
+            return metrics.Outbound.DROPPED_NOT_TRANSCEIVER
+        if length < frame.HEADER_OCTETS or not frame.is_frame(header):
+            return metrics.Outbound.DROPPED_BAD_FRAME
+        return (
+            metrics.Outbound.DROPPED_UNKNOWN_CLIENT
+            if owner is None
+            else metrics.Outbound.DROPPED_WRONG_OWNER
+        )
+
+    def _note_answers(
+        self, headers: tuple[bytes, ...], lengths: list[int], holes: Sequence[int]
+    ) -> None:
+        """A transceiver that sends something other than STUN has finished ICE with its client."""
+        kinds, watched = self._outbound.kinds(len(headers)), self.flows.watched
+        spoken = [
+            header
+            for i, header in enumerate(headers)
+            if header in watched
+            and lengths[i] > frame.HEADER_OCTETS
+            and not stun.STUN_TABLE[kinds[i]]
+            and i not in holes
+        ]
+        self.flows.answered(spoken, time.monotonic())
+
+
+# --- what the workers and the supervisor share ----------------------------------------------------
+
+LAYOUT = 1
+"""Version of a worker's memory: any change to its sections, slots or counters is a new one."""
+
+MEMORY = "earshot-relay"
+"""Name of the shared memory, as /proc shows it."""
+
+
+def limits(table: settings.RelayTable) -> flows.Limits:
+    """One worker's share of the limits: the kernel spreads clients evenly over the workers."""
+    share = workers(table)
+    return flows.Limits(
+        flows=-(-table.flows_max // share),
+        tentative=-(-table.flows_tentative_max // share),
+        addresses=table.addresses_per_ufrag_max,
+        idle_s=table.flow_idle_s,
+        tentative_idle_s=table.tentative_idle_s,
+    )
+
+
+def workers(table: settings.RelayTable) -> int:
+    """How many workers there are."""
+    return table.workers or len(host.cpus())
+
+
+def _internal_family(table: settings.RelayTable) -> int:
+    return socket.AF_INET if table.internal.address.version == 4 else socket.AF_INET6
+
+
+class Shared:
+    """Sockets and memory of all workers, made before the first is forked, kept until the end."""
+
+    def __init__(self, table: settings.RelayTable) -> None:
+        """Raises OSError naming the address if a socket cannot be opened."""
+        numbers, size = range(workers(table)), table.receive_buffer_octets
+        at, inner = table.public, table.internal
+        self.public = [_opened(udp.open_public, at.host, at.port, size) for _ in numbers]
+        self.internal = [
+            _opened(udp.open_internal, inner.host, inner.port + number, size) for number in numbers
+        ]
+        family = self.internal[0].family
+        batch = udp.octets(table.batch_size, table.datagram_octets_max, family)
+        sizes = {
+            "inbound": metrics.octets(metrics.Inbound),
+            "outbound": metrics.octets(metrics.Outbound),
+            "flows": flows.octets(limits(table).flows),
+            "batch_in": batch,
+            "batch_out": batch,
+        }
+        self.memories = [host.SharedMemory(MEMORY, sizes) for _ in numbers]
+
+
+def counters_in(memory: host.Memory) -> tuple[metrics.Counters, metrics.Counters]:
+    """A worker's counters, inbound and outbound, in its memory."""
+    return (
+        metrics.Counters(metrics.Inbound, memory.section("inbound")),
+        metrics.Counters(metrics.Outbound, memory.section("outbound")),
+    )
+
+
+def _opened(
+    open_socket: Callable[[str, int, int], socket.socket], host: str, port: int, octets: int
+) -> socket.socket:
+    try:
+        return open_socket(host, port, octets)
+    except OSError as error:
+        raise OSError(error.errno, f"{host} port {port}: {error.strerror}") from error
+
+
+def state_file(table: settings.RelayTable) -> Path:
+    """Where a relay of this configuration writes down how it is found."""
+    return table.state_dir / f"relay-{table.public.host}-{table.public.port}.json"
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+def load(path: Path) -> settings.Relay:
+    """The configuration, keys included. Raises settings.SettingsError."""
+    found = settings.load(path, settings.Relay)
+    found.keys.load()
+    if _internal_family(found.relay) == socket.AF_INET:
+        for cluster in found.cluster:
+            if cluster.prefix.network.version == 6:
+                raise settings.SettingsError(
+                    f"{path}: relay.internal: an IPv4 address cannot reach cluster {cluster.id}"
+                )
+    return found
+
+
+def relay(found: settings.Relay) -> int:
+    """Serve until told to stop; returns the exit code."""
+    table = found.relay
+    try:
+        shared = Shared(table)
+    except OSError as error:
+        _log.error("cannot open a socket: %s", error.strerror)
+        return supervisor.Exit.ADDRESS
+    granted = udp.receive_buffer_octets(shared.public[0])
+    if granted < table.receive_buffer_octets:
+        _log.warning("the kernel grants a buffer of %d octets: raise net.core.rmem_max", granted)
+    try:
+        host.publish(state_file(table), LAYOUT, shared.memories)
+    except OSError as error:
+        _log.warning("%s: relay flows and relay counters will not work", error)
+
+    def work(number: int, link: socket.socket) -> int:
+        worker = Worker(shared, number, found, time.monotonic())
+        gc.freeze()
+        link.send(supervisor.READY)
+        worker.serve(link)
+        return supervisor.Exit.STOPPED
+
+    def ready() -> None:
+        _log.info(
+            "ready: %s, workers %s, %s", table.public, workers(table), udp.best().__name__.lower()
+        )
+
+    cpus = host.cpus()
+    pins = [cpus[number % len(cpus)] for number in range(workers(table))]
+    try:
+        return supervisor.Supervisor(pins, work, _log, ready).run()
+    finally:
+        state_file(table).unlink(missing_ok=True)
+        for way in zip(*map(counters_in, shared.memories), strict=True):
+            _log.info("stopped: %s", metrics.total(way))
+
+
+cli = typer.Typer(
+    help="The relay: forwards WebRTC datagrams to the transceiver that owns their session.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+_Config = Annotated[Path, typer.Option("--config", help="The configuration file.", metavar="FILE")]
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """A wrong configuration is a sentence and an exit code, not a traceback."""
+    try:
+        yield
+    except settings.SettingsError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(supervisor.Exit.CONFIGURATION) from error
+
+
+@cli.command()
+def run(config: _Config) -> None:
+    """Serve until SIGTERM."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(name)s[%(process)d] %(levelname)s %(message)s",
+    )
+    with _exit_codes():
+        raise typer.Exit(relay(load(config)))
+
+
+@cli.command()
+def check(config: _Config) -> None:
+    """Say whether the configuration can be used; exit status 78 and the reason if not."""
+    with _exit_codes():
+        found = load(config)
+    table = found.relay
+    typer.echo(
+        f"{config}: ok: {workers(table)} workers at {table.public}, {limits(table).flows} flows"
+        f" each, {len(found.cluster)} cluster(s), {len(found.keys.load().keys)} key(s)"
+    )
+
+
+@cli.command("flows")
+def show_flows(config: _Config) -> None:
+    """Print the running relay's flows: client (masked), state, transceiver, age."""
+    now = time.monotonic()
+    for number, memory in enumerate(_attached(config)):
+        for flow in flows.read_all(memory.section("flows")):
+            client, hop = (
+                masked(*frame.client(flow.header)),
+                ":".join(map(str, udp.endpoint(flow.hop))),
+            )
+            state, age_s = flow.state.name.lower(), now - flow.opened_at
+            typer.echo(f"worker {number}  {client:<28} {state:<9}  {hop}  {age_s:.0f} s")
+
+
+@cli.command()
+def counters(config: _Config) -> None:
+    """Print the running relay's counters as Prometheus reads them."""
+    rows = list(map(counters_in, _attached(config)))
+    labels = [{"worker": str(number)} for number in range(len(rows))]
+    for way, of_way in zip(("inbound", "outbound"), zip(*rows, strict=True), strict=True):
+        pairs = list(zip(labels, of_way, strict=True))
+        typer.echo(metrics.exposition(f"earshot_relay_{way}", pairs).decode(), nl=False)
+
+
+def _attached(config: Path) -> list[host.Memory]:
+    with _exit_codes():
+        table = settings.load(config, settings.Relay).relay
+    try:
+        return host.attach(state_file(table), LAYOUT, MEMORY)
+    except (OSError, ValueError) as error:
+        typer.echo(f"no relay of this configuration is running: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def masked(address: str, port: int) -> str:
+    """A client's address as it may be shown: without what tells one household from the next."""
+    if ":" in address:
+        prefix = ipaddress.ip_network((address.partition("%")[0], 48), strict=False)
+        return f"[{prefix.network_address}x]:{port}"
+    return f"{address.rpartition('.')[0]}.x:{port}"
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,409 @@
+"""UDP sockets, and batches of datagrams that the kernel fills and empties with one call each.
+
+What it owns: opening the relay's sockets with the options that matter, socket addresses as octets,
+and `Batch`: room for n datagrams laid out once in (shared) memory, with everything that recvmmsg(2)
+and sendmmsg(2) need to know about it. No other module of the relay uses ctypes.
+
+A batch is made of frames (frame.py). Which way it goes decides what the kernel puts where:
+
+               32 octets of header        datagram
+             +------+-----------------+---------------------------+
+    frame    | MAGIC| sockaddr_in6    | payload                   |     one every `stride` octets
+             +------+-----------------+---------------------------+
+    INBOUND           ^ source name     ^ received here                 sent: the whole frame
+    OUTBOUND ^ received here
+                      ^ destination     ^ sent from here
+
+So the header is written by the kernel, as the name of the source, and read by it, as the name of
+the destination: it is never built, and no payload is ever copied. The other end's names (the
+transceivers') lie one behind the other in an array of their own.
+
+Rules that stay true:
+- Nothing here loops over the datagrams of a batch in Python but the portable twin and the skipping
+  of datagrams that the kernel refused.
+- The tables of pointers are written once. What changes a batch are the lengths, by strided
+  assignment, and the next hops, as one piece.
+- What the methods return are copies, but for `payload`.
+
+`PortableBatch` does the same with recvfrom_into and sendto where there is no recvmmsg. It knows
+nothing of flows, STUN or counters.
+
+recvmmsg(2), sendmmsg(2), ip(7), ipv6(7), socket(7) https://man7.org/linux/man-pages/
+"""
+
+import ctypes
+import enum
+import errno
+import ipaddress
+import select
+import socket
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import frame
+
+SEND_WAIT_MS = 5
+"""How long a full send buffer may hold up a batch. Buffers drain in microseconds; a device that
+stands still for longer must not stop the other way, whose datagrams wait meanwhile."""
+
+CACHE_LINE_OCTETS = 64
+
+_MSGHDR = struct.Struct("@PI4xPNPNi4x")  # struct msghdr on 64-bit Linux
+_MMSGHDR_OCTETS = _MSGHDR.size + 8  # and msg_len with its padding
+_IOVEC = struct.Struct("@PN")
+_WORD_OCTETS = 4  # lengths are read and written as 32-bit words: half of what size_t would be
+_LENGTH_WORD = _MSGHDR.size // _WORD_OCTETS  # of msg_len in struct mmsghdr
+_MMSGHDR_WORDS = _MMSGHDR_OCTETS // _WORD_OCTETS
+_IOVEC_WORDS = _IOVEC.size // _WORD_OCTETS
+
+_IPV4_NAME = struct.Struct("<H2s4s8x")  # struct sockaddr_in
+_IPV6_NAME = struct.Struct("<H2s4x16sI")  # struct sockaddr_in6
+_FAMILY_INET, _FAMILY_INET6 = 2, 10  # Linux's numbers, on every architecture
+_NAME_AT = len(frame.MAGIC)
+
+# Linux's names that Python's socket module does not have.
+_SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
+_IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
+
+
+def name(host: str, port: int, family: int, scope: int = 0) -> bytes:
+    """The socket address that a socket of `family` sends to, as the kernel has it in memory.
+
+    16 octets for AF_INET, 28 for AF_INET6 (IPv4 hosts v4-mapped). Raises ValueError for an IPv6
+    host and AF_INET, and for what is no address.
+    """
+    address, at = ipaddress.ip_address(host), port.to_bytes(2, "big")
+    if family == socket.AF_INET:
+        if address.version != 4:
+            raise ValueError(f"{address} cannot be reached from an IPv4 socket")
+        return _IPV4_NAME.pack(_FAMILY_INET, at, address.packed)
+    packed = address.packed if address.version == 6 else b"\x00" * 10 + b"\xff\xff" + address.packed
+    return _IPV6_NAME.pack(_FAMILY_INET6, at, packed, scope)
+
+
+def endpoint(octets: bytes) -> tuple[str, int]:
+    """Host and port of a `name`; a v4-mapped address comes back as IPv4."""
+    if len(octets) == _IPV4_NAME.size:
+        _, port, packed = _IPV4_NAME.unpack(octets)
+        return str(ipaddress.IPv4Address(packed)), int.from_bytes(port, "big")
+    _, port, packed, _ = _IPV6_NAME.unpack(octets)
+    address = ipaddress.IPv6Address(packed)
+    return str(address.ipv4_mapped or address), int.from_bytes(port, "big")
+
+
+def name_octets(family: int) -> int:
+    """Size of a `name` of that family."""
+    return _IPV4_NAME.size if family == socket.AF_INET else _IPV6_NAME.size
+
+
+def open_public(host: str, port: int, buffer_octets: int) -> socket.socket:
+    """A socket for clients: AF_INET6 also for an IPv4 host, so that all clients look alike.
+
+    Several may be opened for one address (SO_REUSEPORT): the kernel spreads clients over them.
+    Raises OSError.
+    """
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    try:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        _prepare(sock, buffer_octets)
+        mapped = host if ipaddress.ip_address(host).version == 6 else f"::ffff:{host}"
+        sock.bind((mapped, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def open_internal(host: str, port: int, buffer_octets: int) -> socket.socket:
+    """A socket towards transceivers, alone on its port. Raises OSError.
+
+    AF_INET where the host is IPv4: what the kernel need not map and unmap a datagram is free.
+    """
+    version = ipaddress.ip_address(host).version
+    sock = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
+    try:
+        _prepare(sock, buffer_octets)
+        sock.bind((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _prepare(sock: socket.socket, buffer_octets: int) -> None:
+    sock.setblocking(False)
+    for force, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, force, buffer_octets)
+        except OSError:  # only CAP_NET_ADMIN may go beyond net.core.rmem_max: take what is given
+            sock.setsockopt(socket.SOL_SOCKET, plain, buffer_octets)
+    # IP_PMTUDISC_PROBE (ip(7)): Don't Fragment, and no forged ICMP shrinks the path. WebRTC stays
+    # under 1,200 octets, and a datagram without fragments needs no identification: choosing one
+    # was 4.6 % of the relay's time a datagram (Linux 6.18, loopback).
+    try:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE)
+    except OSError:  # other kernels: fragments, as they please
+        pass
+
+
+def receive_buffer_octets(sock: socket.socket) -> int:
+    """What the kernel granted: it counts its own overhead, hence twice what was asked."""
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+
+class Way(enum.Enum):
+    """Which way a batch goes: see the figure above."""
+
+    INBOUND = "clients to transceivers"
+    OUTBOUND = "transceivers to clients"
+
+
+class _View(NamedTuple):
+    """What a batch of n datagrams needs, made once for each n: slicing costs more than using it."""
+
+    headers: struct.Struct
+    kinds: memoryview
+    received: memoryview
+    to_send: memoryview
+    hops: memoryview
+    sources: struct.Struct
+    shift: int
+
+
+class Batch:
+    """Room for a batch of datagrams that go one way."""
+
+    def __init__(
+        self, memory: memoryview, way: Way, size: int, octets_max: int, family: int
+    ) -> None:
+        """Lay a batch of `size` datagrams out in `memory`, of `octets(...)` octets.
+
+        `octets_max` is the largest payload; `family` that of the socket towards transceivers. The
+        memory must stay where it is. What an earlier process received into it is kept.
+        """
+        self.size, self.octets_max = size, octets_max
+        self._memory, self._way, self._family = memory, way, family
+        self._stride = _stride(octets_max)
+        self._name = name_octets(family)
+        self._names_at = size * self._stride
+        self._tables_at = _aligned(self._names_at + size * self._name)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        inbound = way is Way.INBOUND
+        header = frame.HEADER_OCTETS
+        self._receive_from, self._send_from = (header, 0) if inbound else (0, header)
+        self._shift = header if inbound else -header
+        if inbound:
+            for at in range(0, self._names_at, self._stride):
+                memory[at : at + _NAME_AT] = frame.MAGIC
+        self._write_tables()
+        tables = memory[self._tables_at : octets(size, octets_max, family)].cast("I")
+        self._frames = memory[: self._names_at]
+        self._names = memory[self._names_at : self._names_at + size * self._name]
+        self._lengths = tables[_LENGTH_WORD : size * _MMSGHDR_WORDS : _MMSGHDR_WORDS]
+        iovecs = tables[2 * size * _MMSGHDR_WORDS + size * _IOVEC_WORDS :]
+        self._to_send = iovecs[2 : size * _IOVEC_WORDS : _IOVEC_WORDS]
+        self._views = [self._view(n) for n in range(size + 1)]
+
+    def _write_tables(self) -> None:
+        """Two arrays of struct mmsghdr (to receive, to send), then two of struct iovec."""
+        memory, size, room = self._memory, self.size, self.octets_max + frame.HEADER_OCTETS
+        inbound = self._way is Way.INBOUND
+        for i in range(size):
+            at = self._base + i * self._stride
+            client = at + _NAME_AT, frame.HEADER_OCTETS - _NAME_AT
+            other = self._base + self._names_at + i * self._name, self._name
+            receive, send = (client, other) if inbound else (other, client)
+            for array, peer, start, length in (
+                (0, receive, self._receive_from, room - self._receive_from),
+                (1, send, self._send_from, 0),
+            ):
+                header_at = self._tables_at + (array * size + i) * _MMSGHDR_OCTETS
+                iovec_at = (
+                    self._tables_at + 2 * size * _MMSGHDR_OCTETS + (array * size + i) * _IOVEC.size
+                )
+                _IOVEC.pack_into(memory, iovec_at, at + start, length)
+                _MSGHDR.pack_into(memory, header_at, *peer, self._base + iovec_at, 1, 0, 0, 0)
+
+    def _view(self, n: int) -> _View:
+        rest = self._stride - frame.HEADER_OCTETS
+        whole = f"{frame.HEADER_OCTETS}s"
+        return _View(
+            headers=struct.Struct(f"{whole}{rest}x" * n),
+            kinds=self._frames[frame.HEADER_OCTETS : n * self._stride : self._stride],
+            received=self._lengths[:n],
+            to_send=self._to_send[:n],
+            hops=self._names[: n * self._name],
+            sources=struct.Struct(f"{self._name}s" * n),
+            shift=int.from_bytes(abs(self._shift).to_bytes(_WORD_OCTETS, "little") * n, "little"),
+        )
+
+    def receive(self, sock: socket.socket) -> int:
+        """Take what waits, up to `size` datagrams; 0 if there is none. Never blocks.
+
+        MSG_TRUNC makes a length that of the datagram even where its end did not fit, so that
+        oversized ones show. An error that the kernel kept for the socket reads as none waiting.
+        """
+        n: int = _recvmmsg(sock.fileno(), self._base + self._tables_at, self.size, _FLAGS, None)
+        return n if n > 0 else 0
+
+    def headers(self, n: int) -> tuple[bytes, ...]:
+        """The headers of the first n frames: who the clients are."""
+        return self._views[n].headers.unpack_from(self._frames)
+
+    def kinds(self, n: int) -> bytes:
+        """First octet of each payload; of an empty one, whatever lay there before."""
+        return self._views[n].kinds.tobytes()
+
+    def lengths(self, n: int) -> list[int]:
+        """What was received, in octets, header included on the way out."""
+        return self._views[n].received.tolist()
+
+    def sources(self, n: int) -> tuple[bytes, ...]:
+        """OUTBOUND: the socket address that each frame came from."""
+        return self._views[n].sources.unpack_from(self._names)
+
+    def payload(self, i: int, length: int) -> memoryview:
+        """A view of datagram i, without header, valid until the next receive."""
+        at = i * self._stride + frame.HEADER_OCTETS
+        return self._frames[at : at + length]
+
+    def make_hole(self, i: int) -> None:
+        """Datagram i will not be sent: give it a length that `fit` can work with."""
+        self._lengths[i] = frame.HEADER_OCTETS
+
+    def direct(self, n: int, hops: Sequence[bytes]) -> None:
+        """INBOUND: where each of n datagrams goes, n socket addresses."""
+        self._views[n].hops[:] = b"".join(hops)
+
+    def fit(self, n: int) -> None:
+        """Make what was received n lengths to send: 32 more on the way in, 32 less on the way out.
+
+        One addition of big integers for all of them: a carry cannot happen with lengths below
+        2^31, a borrow not with lengths of at least 32, which the caller sees to.
+        """
+        *_, received, to_send, _, _, shift = self._views[n]
+        lengths = int.from_bytes(received.tobytes(), "little")
+        shifted = lengths + shift if self._shift > 0 else lengths - shift
+        to_send[:] = memoryview(shifted.to_bytes(n * _WORD_OCTETS, "little")).cast("I")
+
+    def send(self, sock: socket.socket, start: int, end: int) -> list[int]:
+        """Send datagrams `start` to `end` (exclusive); returns those that the kernel refused."""
+        refused: list[int] = []
+        table = self._base + self._tables_at + self.size * _MMSGHDR_OCTETS
+        waited = False
+        while start < end:
+            # sendmmsg(2): returns how many went out before one failed; an error is the first's.
+            sent: int = _sendmmsg(
+                sock.fileno(), table + start * _MMSGHDR_OCTETS, end - start, _DONT_WAIT
+            )
+            if sent > 0:
+                start += sent
+                waited = False
+            elif not waited and ctypes.get_errno() in (errno.EAGAIN, errno.ENOBUFS):
+                waited = True
+                _wait_until_writable(sock)
+            else:
+                refused.append(start)
+                start += 1
+                waited = False
+        return refused
+
+
+class PortableBatch(Batch):
+    """The same, a call a datagram, for systems without recvmmsg."""
+
+    def receive(self, sock: socket.socket) -> int:
+        """As `Batch.receive`."""
+        for i in range(self.size):
+            at = i * self._stride
+            # One octet more than fits: a datagram that fills it was too large.
+            room = self.octets_max + frame.HEADER_OCTETS + 1
+            try:
+                length, address = sock.recvfrom_into(
+                    self._frames[at + self._receive_from : at + room]
+                )
+            except OSError:
+                return i
+            self._lengths[i] = length
+            source = name(
+                address[0].partition("%")[0], address[1], self._received_family(), *address[3:]
+            )
+            if self._way is Way.INBOUND:
+                self._frames[at + _NAME_AT : at + frame.HEADER_OCTETS] = source
+            else:
+                self._names[i * self._name : (i + 1) * self._name] = source
+        return self.size
+
+    def _received_family(self) -> int:
+        return socket.AF_INET6 if self._way is Way.INBOUND else self._family
+
+    def send(self, sock: socket.socket, start: int, end: int) -> list[int]:
+        """As `Batch.send`."""
+        return [i for i in range(start, end) if not self._sent(sock, i)]
+
+    def _sent(self, sock: socket.socket, i: int) -> bool:
+        at = i * self._stride
+        if self._way is Way.INBOUND:
+            target = bytes(self._names[i * self._name : (i + 1) * self._name])
+        else:
+            target = bytes(self._frames[at + _NAME_AT : at + frame.HEADER_OCTETS])
+        host, port = endpoint(target)
+        if sock.family == socket.AF_INET6 and ":" not in host:
+            host = f"::ffff:{host}"
+        content = self._frames[at + self._send_from : at + self._send_from + self._to_send[i]]
+        for _ in range(2):
+            try:
+                sock.sendto(content, (host, port))
+            except BlockingIOError:
+                _wait_until_writable(sock)
+            except OSError:
+                return False
+            else:
+                return True
+        return False
+
+
+def octets(size: int, octets_max: int, family: int) -> int:
+    """Memory that a batch takes."""
+    names_end = _aligned(size * (_stride(octets_max) + name_octets(family)))
+    return names_end + 2 * size * (_MMSGHDR_OCTETS + _IOVEC.size)
+
+
+def _stride(octets_max: int) -> int:
+    """From frame to frame: an odd number of cache lines, so that the first lines of all frames,
+    which every step reads, do not compete for the same few sets of the first-level cache."""
+    lines = _aligned(frame.HEADER_OCTETS + octets_max + 1) // CACHE_LINE_OCTETS
+    return (lines | 1) * CACHE_LINE_OCTETS
+
+
+def _aligned(length: int) -> int:
+    return -(-length // CACHE_LINE_OCTETS) * CACHE_LINE_OCTETS
+
+
+def _wait_until_writable(sock: socket.socket) -> None:
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    poll.poll(SEND_WAIT_MS)
+
+
+def best() -> type[Batch]:
+    """`Batch` where the system has recvmmsg and its structures are as above, else its twin."""
+    return Batch if _HAS_MMSG else PortableBatch
+
+
+_DONT_WAIT = int(getattr(socket, "MSG_DONTWAIT", 0))
+_FLAGS = _DONT_WAIT | int(getattr(socket, "MSG_TRUNC", 0))
+# PyDLL keeps the interpreter lock: there is no thread to give it to, and handing it over and back
+# costs as much as the call.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_HAS_MMSG = hasattr(_libc, "recvmmsg") and struct.calcsize("P") == 8
+if _HAS_MMSG:
+    _recvmmsg, _sendmmsg = _libc.recvmmsg, _libc.sendmmsg
+    _recvmmsg.argtypes = (
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p,
+    )  # fmt: skip
+    _sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
