@@ -66,7 +66,7 @@ class Mux:
         self.clock = clock
         self.loop = asyncio.get_running_loop()
         self._socket = sock
-        # A socket of a sender that we do not trust costs a look-up; hosts are few.
+        # Relays are few, forged sources are not: bounded.
         self._trusts = lru_cache(maxsize=1024)(trusts)
         self._values = counters.values
         self._by_ufrag: dict[bytes, Peer] = {}

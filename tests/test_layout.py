@@ -36,7 +36,7 @@ IMPORTERS = {
     "aiohttp": {"transceiver", "signaling", "placement"},
     "aioice": set(),
     "aiortc": {"peer"},
-    "asyncio": {"mux", "peer", "session", "transceiver", "signaling", "placement", "backend"},
+    "asyncio": {"mux", "peer", "transceiver", "signaling", "placement", "backend"},
     "av": {"opus"},
     "cryptography": {"ufrag"},
     "ctypes": {"udp", "opus"},
