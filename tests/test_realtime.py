@@ -4,7 +4,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import realtime
@@ -106,6 +106,7 @@ def test_an_error_names_the_field(update: dict[str, Any], param: str) -> None:
     assert before == fresh()
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["audio", "type", "id", "tools", "x"]), JSON))
 def test_any_update_is_taken_or_refused(update: dict[str, Any]) -> None:
     try:

@@ -3,8 +3,6 @@
 import math
 import random
 import struct
-import wave
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +10,7 @@ import pytest
 from realtime import SemanticVad, ServerVad
 from turns import FRAME_MS, FRAME_OCTETS, MS_OCTETS, RATE_HZ, TURN_MS_MAX, Ear, Mark, by_sound
 
-SENTENCE = Path(__file__).parent / "data" / "sentence.wav"
-
-
-def sentence() -> bytes:
-    """Its speech at RATE_HZ: starts and ends within a frame of the first and last loud sample."""
-    with wave.open(str(SENTENCE)) as file:
-        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(float)
-    samples = samples[: len(samples) // 3 * 3].reshape(-1, 3).mean(axis=1)
-    loud = np.flatnonzero(np.abs(samples) > 400)
-    return bytes(samples[loud[0] : loud[-1] + 1].astype("<i2").tobytes())
+from .line import SPEECH
 
 
 def silence(ms: int) -> bytes:
@@ -47,7 +36,7 @@ def heard(ear: Ear, pcm: bytes, rule: ServerVad | None, piece: int = FRAME_OCTET
 
 @pytest.mark.parametrize("silence_ms", [200, 500, 1000])
 def test_a_turn_ends_that_much_silence_after_the_last_speech(silence_ms: int) -> None:
-    speech = sentence()
+    speech = SPEECH
     rule = ServerVad(silence_duration_ms=silence_ms)
     before = silence(1000)
     marks = heard(Ear(), before + speech + silence(2000), rule)
@@ -62,7 +51,7 @@ def test_a_turn_ends_that_much_silence_after_the_last_speech(silence_ms: int) ->
 
 
 def test_a_turn_is_what_was_said_with_its_padding_and_without_the_silence_behind() -> None:
-    speech = sentence()
+    speech = SPEECH
     marks = heard(Ear(), silence(1000) + speech + silence(900), ServerVad(prefix_padding_ms=200))
     turn = marks[-1][2]
     assert speech[: len(speech) - 40 * MS_OCTETS] in turn.pcm
@@ -75,7 +64,7 @@ def test_a_turn_is_what_was_said_with_its_padding_and_without_the_silence_behind
 
 
 def test_any_cut_into_pieces_hears_the_same() -> None:
-    pcm = silence(400) + sentence() + silence(700)
+    pcm = silence(400) + SPEECH + silence(700)
     whole = heard(Ear(), pcm, ServerVad())
     for piece in (1, 639, 641, 3_200):
         pieces = heard(Ear(), pcm, ServerVad(), piece)
@@ -95,13 +84,13 @@ def test_what_is_no_speech_starts_no_turn(sound: bytes) -> None:
 
 
 def test_threshold_is_a_level() -> None:
-    quiet = (np.frombuffer(sentence(), "<i2") // 16).astype("<i2").tobytes()  # 24 dB less
+    quiet = (np.frombuffer(SPEECH, "<i2") // 16).astype("<i2").tobytes()  # 24 dB less
     assert heard(Ear(), quiet + silence(800), ServerVad(threshold=0.0)) != []
     assert heard(Ear(), quiet + silence(800), ServerVad(threshold=0.7)) == []
 
 
 def test_clicks_do_not_prolong_a_turn() -> None:
-    speech = sentence()
+    speech = SPEECH
     clicks = (silence(180) + noise(15, -6) + silence(5)) * 5
     stopped_ms = heard(Ear(), speech + clicks, ServerVad())[-1][1]
     assert stopped_ms <= len(speech) // MS_OCTETS + 540
@@ -109,7 +98,7 @@ def test_clicks_do_not_prolong_a_turn() -> None:
 
 def test_the_clock_ends_a_turn_when_no_more_packets_come() -> None:
     ear, rule = Ear(), ServerVad(silence_duration_ms=300)
-    speech = sentence()
+    speech = SPEECH
     assert [mark for mark, *_ in heard(ear, speech, rule)] == [Mark.STARTED]
     last = len(speech) // MS_OCTETS / 1000
     assert not ear.has_fallen_silent(last + 0.3, rule)
@@ -120,7 +109,7 @@ def test_the_clock_ends_a_turn_when_no_more_packets_come() -> None:
 
 def test_silence_behind_a_turn_pads_the_next_one() -> None:
     ear = Ear()
-    first, second = heard(ear, (sentence() + silence(600)) * 2, ServerVad())[1::2]
+    first, second = heard(ear, (SPEECH + silence(600)) * 2, ServerVad())[1::2]
     lead_ms = second[2].end_ms - len(second[2].pcm) // MS_OCTETS - first[2].end_ms
     assert lead_ms >= 0  # nothing is in two turns
     assert second[2].heard_ms == pytest.approx(first[2].heard_ms, abs=60)
@@ -128,7 +117,7 @@ def test_silence_behind_a_turn_pads_the_next_one() -> None:
 
 def test_memory_is_bounded_however_long_somebody_talks() -> None:
     ear, rule = Ear(), ServerVad(silence_duration_ms=3000)
-    speech = sentence()
+    speech = SPEECH
     for _ in range(40_000 * MS_OCTETS // len(speech)):
         assert not [mark for mark, *_ in heard(ear, speech, rule) if mark is Mark.STOPPED]
     assert ear.buffered_ms <= TURN_MS_MAX
@@ -142,7 +131,7 @@ def test_memory_is_bounded_however_long_somebody_talks() -> None:
 
 def test_push_to_talk_keeps_everything_and_notices_nothing() -> None:
     ear = Ear()
-    pcm = silence(300) + sentence() + silence(800)
+    pcm = silence(300) + SPEECH + silence(800)
     assert heard(ear, pcm, None) == []
     turn = ear.take()
     assert turn.pcm == pcm[: len(turn.pcm)]
