@@ -139,11 +139,7 @@ class Parrot:
 
     def receive_audio(self, pcm: bytes, now: float) -> list[Event]:
         """What hearing more leads to: PCM16LE mono at RATE_HZ, of any number of octets."""
-        for mark in self._ear.hear(pcm, now, self._rule):
-            if mark is Mark.STARTED:
-                self._speech_started(now)
-            else:
-                self._speech_stopped(now)
+        self._hear(pcm, now)
         self._speak(now)
         return self._drain()
 
@@ -160,6 +156,13 @@ class Parrot:
         return self._drain()
 
     # --- turns -------------------------------------------------------------------------------
+
+    def _hear(self, pcm: bytes, now: float) -> None:
+        for mark in self._ear.hear(pcm, now, self._rule):
+            if mark is Mark.STARTED:
+                self._speech_started(now)
+            else:
+                self._speech_stopped(now)
 
     def _speech_started(self, now: float) -> None:
         self._idle_from = None
@@ -233,7 +236,9 @@ class Parrot:
                 "conversation_already_has_active_response",
                 f"Conversation already has an active response in progress: {self._reply.id}.",
             )
-        modalities = wanted.get("output_modalities", self._session["output_modalities"])
+        modalities = wanted.get("output_modalities")
+        if modalities is None:
+            modalities = self._session["output_modalities"]
         modalities = realtime.checked(modalities, Modalities, "response.output_modalities")
         if "audio" not in modalities or not answer.pcm:
             answer, modalities = _Answer(answer.words), ["text"]
@@ -340,7 +345,7 @@ class Parrot:
         if len(pcm) > APPEND_MS_MAX * MS_OCTETS or len(pcm) % 2:
             limit = f"Expected whole samples of PCM16, at most {APPEND_MS_MAX} ms at {RATE_HZ} Hz."
             raise Refused("invalid_value", limit, "audio")
-        self._out += self.receive_audio(pcm, now)
+        self._hear(pcm, now)
 
     def _on_commit(self, event: Event, now: float) -> None:
         # With turn detection on, what is kept while nobody speaks is padding and no turn.
