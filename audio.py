@@ -316,7 +316,6 @@ class Playout:
         self._open: dict[str, _Item] = {}  # the same items by name
         self._ended: dict[str, int] = {}  # milliseconds sent, the oldest first
         self._events: list[Started | Drained] = []
-        self._now = 0.0
         self._grid_at = float("-inf")  # when the last packet's 20 ms are over
 
     def write(self, item: str, pcm: bytes, now: float) -> bool:
@@ -345,13 +344,12 @@ class Playout:
         entry.pcm += taken
         entry.written += len(taken)
         self._octets += len(taken)
-        self._now = now
         if not fits:
             self._finish(entry)
-        self._schedule()
+        self._schedule(now)
         return fits
 
-    def finish(self, item: str) -> None:
+    def finish(self, item: str, now: float) -> None:
         """Say that no more audio comes for this item: a last partial frame is sent with silence.
 
         Does nothing for an item that is unknown or has ended.
@@ -359,14 +357,13 @@ class Playout:
         entry = self._open.get(item)
         if entry is not None:
             self._finish(entry)
-            self._schedule()
+            self._schedule(now)
 
     def send(self, now: float) -> list[bytes]:
         """Return the RTP packets that are due: mostly none or one, up to four if called late."""
         wakes_at = self.wakes_at
         if wakes_at is None or now < wakes_at:
             return []
-        self._now = now
         if wakes_at == self._grid_at and now - wakes_at <= LATE_S_MAX:
             packets = [self._packet(wakes_at, self.last_timestamp + _FRAME_CLOCK, marker=False)]
         else:
@@ -381,13 +378,13 @@ class Playout:
         """Drop all that is not sent, at once; say for each item that waited what of it was sent.
 
         The encoder keeps the last 2.5 ms of what was sent, and they sound, faded out, at the start
-        of the next utterance: that is its overlap, not a rest of the queue.
+        of the next utterance: that is its overlap, not a rest of the queue. Nothing depends on
+        `now` here; it is asked for as everywhere, so that something may.
         """
         played = [Played(entry.name, self._ms(entry)) for entry in self._queue]
         self._queue.clear()
         self._open.clear()
         self._octets = 0
-        self._now = now
         self.wakes_at = None
         for name, ms in played:
             self._remember(name, ms)
@@ -445,9 +442,9 @@ class Playout:
         entry = self._queue[0]
         return entry.finished or len(entry.pcm) >= self._frame
 
-    def _schedule(self) -> None:
+    def _schedule(self, at: float) -> None:
         if self.wakes_at is None and self._is_ready():
-            self.wakes_at = max(self._now, self._grid_at)
+            self.wakes_at = max(at, self._grid_at)
 
     def _finish(self, entry: _Item) -> None:
         entry.finished = True

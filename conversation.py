@@ -274,7 +274,7 @@ class Conversation:
                 self._flush(now)
         elif kind == "response.output_audio.done":
             if isinstance(item := event.get("item_id"), str):
-                self._playout.finish(item)
+                self._playout.finish(item, now)
         elif kind in ("response.created", "response.done"):
             response_id = _at(event, "response", "id")
             if not isinstance(response_id, str):
@@ -287,7 +287,7 @@ class Conversation:
             if speech is not None and kind == "response.done":
                 speech.done = True
                 for item in speech.items:  # a response that failed may lack the items' own ends
-                    self._playout.finish(item)
+                    self._playout.finish(item, now)
                 self._stop_if_over(response_id, speech)
 
     def _is_answer_to_us(self, event: Event) -> bool:

@@ -73,7 +73,7 @@ def read(datagram: bytes) -> Packet | None:
     if len(datagram) < 12:
         return None
     first, second, sequence, timestamp, ssrc = _HEADER.unpack_from(datagram)
-    if first == 0x80:  # nearly every packet: no padding, no extension, no contributing source
+    if first == 0x80:  # nearly every packet, as no header extension is negotiated
         payload = datagram[12:]
     else:
         found = _payload(datagram, first)

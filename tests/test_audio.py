@@ -205,11 +205,11 @@ def test_any_journey_ends_in_order_and_complete(journey: tuple[list[int], int], 
     arrivals, offset = journey
     receiver = audio.Receiver(FakeCodec())
     out: list[int | str] = []
-    for index, number in enumerate(arrivals):
-        out += numbers(receiver.receive(packet(number, fec=fec, offset=offset), index * 0.02))
+    for number in arrivals:
+        out += numbers(receiver.receive(packet(number, fec=fec, offset=offset), 0.0))
         accounted = receiver.decoded + receiver.late + receiver.duplicate
         assert receiver.received - accounted <= 1, "more than one packet waits"
-    out += numbers(receiver.tick(len(arrivals) * 0.02 + 0.1))
+    out += numbers(receiver.tick(0.1))
     heard = [number for number in out if isinstance(number, int)]
     assert heard == sorted(set(heard))
     assert receiver.received == receiver.decoded + receiver.late + receiver.duplicate
@@ -335,8 +335,9 @@ def test_a_last_partial_frame_is_sent_with_silence_and_not_counted() -> None:
     assert len(out.send(10.0)) == 1
     assert out.wakes_at is None, "half a frame waits for the rest"
     assert out.events() == [audio.Started("a")]
-    out.finish("a")
-    assert len(out.send(10.02)) == 1
+    out.finish("a", 10.03)
+    assert out.wakes_at == 10.03
+    assert sent(out.send(10.03)) == [(1, True, 1_440, 2)]
     assert codec.encoded[1] == struct.pack("<H", 2) * 160 + bytes(320)
     assert out.events() == [audio.Drained("a", 30)]
     assert out.played_ms("a") == 30
@@ -358,9 +359,9 @@ def test_an_item_that_was_sent_is_drained_when_it_is_finished() -> None:
     out.write("a", speech(1), 10.0)
     out.send(10.0)
     assert out.events() == [audio.Started("a")]
-    out.finish("a")
-    out.finish("a")
-    out.finish("never heard of")
+    out.finish("a", 10.0)
+    out.finish("a", 10.0)
+    out.finish("never heard of", 10.0)
     assert out.events() == [audio.Drained("a", 20)]
     assert out.wakes_at is None
 
@@ -370,7 +371,7 @@ def test_items_play_one_after_another() -> None:
     out.write("a", speech(1.5), 10.0)
     out.write("b", speech(1, 50), 10.0)  # finishes a
     out.write("a", speech(9, 90), 10.0)  # too late for a
-    out.finish("b")
+    out.finish("b", 10.0)
     packets = [entry[3] for n in range(5) for entry in sent(out.send(10.0 + n * 0.02))]
     assert packets == [1, 2, 50]
     assert out.events() == [
@@ -394,7 +395,7 @@ def test_nothing_leaves_after_a_flush_and_it_says_what_was_played() -> None:
     assert out.wakes_at is None
     assert len(codec.encoded) == 4, "what is dropped was never encoded"
     out.write("b", speech(5), 10.07)  # was under way
-    out.finish("b")
+    out.finish("b", 10.0)
     out.write("c", speech(5), 10.07)
     assert out.send(10.08) == [] == out.events()
     assert [out.played_ms(item) for item in "abcd"] == [20, 60, 0, 0]
@@ -407,11 +408,10 @@ def test_items_without_a_whole_sample_make_no_sound_and_no_event() -> None:
     out = playout()
     out.write("a", b"", 10.0)
     out.write("b", b"x", 10.0)
-    out.finish("a")
-    out.finish("b")
+    out.finish("a", 10.0)
+    out.finish("b", 10.0)
     assert (out.wakes_at, out.events(), out.flush(10.0)) == (None, [], [])
-    assert out.write("b", speech(1), 10.0), "b has ended"
-    assert out.wakes_at is None
+    assert (out.write("b", speech(1), 10.0), out.wakes_at) == (True, None), "b has ended"
 
 
 def test_a_full_queue_takes_what_fits_and_ends_the_item_there() -> None:
@@ -435,7 +435,7 @@ def test_items_and_what_is_remembered_of_them_are_bounded() -> None:
     assert len(out.flush(10.0)) == audio.ITEMS_MAX
     for n in range(1_000):
         out.write(f"other {n}", bytes(FRAME), 10.0)
-        out.finish(f"other {n}")
+        out.finish(f"other {n}", 10.0)
         assert len(out.send(10.0 + n)) == 1
         out.events()
     assert len(out._ended) == audio.ITEMS_REMEMBERED_MAX
@@ -481,7 +481,7 @@ def test_any_use_keeps_the_account(actions: list[tuple[str, str, int]]) -> None:
         if action == "write":
             out.write(item, bytes(ms * RATE_HZ * 2 // 1_000), now)
         elif action == "finish":
-            out.finish(item)
+            out.finish(item, now)
         elif action == "flush":
             ended.update(played.item for played in out.flush(now))
             assert out.send(now + 60.0) == []
