@@ -126,7 +126,11 @@ def correlation(said: Samples, heard: Samples) -> float:
 
     Each shift is normalised by the energy of that stretch of `heard`, so that level plays no part.
     """
-    if len(heard) < len(said) or not np.any(heard):
+    if not np.any(heard):
+        return 0.0
+    # The reply may lack a little at either end: the client's jitter buffer keeps the last of it.
+    heard = np.pad(heard, len(said) // 4)
+    if len(heard) < len(said):
         return 0.0
     size = 1 << (len(said) + len(heard)).bit_length()
     product = np.fft.irfft(np.fft.rfft(heard, size) * np.conj(np.fft.rfft(said, size)), size)

@@ -1,0 +1,107 @@
+"""The two commands of the README as their users run them, and the check's own judgement."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEV = [sys.executable, str(ROOT / "scripts" / "dev.py")]
+
+_spec = importlib.util.spec_from_file_location("check", ROOT / "scripts" / "check.py")
+check = importlib.util.module_from_spec(_spec)
+sys.modules["check"] = check  # dataclasses look their module up
+_spec.loader.exec_module(check)
+
+
+def test_one_call_through_everything() -> None:
+    """`dev.sh --check`, less the virtual environment: relay, transceivers, signaling, parrot."""
+    ran = subprocess.run(
+        [*DEV, "--check"], capture_output=True, text=True, timeout=120, check=False
+    )
+    print(ran.stdout)
+    line = json.loads(ran.stdout)
+    assert line["ok"], line
+    assert ran.returncode == 0
+    assert line["events_in_order"]
+    assert set(line) >= {
+        "answer_ms",
+        "connected_ms",
+        "first_audio_ms",
+        "reply_after_silence_ms",
+        "echo_correlation",
+    }
+
+
+def test_interrupting_ends_everything_that_was_started(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*DEV, "--free-ports", "--json", "--state-dir", str(tmp_path / "state")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    about = json.loads(process.stdout.readline())
+    children = psutil.Process(process.pid).children(recursive=True)
+    # Redis or not: relay with two workers, two transceivers, signaling.
+    assert len(children) >= 6
+    assert (tmp_path / "state" / "keys").stat().st_mode & 0o077 == 0
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    host, _, port = about["relay"].partition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
+        again.bind((host, int(port)))
+
+
+def test_a_program_that_dies_is_named_and_ends_the_rest(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*DEV, "--free-ports", "--json", "--state-dir", str(tmp_path / "state")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    children = psutil.Process(process.pid).children(recursive=True)
+    victim = next(c for c in children if "signaling" in " ".join(c.cmdline()))
+    os.kill(victim.pid, signal.SIGKILL)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "signaling ended by itself" in told
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+@pytest.fixture(scope="module")
+def said() -> np.ndarray:
+    """The sentence at 16 kHz."""
+    return check.sentence()[::3].astype(float)
+
+
+def test_the_correlation_knows_the_sentence(said: np.ndarray) -> None:
+    quiet_and_late = np.concatenate([np.zeros(5_000), 0.1 * said, np.zeros(500)])
+    assert check.correlation(said, quiet_and_late) == pytest.approx(1, abs=0.01)
+    assert check.correlation(said, said[800:-1600]) > 0.9  # a little lost at both ends
+
+
+def test_the_correlation_is_not_fooled(said: np.ndarray) -> None:
+    """Controls: the same voice backwards, its halves exchanged, noise as loud as it, silence."""
+    seed = 20261120
+    noise = np.random.default_rng(seed).normal(0, said.std(), len(said) + 16_000)
+    half = len(said) // 2
+    exchanged = np.concatenate([said[half:], said[:half]])
+    figures = {
+        "backwards": check.correlation(said, said[::-1]),
+        "exchanged": check.correlation(said, exchanged),
+        "noise": check.correlation(said, noise),
+        "silence": check.correlation(said, np.zeros(48_000)),
+    }
+    print({name: round(figure, 3) for name, figure in figures.items()}, f"seed {seed}")
+    assert max(figures.values()) < 0.3
