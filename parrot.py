@@ -410,6 +410,9 @@ class Parrot:
         if index != 0 or not 0 <= end_ms <= found.audio_ms:
             limit = f"Content 0 of this item has {found.audio_ms} ms of audio."
             raise Refused("invalid_value", limit, "audio_end_ms" if index == 0 else "content_index")
+        parts = found.item.get("content", [])
+        if found.item.get("role") != "assistant" or any("text" in part for part in parts):
+            raise Refused("invalid_value", "Only what was spoken can be truncated.", "item_id")
         found.audio_ms = end_ms
         item_id = found.item["id"]
         # What was not heard must not be remembered as said.

@@ -354,6 +354,9 @@ def test_truncating_forgets_what_was_not_heard() -> None:
     call.say(SPEECH + silence(520))
     item_id = only(call.send("response.cancel"), "conversation.item.done")["item"]["id"]
     ask = {"item_id": item_id, "content_index": 0}
+    user_id = only(call.events, "input_audio_buffer.committed")["item_id"]
+    heard = call.send("conversation.item.truncate", item_id=user_id, audio_end_ms=0)
+    assert refusal(heard) == ("invalid_value", "item_id")
     late = call.send("conversation.item.truncate", audio_end_ms=LEAD_MS + DELTA_MS + 1, **ask)
     assert refusal(late) == ("invalid_value", "audio_end_ms")
     (event,) = call.send("conversation.item.truncate", audio_end_ms=740, **ask)
