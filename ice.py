@@ -151,9 +151,13 @@ class Agent:
     def media(self, header: bytes, relay: Sockaddr, now: float) -> None:
         """Note SRTP that authenticated: a sign of life, and it shows where the client is now.
 
-        For addresses in `keys` only; others do not get this far.
+        An address that no check has verified, or that is forgotten by now, gets nothing.
         """
-        self.heard_at = self._heard[frame.key(header)] = now
+        self.heard_at = now
+        key = frame.key(header)
+        if key not in self._heard:
+            return
+        self._heard[key] = now
         if self.active is None or self.active.header != header or self.active.relay != relay:
             self.active = Path(header, relay)
 

@@ -57,6 +57,14 @@ trip more than the client's first packet."""
 CHANNELS_MAX = 8
 """Data channels of a session. Clients open one, two at the most; each costs some kilobytes."""
 
+SSRCS_MAX = 16
+"""Streams that a client may send. libsrtp keeps each for ever, in a list that it walks a packet;
+clients send one or two, and a new one when they change their microphone."""
+
+WINDOW_SLACK_OCTETS = 64 * 1024
+"""How far a client may exceed its SCTP window, which aiortc does not enforce, before it counts as
+one that ignores it: room for what was under way when the window shrank."""
+
 MISORDERED_MAX = 4096
 """SCTP chunks received out of order. aiortc keeps and sorts them without a limit; a window of 1 MB
 in full chunks holds 900."""
@@ -156,6 +164,7 @@ class Peer:
         self._task: asyncio.Task[None] | None = None
         self._inbox: deque[bytes] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._ssrcs: set[bytes] = set()
         self._early: deque[tuple[bytes, bytes, ice.Sockaddr]] = deque()
         self._flight = ice.Flight()
         self._resending: asyncio.TimerHandle | None = None
@@ -183,6 +192,11 @@ class Peer:
                 packet = self._receiving.unprotect(payload)
         except pylibsrtp.Error:
             return Count.DROPPED_BAD_SRTP
+        ssrc = packet[4:8] if rtcp else packet[8:12]
+        if ssrc not in self._ssrcs:
+            self._ssrcs.add(ssrc)
+            if len(self._ssrcs) > SSRCS_MAX:
+                self.end("the client sends too many streams")
         self.agent.media(header, relay, now)
         if self._flight.wakes_at is not None:
             self._flight.done()
@@ -326,7 +340,8 @@ class Peer:
                 self._waiter = None
         sctp = self._sctp
         if sctp is not None and (
-            sctp._advertised_rwnd < 0 or len(sctp._sack_misordered) > MISORDERED_MAX
+            sctp._advertised_rwnd < -WINDOW_SLACK_OCTETS
+            or len(sctp._sack_misordered) > MISORDERED_MAX
         ):
             raise ConnectionError("the client ignores the SCTP window")
         return self._inbox.popleft()

@@ -98,8 +98,8 @@ class Offer:
     """The client certificate's SHA-256, upper-case hexadecimal pairs and colons."""
     setup: str
     """actpass, active or passive."""
-    opus: int
-    """The payload type of Opus in this session, 0 to 127; 0 without an audio line."""
+    opus: int | None
+    """The payload type of Opus in this session, 0 to 127; None without an audio line."""
     sends_audio: bool
     takes_audio: bool
     sctp_port: int
@@ -154,7 +154,7 @@ def read_offer(text: str) -> Offer:
         password=_ice(tagged, session, "ice-pwd", 22),
         fingerprint=_fingerprint(tagged, session),
         setup=_setup(tagged, session),
-        opus=0 if audio is None else int(_opus(sections[audio], lines[audio]) or 0),
+        opus=None if audio is None else _opus(sections[audio], lines[audio]),
         sends_audio=direction in ("sendrecv", "sendonly"),
         takes_audio=direction in ("sendrecv", "recvonly"),
         sctp_port=_number(channels, "sctp-port", SCTP_PORT, 1, 0xFFFF),
@@ -332,12 +332,12 @@ def _mapping(section: _Section, payload_type: str) -> str:
     return ""
 
 
-def _opus(section: _Section, line: Line) -> str | None:
+def _opus(section: _Section, line: Line) -> int | None:
     """The first payload type of the m-line that is Opus; None if there is none."""
     for payload_type in line.formats:
         known = payload_type.isascii() and payload_type.isdecimal() and int(payload_type) <= 127
         if known and _OPUS.fullmatch(_mapping(section, payload_type)):
-            return payload_type
+            return int(payload_type)
     return None
 
 

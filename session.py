@@ -118,7 +118,7 @@ class Session:
         self._playout = audio.Playout(
             self._encoder,
             ssrc=secrets.randbits(32),
-            payload_type=offer.opus,
+            payload_type=offer.opus or 0,  # of no matter without audio: nothing is sent then
             # RFC 3711 section 3.3.1 leaves it to the receiver to guess the rollover counter: far
             # from the wrap, losing the first packets does no harm.
             sequence=secrets.randbits(15),

@@ -330,6 +330,9 @@ def _application(transceiver: Transceiver) -> web.Application:
             return refusal.response()
         except web.HTTPException as error:
             return Refusal(error.status, error.reason, "http_error").response()
+        except Exception:
+            log.exception("a request met a fault")
+            return Refusal(500, "The transceiver met a fault.", "internal_error").response()
 
     async def create(request: web.Request) -> web.Response:
         offer, wanted, candidates = _call(await request.read())

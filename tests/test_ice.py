@@ -122,6 +122,14 @@ def test_media_moves_to_a_verified_address() -> None:
     assert server.heard_at == 0.12
 
 
+def test_media_from_an_address_without_a_check_moves_nothing() -> None:
+    server = agent()
+    check(server, HOME, now=0.0)
+    server.media(MOBILE, RELAY, 0.1)
+    assert server.active == ice.Path(HOME, RELAY)
+    assert server.keys == [frame.key(HOME)]
+
+
 def test_another_relay_is_only_a_new_return_address() -> None:
     server = agent()
     check(server, HOME, RELAY, now=0.0)

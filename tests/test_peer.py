@@ -85,7 +85,13 @@ class Line:
 
     async def connect(self) -> None:
         await self.dial()
-        await shim.until(lambda: "opened" in self.handler.heard and self.handler.packets)
+        await self.opened()
+        await shim.until(lambda: self.handler.packets)
+
+    async def opened(self) -> None:
+        """Wait until both ends have the data channel."""
+        channel = self.client.channel
+        await shim.until(lambda: "opened" in self.handler.heard and channel.readyState == "open")
 
     async def close(self) -> None:
         await self.peer.close()
@@ -130,7 +136,7 @@ class RsaCertificate(RTCCertificate):
 def test_media_and_messages_both_ways_in_either_dtls_role(setup: str) -> None:
     async def scenario(on: Line) -> None:
         await on.dial(lambda offer: offer.replace("setup:actpass", f"setup:{setup}"))
-        await shim.until(lambda: "opened" in on.handler.heard)
+        await on.opened()
         assert on.handler.heard == ["connected", "opened"]
         on.peer.send_message("hello client")
         on.client.channel.send("hello server")
@@ -291,8 +297,7 @@ def test_closing_tells_the_client_and_leaves_nothing() -> None:
         assert not any(heard.startswith("lost") for heard in on.handler.heard)
         on.peer.send_rtp(b"")
         on.peer.send_message("")
-        await shim.until(lambda: all("RTCDtls" not in repr(task) for task in asyncio.all_tasks()))
-        assert asyncio.all_tasks() <= before
+        await shim.until(lambda: asyncio.all_tasks() <= before)
 
     line(scenario)
 
@@ -318,6 +323,17 @@ def test_a_client_that_opens_too_many_channels_is_let_go() -> None:
         await shim.until(
             lambda: on.handler.heard[-1] == "lost: the client opened too many data channels"
         )
+
+    line(scenario)
+
+
+def test_a_client_that_sends_too_many_streams_is_let_go() -> None:
+    async def scenario(on: Line) -> None:
+        await on.connect()
+        sender = on.client.pc.getSenders()[0].transport
+        for ssrc in range(peer.SSRCS_MAX):
+            await sender._send_rtp(rtp.write(111, 1, 1, ssrc, b"x"))
+        await shim.until(lambda: on.handler.heard[-1] == "lost: the client sends too many streams")
 
     line(scenario)
 

@@ -1,5 +1,7 @@
 """Offers as clients send them, offers that are wrong, and what the answer says."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,6 +122,21 @@ def test_the_answer_to_a_browser() -> None:
     assert "ice-lite" not in everything
     assert "trickle" not in everything
     assert "extmap" not in everything
+
+
+def test_an_offer_of_chromium_as_it_came() -> None:
+    """Microphone, two video lines and a data channel, as some voice SDKs offer them."""
+    path = Path(__file__).with_name("data") / "chromium-156-offer.sdp"
+    offer = sdp.read_offer(path.read_bytes().decode())
+    assert offer.bundle == ("0", "1", "2", "3")
+    assert (offer.audio, offer.application, offer.opus) == (0, 3, 111)
+    assert offer.setup == "actpass"
+    assert offer.message_octets_max == 262_144
+    audio, video, more, data = media(answer(offer))
+    assert "a=sendrecv" in audio
+    assert "a=inactive" in video
+    assert "a=inactive" in more
+    assert data[0].startswith("m=application 3478 ")
 
 
 @pytest.mark.parametrize(
