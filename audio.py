@@ -349,6 +349,14 @@ class Playout:
         self._schedule(now)
         return fits
 
+    def silence(self, now: float) -> bytes:
+        """A packet of silence that belongs to no item, to be sent before the first item plays.
+
+        It shows the client that the line is open: its track unmutes, its decoder is set up, and
+        reports begin, before there is anything to say.
+        """
+        return self._seal(bytes(self._frame), now, self.timestamp_at(now), marker=True)
+
     def finish(self, item: str, now: float) -> None:
         """Say that no more audio comes for this item: a last partial frame is sent with silence.
 
@@ -418,6 +426,12 @@ class Playout:
         if not entry.packets:
             self._events.append(Started(entry.name))
         entry.packets += 1
+        packet = self._seal(pcm, at, timestamp, marker=marker)
+        self._drain()
+        return packet
+
+    def _seal(self, pcm: bytes, at: float, timestamp: int, *, marker: bool) -> bytes:
+        """One frame of PCM as the packet whose place on the grid is `at`."""
         payload = self._encoder.encode(pcm)
         self.last_timestamp = timestamp & 0xFFFF_FFFF
         packet = rtp.write(
@@ -432,7 +446,6 @@ class Playout:
         self._grid_at = at + _FRAME_S
         self.packets_sent += 1
         self.octets_sent += len(payload)
-        self._drain()
         return packet
 
     def _is_ready(self) -> bool:

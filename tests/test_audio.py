@@ -291,6 +291,18 @@ def test_the_first_frame_leaves_at_once_and_the_grid_starts_there() -> None:
     assert (out.packets_sent, out.octets_sent) == (3, 6)
 
 
+def test_silence_opens_the_line_and_belongs_to_no_item() -> None:
+    out = playout()
+    assert sent([out.silence(5.0)]) == [(0, True, 0, 0)]
+    assert out.events() == []
+    assert out.packets_sent == 1
+    out.write("a", speech(1), 5.1)
+    assert out.wakes_at is not None and out.wakes_at <= 5.1
+    (packet,) = sent(out.send(5.1))
+    assert packet == (1, True, 4_800, 1)
+    assert out.played_ms("a") == 20
+
+
 def test_after_a_pause_the_timestamp_is_that_of_the_clock_and_the_marker_says_so() -> None:
     out = playout()
     out.write("a", speech(1), 10.0)
