@@ -154,7 +154,7 @@ class Placement:
                         return found
         except TimeoutError:
             pass
-        raise Unavailable("No transceiver can take this call now. Please try again shortly.")
+        raise Unavailable("No transceiver can take this call now.")
 
     async def hang_up(self, call_id: str) -> None:
         """End a call, wherever it is. Raises UnknownCall, and Unavailable if its owner is out of

@@ -64,7 +64,7 @@ const page = {
   posted: 0, // performance.now() when the call began
   timers: [],
   muted: false,
-  pressedAt: null, // performance.now() of the press of the talk button, while it is down
+  press: null, // {at, released}: the talk button is down, or its last word is still on its way
 };
 
 const tape = new Tape($("tape"), () => page.ears?.now ?? 0);
@@ -119,7 +119,7 @@ function stateChanged(call, ears, { state, error }) {
 function endOf(ears) {
   page.timers.forEach(clearInterval);
   page.timers = [];
-  page.pressedAt = null;
+  endPress();
   page.levels = { microphone: 0, reply: 0 };
   tape.stop();
   ears.close();
@@ -181,7 +181,9 @@ function session() {
   const turn_detection = pushToTalk()
     ? null
     : { type: "server_vad", silence_duration_ms: $("delay").valueAsNumber };
-  return { type: "realtime", audio: { input: { turn_detection } } };
+  // Transcripts have to be asked for; servers that know other models take this name for theirs.
+  const transcription = { model: "whisper-1" };
+  return { type: "realtime", audio: { input: { turn_detection, transcription } } };
 }
 
 function updateSession() {
@@ -202,8 +204,7 @@ function slide() {
 }
 
 function modeChanged() {
-  page.pressedAt = null;
-  gateMicrophone();
+  endPress();
   updateSession();
   showState(page.call?.state ?? "idle");
 }
@@ -211,39 +212,46 @@ function modeChanged() {
 // --- push-to-talk ---------------------------------------------------------------------------------
 
 function press() {
-  if (page.pressedAt !== null || !pushToTalk() || page.call?.state !== "live") return;
+  if (page.press || !pushToTalk() || page.call?.state !== "live") return;
   interrupt();
-  page.pressedAt = performance.now();
+  page.press = { at: performance.now(), released: false };
   page.call.send({ type: "input_audio_buffer.clear" });
   page.turns.begin(page.ears.now);
   gateMicrophone();
   $("talk").dataset.pressed = "";
 }
 
+// One release comes as several browser events: the first one counts.
 async function release() {
-  if (page.pressedAt === null) return;
-  const [call, held] = [page.call, performance.now() - page.pressedAt];
+  const press = page.press;
+  if (!press || press.released) return;
+  press.released = true;
   delete $("talk").dataset.pressed;
-  if (held < PRESS_MS_MIN) {
-    page.pressedAt = null;
-    gateMicrophone();
+  if (performance.now() - press.at < PRESS_MS_MIN) {
+    endPress();
     page.turns.drop();
-    call.send({ type: "input_audio_buffer.clear" });
+    page.call.send({ type: "input_audio_buffer.clear" });
     $("hint").textContent = "Hold the button, or the space bar, while you speak.";
     return;
   }
   $("hint").textContent = "";
   await new Promise((resolve) => setTimeout(resolve, RELEASE_TAIL_MS));
-  page.pressedAt = null;
-  gateMicrophone();
-  if (!call.send({ type: "input_audio_buffer.commit" })) return;
+  if (page.press !== press) return; // the call or the mode has ended meanwhile
+  endPress();
+  if (!page.call.send({ type: "input_audio_buffer.commit" })) return;
   page.turns.endSpeech(page.ears.now);
-  call.send({ type: "response.create" });
+  page.call.send({ type: "response.create" });
+}
+
+function endPress() {
+  page.press = null;
+  delete $("talk").dataset.pressed;
+  gateMicrophone();
 }
 
 // In push-to-talk nothing leaves the microphone unless the button is down.
 function gateMicrophone() {
-  const open = !page.muted && (!pushToTalk() || page.pressedAt !== null);
+  const open = !page.muted && (!pushToTalk() || page.press !== null);
   for (const track of page.call?.microphone?.getTracks() ?? []) track.enabled = open;
 }
 

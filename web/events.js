@@ -66,7 +66,7 @@ export class Timeline {
         ariaLabel: direction,
         role: "img",
       }),
-      element("span", { className: "type", textContent: event.type }),
+      typeOf(event),
       row.times,
       element("span", { className: "brief", textContent: brief(event) }),
     );
@@ -109,6 +109,13 @@ export class Timeline {
     const wanted = kind === "all" || kind === direction || kind === event.type;
     return wanted && search.includes(this.#text.value.trim().toLowerCase());
   }
+}
+
+// The type, which a narrow list may break after its dots and underscores only.
+function typeOf({ type }) {
+  const shown = element("span", { className: "type" });
+  for (const part of type.split(/(?<=[._])/)) shown.append(part, element("wbr"));
+  return shown;
 }
 
 // What is worth seeing without opening a row.

@@ -11,7 +11,11 @@ export class Ears {
   // To be made in a click handler: browsers start audio only after a gesture.
   constructor() {
     this.#context = new AudioContext({ latencyHint: "interactive" });
-    this.#ready = this.#context.audioWorklet.addModule("levels.js");
+    // False if it could not be loaded, or the call ended before: it then goes on without levels.
+    this.#ready = this.#context.audioWorklet.addModule("levels.js").then(
+      () => true,
+      () => false,
+    );
   }
 
   // Seconds on the clock of the sounds. It stands still while the page has no audio device.
@@ -21,8 +25,7 @@ export class Ears {
 
   // Call `heard({at, rms, peak})` for every 10 ms of a stream, until `close`.
   async listen(stream, heard) {
-    await this.#ready;
-    if (this.#context.state === "closed") return;
+    if (!(await this.#ready) || this.#context.state === "closed") return;
     const source = this.#context.createMediaStreamSource(stream);
     const node = new AudioWorkletNode(this.#context, "levels", { channelCount: 1 });
     // Chromium runs only what leads to the destination; the node's output is silence.

@@ -1,9 +1,11 @@
-// The tape: ten seconds of both sounds on a canvas, you above the line, the reply below it, with
+// The tape: the last seconds of both sounds on a canvas, you above the line, the reply below it, with
 // marks where speech ended, how long the reply took, and where it was interrupted.
 //
 // What it owns: the canvas. Times are seconds of `Ears`; levels are peaks from 0 to 1.
 
-const WINDOW_S = 10;
+// Ten seconds, or fewer on a narrow screen: a second must stay wide enough to see words.
+const WINDOW_S_MAX = 10;
+const SECOND_PIXELS_MIN = 60;
 const BAR_S = 0.06; // sound in one bar
 const BARS_MAX = 256; // ring of bars: more than the window holds
 const MARKS_MAX = 40;
@@ -78,28 +80,31 @@ export class Tape {
     const context = this.#canvas.getContext("2d");
     const { clientWidth: width, clientHeight: height } = this.#canvas;
     const middle = height / 2;
-    const x = (at) => width - ((now - at) / WINDOW_S) * width;
+    const span = Math.min(WINDOW_S_MAX, width / SECOND_PIXELS_MIN);
+    const x = (at) => width - ((now - at) / span) * width;
     context.clearRect(0, 0, width, height);
     context.fillStyle = this.#colours.line;
     context.fillRect(0, middle - 0.5, width, 1);
-    this.#bars(context, this.#lanes.you, "you", now, x, middle, -1);
-    this.#bars(context, this.#lanes.reply, "reply", now, x, middle, 1);
+    this.#bars(context, "you", now, x, middle);
+    this.#bars(context, "reply", now, x, middle);
     for (const mark of this.#marks) {
       if (mark.kind === "wait") this.#wait(context, mark, x, middle);
       else this.#cut(context, mark, x(mark.at), height);
     }
   }
 
-  #bars(context, lane, colour, now, x, middle, direction) {
+  #bars(context, name, now, x, middle) {
+    const lane = this.#lanes[name];
+    const direction = name === "you" ? -1 : 1;
     const pitch = x(BAR_S) - x(0);
     const thick = Math.max(1.5, pitch * 0.55);
     const room = middle - 14;
-    context.strokeStyle = this.#colours[colour];
+    context.strokeStyle = this.#colours[name];
     context.lineWidth = thick;
     context.lineCap = "round";
     context.beginPath();
     const newest = Math.floor(now / BAR_S);
-    for (let bar = newest - Math.ceil(WINDOW_S / BAR_S); bar <= newest; bar += 1) {
+    for (let bar = newest - Math.ceil(WINDOW_S_MAX / BAR_S); bar <= newest; bar += 1) {
       const at = x((bar + 0.5) * BAR_S);
       const length = Math.max(REST, loudness(lane.peak(bar))) * room;
       context.moveTo(at, middle + direction * (thick / 2 + 2));
