@@ -368,10 +368,11 @@ class Stopwatch:
     rate_hz = 16_000
 
     def __init__(self) -> None:
-        self.heard: list[float] = []
+        self.heard: list[tuple[float, float]] = []
+        """When the packet was read from the socket, and when its PCM came here."""
 
     def append(self, pcm: bytes, now: float) -> None:
-        self.heard.append(time.monotonic())
+        self.heard.append((now, time.monotonic()))
 
     def send(self, event: dict[str, Any], now: float) -> None:
         pass
@@ -388,6 +389,7 @@ def test_how_soon_pcm_reaches_the_backend(
 ) -> None:
     """Packet handed to the transceiver's socket, over UDP, from another process, to PCM appended.
 
+    The first line includes what the machine takes to wake us, the second is our own share.
     The figure is for reading: 2 ms at p99 is the promise on a machine that has nothing else to do.
     A test cannot hold the machine to that, so it fails only where something queues or waits: a
     jitter buffer, a timer or a thread would put a frame's 20 ms on the median.
@@ -396,12 +398,14 @@ def test_how_soon_pcm_reaches_the_backend(
     monkeypatch.setattr(backend, "connect", lambda *_: watch)
 
     async def scenario(on: House) -> None:
+        gc.collect()
+        gc.freeze()  # as serve() does: a test runner's heap is large
         caller = await asyncio.create_subprocess_exec(
             sys.executable,
             str(ROOT / "tests/caller.py"),
             on.url,
             *map(str, on.address),
-            "4",
+            "7",
             stdout=subprocess.PIPE,
         )
         output, _ = await asyncio.wait_for(caller.communicate(), 60)
@@ -409,14 +413,23 @@ def test_how_soon_pcm_reaches_the_backend(
         sent = json.loads(output)
         # The first second may have waited for its keys, or for the caches of a cold process.
         assert len(watch.heard) == len(sent) > 100
-        delays_ms = [1000 * (b - a) for a, b in zip(sent, watch.heard, strict=True)][50:]
-        p50, p99 = statistics.median(delays_ms), statistics.quantiles(delays_ms, n=100)[98]
+        heard = watch.heard[50:]
+        whole = [1000 * (at - left) for left, (_, at) in zip(sent[50:], heard, strict=True)]
+        inside = [1000 * (at - read) for read, at in heard]
         with capsys.disabled():
-            print(f"\nRTP in to PCM at the backend: p50 {p50:.2f} ms, p99 {p99:.2f} ms")
-            print(f"  ({len(delays_ms)} packets, worst {max(delays_ms):.2f} ms)")
-        assert p50 < 10
+            print(f"\nRTP in to PCM at the backend, {len(heard)} packets:")
+            for name, delays in (
+                ("from the sender's sendto", whole),
+                ("from our recvfrom", inside),
+            ):
+                p50, p99 = statistics.median(delays), statistics.quantiles(delays, n=100)[98]
+                print(f"  {name}: p50 {p50:.2f} ms, p99 {p99:.2f} ms, worst {max(delays):.2f} ms")
+        assert statistics.median(whole) < 10
 
-    house(tmp_path, scenario)
+    try:
+        house(tmp_path, scenario)
+    finally:
+        gc.unfreeze()
 
 
 def test_the_program_serves_and_ends_on_sigterm(tmp_path: Path) -> None:
