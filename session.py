@@ -162,10 +162,12 @@ class Session:
     # --- from the transport: mux.Handler --------------------------------------------------------
 
     def connected(self, now: float) -> None:
-        """DTLS is up: what the backend has said so far begins to play."""
+        """DTLS is up: the line opens, and what the backend has said so far begins to play."""
         self.live_at = now
         self._owner.counters.values[metrics.Transceiver.SESSIONS_CONNECTED] += 1
         log.info("%s live after %.0f ms", self, 1000 * (now - self.opened_at))
+        if self._offer.takes_audio and self._playout.wakes_at is None:
+            self._peer.send_rtp(self._playout.silence(now))
         self.flow(now)
 
     def rtp(self, packet: bytes, now: float) -> None:

@@ -197,7 +197,8 @@ def test_other_payloads_and_octets_are_ignored(call: Call) -> None:
 def test_the_first_frame_of_a_reply_leaves_at_once_and_the_rest_on_the_grid(call: Call) -> None:
     call.session.connected(call.now)
     call.session.opened(call.now)
-    begun = call.now
+    call.peer.sent.clear()
+    begun = call.now = call.now + 1
     call.backend.reply(TONE)
     assert len(call.peer.sent) == 1
     assert call.peer.sent[0].marker
@@ -209,6 +210,15 @@ def test_the_first_frame_of_a_reply_leaves_at_once_and_the_rest_on_the_grid(call
     assert types.index("output_audio_buffer.started") < types.index("response.done")
     assert types[-1] == "output_audio_buffer.stopped"
     assert not any("delta" in name and "audio" in name for name in types)
+
+
+def test_a_packet_of_silence_opens_the_line(call: Call) -> None:
+    call.session.connected(call.now)
+    assert len(call.peer.sent) == 1
+    assert len(call.peer.sent[0].payload) < 10
+    assert call.session.wakes_at is None
+    call.session.opened(call.now)
+    assert call.types() == ["session.created"]
 
 
 def test_nothing_is_played_before_the_client_is_there(call: Call) -> None:
@@ -248,11 +258,11 @@ def test_a_client_event_reaches_the_backend(call: Call) -> None:
     assert call.types()[-1] == "error"
 
 
-def test_receiver_report_then_sender_report(call: Call) -> None:
+def test_a_receiver_report_to_a_client_that_only_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call(monkeypatch, "sendonly")
     call.session.connected(call.now)
     assert call.session.sweep(call.now) is None
     assert call.peer.reports == []  # nothing sent, nothing received: nothing to report
-
     for packet in packets(5)[::2]:
         call.session.rtp(packet, call.now)
     call.session.sweep(call.now)
@@ -260,11 +270,13 @@ def test_receiver_report_then_sender_report(call: Call) -> None:
     assert (block.ssrc, block.lost) == (5, 2)
     assert rtp.read_senders(call.peer.reports[-1]) == []
 
-    call.backend.reply(TONE)
+
+def test_a_sender_report_as_soon_as_something_was_sent(call: Call) -> None:
+    call.session.connected(call.now)
     call.session.sweep(call.now)
     (sender,) = rtp.read_senders(call.peer.reports[-1])
     assert sender.ssrc == call.session.ssrc
-    assert sender.packets == 1
+    assert sender.packets == 1  # the silence that opened the line
     assert sender.ntp == rtp.ntp(call.unix())
 
 
