@@ -328,3 +328,23 @@ def test_the_certificate_is_renewed_before_it_ends(monkeypatch: pytest.MonkeyPat
         assert bench.mux.certificate.sha256 != first.sha256
 
     bench(scenario)
+
+
+def test_dtls_that_its_session_does_not_keep_up_with_is_dropped() -> None:
+    async def scenario(bench: Bench) -> None:
+        hint, password = bench.open()
+        await bench.send(check(hint, password))
+        session = bench.mux._by_ufrag[hint.encode()]
+        outcomes = [session.receive_dtls(DTLS) for _ in range(peer.INBOX_DATAGRAMS_MAX + 1)]
+        assert set(outcomes[:-1]) == {Count.FORWARDED}
+        assert outcomes[-1] is Count.DROPPED_BACKLOG
+
+    bench(scenario)
+
+
+def test_what_the_kernel_refuses_is_counted() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.mux.send(frame.header(*HOME), b"", ("127.0.0.1", 0))  # sendto(2): EINVAL
+        assert bench.counters[Count.SEND_FAILED] == 1
+
+    bench(scenario)
