@@ -71,10 +71,10 @@ class State(enum.IntEnum):
 class Refusal(enum.Enum):
     """Why a flow was not opened or moved."""
 
-    FLOWS = "the table is full"
-    TENTATIVE = "there are too many tentative flows"
-    ADDRESSES = "the ufrag has too many client addresses"
-    HELD = "the address belongs to an assured flow that is alive"
+    FLOWS_LIMIT = "the table is full"
+    TENTATIVE_LIMIT = "there are too many tentative flows"
+    ADDRESSES_LIMIT = "the ufrag has too many client addresses"
+    FLOW_HELD = "the address belongs to an assured flow that is alive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +196,11 @@ class Table:
             return self._reopen(header, hop, ufrag, now)
         limits = self._limits
         if not self._free:
-            return Refusal.FLOWS
+            return Refusal.FLOWS_LIMIT
         if len(self._tentative) >= limits.tentative:
-            return Refusal.TENTATIVE
+            return Refusal.TENTATIVE_LIMIT
         if self._addresses.get(ufrag, 0) >= limits.addresses:
-            return Refusal.ADDRESSES
+            return Refusal.ADDRESSES_LIMIT
         number = self._free.pop()
         flow = Flow(State.TENTATIVE, header, hop, ufrag, now, 0.0)
         self._write(number, flow)
@@ -212,12 +212,12 @@ class Table:
         tentative = header in self._tentative
         same_hop = self.hops[header] == hop
         if not (same_hop or tentative) and self._held(header, now):
-            return Refusal.HELD
+            return Refusal.FLOW_HELD
         if not tentative and not same_hop and len(self._tentative) >= self._limits.tentative:
-            return Refusal.TENTATIVE
+            return Refusal.TENTATIVE_LIMIT
         before = self._ufrag(number)
         if before != ufrag and self._addresses.get(ufrag, 0) >= self._limits.addresses:
-            return Refusal.ADDRESSES
+            return Refusal.ADDRESSES_LIMIT
         # The same transceiver (an ICE restart) keeps its place; another one has to earn it.
         old = read(self._memory, number)
         self._forget(header)

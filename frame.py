@@ -67,3 +67,15 @@ def client(frame: bytes) -> tuple[str, int]:
 def key(frame: bytes) -> bytes:
     """The 24 octets of a header that identify its client: family, port, flow and address."""
     return bytes(frame[len(MAGIC) : len(MAGIC) + KEY_OCTETS])
+
+
+def masked(frame: bytes) -> str:
+    """A header's client as logs and operators may see it: without the last part of the address.
+
+    IPv4 keeps 24 bits and IPv6 48, which is what a provider gives to a site.
+    """
+    host, port = client(frame)
+    if ":" in host:
+        network = ipaddress.IPv6Network((host, 48), strict=False)
+        return f"[{network.network_address}x]:{port}"
+    return f"{host.rpartition('.')[0]}.x:{port}"

@@ -1,4 +1,4 @@
-"""What this machine offers: CPUs to pin to, memory to share, limits to know about.
+"""What this machine offers: CPUs to pin to, and memory to share.
 
 What it owns: the questions to the operating system that are about the host and not about a socket.
 Each has an answer, a poorer one, on systems that are not Linux. It decides nothing.
@@ -32,14 +32,6 @@ def pin(cpu: int) -> bool:
     except (AttributeError, OSError, ValueError):
         return False
     return True
-
-
-def receive_buffer_octets_max() -> int | None:
-    """net.core.rmem_max: what a process without CAP_NET_ADMIN can have; None if unknown."""
-    try:
-        return int(Path("/proc/sys/net/core/rmem_max").read_text())
-    except (OSError, ValueError):
-        return None
 
 
 class Memory:

@@ -34,7 +34,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -63,52 +63,37 @@ _MALFORMED = dict.fromkeys(stun.Malformed, metrics.Inbound.DROPPED_STUN_MALFORME
     stun.Malformed.TRUNCATED: metrics.Inbound.DROPPED_STUN_TRUNCATED,
     stun.Malformed.NOT_REQUEST: metrics.Inbound.DROPPED_STUN_NOT_REQUEST,
 }
-_REJECTED = {
-    ufrag.Reject.MALFORMED: metrics.Inbound.DROPPED_UFRAG_MALFORMED,
-    ufrag.Reject.UNKNOWN_KEY: metrics.Inbound.DROPPED_UFRAG_UNKNOWN_KEY,
-    ufrag.Reject.FORGED: metrics.Inbound.DROPPED_UFRAG_FORGED,
-    ufrag.Reject.UNKNOWN_CLUSTER: metrics.Inbound.DROPPED_UFRAG_UNKNOWN_CLUSTER,
-    ufrag.Reject.OUTSIDE: metrics.Inbound.DROPPED_UFRAG_OUTSIDE,
-}
-_REFUSED = {
-    flows.Refusal.FLOWS: metrics.Inbound.DROPPED_FLOWS_LIMIT,
-    flows.Refusal.TENTATIVE: metrics.Inbound.DROPPED_TENTATIVE_LIMIT,
-    flows.Refusal.ADDRESSES: metrics.Inbound.DROPPED_ADDRESSES_LIMIT,
-    flows.Refusal.HELD: metrics.Inbound.DROPPED_FLOW_HELD,
-}
-# As plain numbers: an enumeration's member costs more to look up than the count to change.
-_RECEIVED, _FORWARDED, _OCTETS = (
-    int(metrics.Inbound.RECEIVED),
-    int(metrics.Inbound.FORWARDED),
-    int(metrics.Inbound.OCTETS),
-)
-assert (_RECEIVED, _FORWARDED, _OCTETS) == (
-    metrics.Outbound.RECEIVED,
-    metrics.Outbound.FORWARDED,
-    metrics.Outbound.OCTETS,
-)
+_REJECTED = {why: metrics.Inbound[f"DROPPED_UFRAG_{why.name}"] for why in ufrag.Reject}
+_REFUSED = {why: metrics.Inbound[f"DROPPED_{why.name}"] for why in flows.Refusal}
+# Alike in both catalogues, and plain numbers: an enumeration's member costs more than the count.
+_RECEIVED, _FORWARDED, _OCTETS = range(3)
 
 
 class Worker:
     """One process's share of the clients."""
 
-    def __init__(self, shared: "Shared", number: int, found: settings.Relay, now: float) -> None:
-        """Take over sockets, flows and counters of worker `number`, the first of it or a later one.
-
-        Raises settings.SettingsError if the key file cannot be read.
-        """
+    def __init__(
+        self,
+        shared: "Shared",
+        number: int,
+        found: settings.Relay,
+        keyring: ufrag.Keyring,
+        now: float,
+    ) -> None:
+        """Take over sockets, flows and counters of worker `number`, its first or a later one."""
         table, memory = found.relay, shared.memories[number]
         self._public, self._internal = shared.public[number], shared.internal[number]
         self._family = self._internal.family
         self._octets_max, self._size = table.datagram_octets_max, table.batch_size
         self._coalesce_s = table.coalesce_us * 1e-6
-        self._keyring, self._clusters = found.keys.load(), settings.clusters(found.cluster)
+        self._keyring, self._clusters = keyring, settings.clusters(found.cluster)
         self.inbound_counters, self.outbound_counters = counters_in(memory)
         self.flows = flows.Table(memory.section("flows"), limits(table), now)
-        shape = self._size, self._octets_max, self._family
         batch = udp.best()
-        self._inbound = batch(memory.section("batch_in"), udp.Way.INBOUND, *shape)
-        self._outbound = batch(memory.section("batch_out"), udp.Way.OUTBOUND, *shape)
+        shape = table.batch_size, table.datagram_octets_max
+        ends = self._public, self._internal
+        self._inbound = batch(memory.section("batch_in"), udp.Way.INBOUND, *shape, *ends)
+        self._outbound = batch(memory.section("batch_out"), udp.Way.OUTBOUND, *shape, *ends[::-1])
         self._checks_per_s = self._checks_left = table.integrity_checks_per_s
         self._checks_renewed_at = now
         self._nowhere = bytes(udp.name_octets(self._family))
@@ -140,67 +125,45 @@ class Worker:
     def inbound(self) -> bool:
         """A batch from clients to transceivers; True if more may be waiting."""
         batch, table = self._inbound, self.flows
-        n = batch.receive(self._public)
+        n = batch.receive()
         if not n:
             return False
-        headers, lengths = batch.headers(n), batch.lengths(n)
+        headers, lengths, kinds = batch.read(n)
         hops: list[bytes | None] = list(map(table.hops.get, headers))
-        to_judge = batch.kinds(n).translate(stun.STUN_TABLE)
+        to_judge = kinds.translate(stun.STUN_TABLE)
         # Media of clients that are known: nearly always all of the batch.
         if all(hops) and 1 not in to_judge and max(lengths) <= self._octets_max:
-            holes: Sequence[int] = ()
+            holes: list[int] = []
             table.active.update(headers)
         else:
             holes = self._judge_inbound(headers, lengths, hops, to_judge)
-        batch.direct(n, hops)  # type: ignore[arg-type]  # judged: None is gone
-        batch.fit(n)
-        self._send(batch, self._internal, self.inbound_counters, lengths, holes)
+        batch.direct(n, hops)  # type: ignore[arg-type]  # judged: no None is left
+        refused = batch.send(n, holes)
+        _count(self.inbound_counters, lengths, 0, holes, refused)
         return n == self._size
 
     def outbound(self) -> bool:
         """A batch from transceivers to clients; True if more may be waiting."""
         batch, table = self._outbound, self.flows
-        n = batch.receive(self._internal)
+        n = batch.receive()
         if not n:
             return False
-        headers, lengths, sources = batch.headers(n), batch.lengths(n), batch.sources(n)
+        headers, lengths, kinds = batch.read(n)
+        sources = batch.sources(n)
         # Each frame comes from the transceiver that its client's flow leads to.
         if (
             tuple(map(table.hops.get, headers)) == sources
             and min(lengths) >= frame.HEADER_OCTETS
             and max(lengths) <= self._octets_max + frame.HEADER_OCTETS
         ):
-            holes: Sequence[int] = ()
+            holes: list[int] = []
         else:
             holes = self._judge_outbound(headers, lengths, sources)
-        if table.watched and not table.watched.isdisjoint(headers):
-            self._note_answers(headers, lengths, holes)
-        batch.fit(n)
-        self._send(batch, self._public, self.outbound_counters, lengths, holes)
+        if not table.watched.isdisjoint(headers):
+            self._note_answers(headers, lengths, kinds, holes)
+        refused = batch.send(n, holes)
+        _count(self.outbound_counters, lengths, frame.HEADER_OCTETS, holes, refused)
         return n == self._size
-
-    def _send(
-        self,
-        batch: udp.Batch,
-        sock: socket.socket,
-        counters: metrics.Counters,
-        lengths: list[int],
-        holes: Sequence[int],
-    ) -> None:
-        """Send what lies between the holes, and count it all."""
-        refused: list[int] = []
-        start, n = 0, len(lengths)
-        for end in (*holes, n):
-            refused += batch.send(sock, start, end)
-            start = end + 1
-        values, lost = counters.values, len(holes) + len(refused)
-        octets = sum(lengths) - (batch is self._outbound) * frame.HEADER_OCTETS * (n - lost)
-        if lost:
-            octets -= sum(lengths[i] for i in itertools.chain(holes, refused))
-            values[counters.kinds["DROPPED_SEND_FAILED"]] += len(refused)
-        values[_RECEIVED] += n
-        values[_FORWARDED] += n - lost
-        values[_OCTETS] += octets
 
     # --- one by one: what misses, and STUN ------------------------------------------------------
 
@@ -233,7 +196,6 @@ class Worker:
         self.flows.active.update(itertools.compress(headers, hops))
         for i in holes:
             hops[i] = self._nowhere
-            self._inbound.make_hole(i)
         return holes
 
     def _route(self, header: bytes, i: int, length: int, now: float) -> bytes | metrics.Inbound:
@@ -283,7 +245,6 @@ class Worker:
             if drop is not None:
                 values[drop] += 1
                 holes.append(i)
-                self._outbound.make_hole(i)
         return holes
 
     def _objection(self, header: bytes, length: int, source: bytes) -> metrics.Outbound | None:
@@ -306,10 +267,10 @@ class Worker:
         )
 
     def _note_answers(
-        self, headers: tuple[bytes, ...], lengths: list[int], holes: Sequence[int]
+        self, headers: tuple[bytes, ...], lengths: list[int], kinds: bytes, holes: list[int]
     ) -> None:
         """A transceiver that sends something other than STUN has finished ICE with its client."""
-        kinds, watched = self._outbound.kinds(len(headers)), self.flows.watched
+        watched = self.flows.watched
         spoken = [
             header
             for i, header in enumerate(headers)
@@ -319,6 +280,24 @@ class Worker:
             and i not in holes
         ]
         self.flows.answered(spoken, time.monotonic())
+
+
+def _count(
+    counters: metrics.Counters,
+    lengths: list[int],
+    header: int,
+    holes: list[int],
+    refused: list[int],
+) -> None:
+    """Count a batch: all of it, and what went on. The holes are counted already, by reason."""
+    values, lost, octets = counters.values, len(holes) + len(refused), sum(lengths)
+    n = len(lengths)
+    if lost:
+        values[counters.kinds["DROPPED_SEND_FAILED"]] += len(refused)
+        octets -= sum(lengths[i] for i in (*holes, *refused))
+    values[_RECEIVED] += n
+    values[_FORWARDED] += n - lost
+    values[_OCTETS] += octets - header * (n - lost)
 
 
 # --- what the workers and the supervisor share ----------------------------------------------------
@@ -358,9 +337,9 @@ class Shared:
         """Raises OSError naming the address if a socket cannot be opened."""
         numbers, size = range(workers(table)), table.receive_buffer_octets
         at, inner = table.public, table.internal
-        self.public = [_opened(udp.open_public, at.host, at.port, size) for _ in numbers]
+        self.public = [udp.open_public(at.host, at.port, size) for _ in numbers]
         self.internal = [
-            _opened(udp.open_internal, inner.host, inner.port + number, size) for number in numbers
+            udp.open_internal(inner.host, inner.port + number, size) for number in numbers
         ]
         family = self.internal[0].family
         batch = udp.octets(table.batch_size, table.datagram_octets_max, family)
@@ -382,15 +361,6 @@ def counters_in(memory: host.Memory) -> tuple[metrics.Counters, metrics.Counters
     )
 
 
-def _opened(
-    open_socket: Callable[[str, int, int], socket.socket], host: str, port: int, octets: int
-) -> socket.socket:
-    try:
-        return open_socket(host, port, octets)
-    except OSError as error:
-        raise OSError(error.errno, f"{host} port {port}: {error.strerror}") from error
-
-
 def state_file(table: settings.RelayTable) -> Path:
     """Where a relay of this configuration writes down how it is found."""
     return table.state_dir / f"relay-{table.public.host}-{table.public.port}.json"
@@ -399,20 +369,19 @@ def state_file(table: settings.RelayTable) -> Path:
 # --- the program ----------------------------------------------------------------------------------
 
 
-def load(path: Path) -> settings.Relay:
-    """The configuration, keys included. Raises settings.SettingsError."""
+def load(path: Path) -> tuple[settings.Relay, ufrag.Keyring]:
+    """The configuration and its keys. Raises settings.SettingsError."""
     found = settings.load(path, settings.Relay)
-    found.keys.load()
     if _internal_family(found.relay) == socket.AF_INET:
         for cluster in found.cluster:
             if cluster.prefix.network.version == 6:
                 raise settings.SettingsError(
                     f"{path}: relay.internal: an IPv4 address cannot reach cluster {cluster.id}"
                 )
-    return found
+    return found, found.keys.load()
 
 
-def relay(found: settings.Relay) -> int:
+def relay(found: settings.Relay, keyring: ufrag.Keyring) -> int:
     """Serve until told to stop; returns the exit code."""
     table = found.relay
     try:
@@ -429,7 +398,7 @@ def relay(found: settings.Relay) -> int:
         _log.warning("%s: relay flows and relay counters will not work", error)
 
     def work(number: int, link: socket.socket) -> int:
-        worker = Worker(shared, number, found, time.monotonic())
+        worker = Worker(shared, number, found, keyring, time.monotonic())
         gc.freeze()
         link.send(supervisor.READY)
         worker.serve(link)
@@ -477,18 +446,18 @@ def run(config: _Config) -> None:
         format="%(asctime)s %(name)s[%(process)d] %(levelname)s %(message)s",
     )
     with _exit_codes():
-        raise typer.Exit(relay(load(config)))
+        raise typer.Exit(relay(*load(config)))
 
 
 @cli.command()
 def check(config: _Config) -> None:
     """Say whether the configuration can be used; exit status 78 and the reason if not."""
     with _exit_codes():
-        found = load(config)
+        found, keyring = load(config)
     table = found.relay
     typer.echo(
         f"{config}: ok: {workers(table)} workers at {table.public}, {limits(table).flows} flows"
-        f" each, {len(found.cluster)} cluster(s), {len(found.keys.load().keys)} key(s)"
+        f" each, {len(found.cluster)} cluster(s), {len(keyring.keys)} key(s)"
     )
 
 
@@ -498,12 +467,9 @@ def show_flows(config: _Config) -> None:
     now = time.monotonic()
     for number, memory in enumerate(_attached(config)):
         for flow in flows.read_all(memory.section("flows")):
-            client, hop = (
-                masked(*frame.client(flow.header)),
-                ":".join(map(str, udp.endpoint(flow.hop))),
-            )
+            client, (at, port) = frame.masked(flow.header), udp.endpoint(flow.hop)
             state, age_s = flow.state.name.lower(), now - flow.opened_at
-            typer.echo(f"worker {number}  {client:<28} {state:<9}  {hop}  {age_s:.0f} s")
+            typer.echo(f"worker {number}  {client:<28} {state:<9}  {at}:{port}  {age_s:.0f} s")
 
 
 @cli.command()
@@ -524,14 +490,6 @@ def _attached(config: Path) -> list[host.Memory]:
     except (OSError, ValueError) as error:
         typer.echo(f"no relay of this configuration is running: {error}", err=True)
         raise typer.Exit(1) from error
-
-
-def masked(address: str, port: int) -> str:
-    """A client's address as it may be shown: without what tells one household from the next."""
-    if ":" in address:
-        prefix = ipaddress.ip_network((address.partition("%")[0], 48), strict=False)
-        return f"[{prefix.network_address}x]:{port}"
-    return f"{address.rpartition('.')[0]}.x:{port}"
 
 
 if __name__ == "__main__":

@@ -209,7 +209,10 @@ class Supervisor:
 
     def _hear(self, fd: int) -> None:
         """A worker said that it is ready, or its link broke (its death is another signal)."""
-        worker = next(w for w in self._workers if w.link is not None and w.link.fileno() == fd)
+        links = [worker for worker in self._workers if worker.link and worker.link.fileno() == fd]
+        if not links:  # buried a moment ago, by a signal of the same round
+            return
+        (worker,) = links
         assert worker.link is not None
         try:
             said = worker.link.recv(64)

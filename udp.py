@@ -38,7 +38,7 @@ import ipaddress
 import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import frame
@@ -104,16 +104,10 @@ def open_public(host: str, port: int, buffer_octets: int) -> socket.socket:
     Raises OSError.
     """
     sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-    try:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        _prepare(sock, buffer_octets)
-        mapped = host if ipaddress.ip_address(host).version == 6 else f"::ffff:{host}"
-        sock.bind((mapped, port))
-    except OSError:
-        sock.close()
-        raise
-    return sock
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    mapped = host if ipaddress.ip_address(host).version == 6 else f"::ffff:{host}"
+    return _bound(sock, mapped, port, buffer_octets)
 
 
 def open_internal(host: str, port: int, buffer_octets: int) -> socket.socket:
@@ -123,12 +117,16 @@ def open_internal(host: str, port: int, buffer_octets: int) -> socket.socket:
     """
     version = ipaddress.ip_address(host).version
     sock = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
+    return _bound(sock, host, port, buffer_octets)
+
+
+def _bound(sock: socket.socket, host: str, port: int, buffer_octets: int) -> socket.socket:
     try:
         _prepare(sock, buffer_octets)
         sock.bind((host, port))
-    except OSError:
+    except OSError as error:
         sock.close()
-        raise
+        raise OSError(error.errno, f"{host} port {port}: {error.strerror}") from error
     return sock
 
 
@@ -165,48 +163,62 @@ class Way(enum.Enum):
 class _View(NamedTuple):
     """What a batch of n datagrams needs, made once for each n: slicing costs more than using it."""
 
-    headers: struct.Struct
+    headers: Callable[[memoryview], tuple[bytes, ...]]
     kinds: memoryview
     received: memoryview
     to_send: memoryview
     hops: memoryview
-    sources: struct.Struct
+    sources: Callable[[memoryview], tuple[bytes, ...]]
     shift: int
 
 
 class Batch:
-    """Room for a batch of datagrams that go one way."""
+    """Room for a batch of datagrams on their way from one socket to another."""
 
     def __init__(
-        self, memory: memoryview, way: Way, size: int, octets_max: int, family: int
+        self,
+        memory: memoryview,
+        way: Way,
+        size: int,
+        octets_max: int,
+        source: socket.socket,
+        target: socket.socket,
     ) -> None:
-        """Lay a batch of `size` datagrams out in `memory`, of `octets(...)` octets.
+        """Lay a batch of up to `size` datagrams out in `memory`, of `octets(...)` octets.
 
-        `octets_max` is the largest payload; `family` that of the socket towards transceivers. The
-        memory must stay where it is. What an earlier process received into it is kept.
+        `octets_max` is the largest payload. The memory must stay where it is.
         """
         self.size, self.octets_max = size, octets_max
-        self._memory, self._way, self._family = memory, way, family
+        self.source, self.target = source, target
+        self._source_fd, self._target_fd = source.fileno(), target.fileno()
+        self._memory, self._way = memory, way
+        inbound = way is Way.INBOUND
+        self._family = (target if inbound else source).family
         self._stride = _stride(octets_max)
-        self._name = name_octets(family)
+        self._name = name_octets(self._family)
         self._names_at = size * self._stride
         self._tables_at = _aligned(self._names_at + size * self._name)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        inbound = way is Way.INBOUND
+        self._receive_table = ctypes.c_void_p(self._base + self._tables_at)
+        self._send_table = ctypes.c_void_p(self._send_entry(0))
         header = frame.HEADER_OCTETS
-        self._receive_from, self._send_from = (header, 0) if inbound else (0, header)
+        self._receive_at, self._send_at = (header, 0) if inbound else (0, header)
         self._shift = header if inbound else -header
         if inbound:
             for at in range(0, self._names_at, self._stride):
                 memory[at : at + _NAME_AT] = frame.MAGIC
         self._write_tables()
-        tables = memory[self._tables_at : octets(size, octets_max, family)].cast("I")
+        tables = memory[self._tables_at : octets(size, octets_max, self._family)].cast("I")
         self._frames = memory[: self._names_at]
         self._names = memory[self._names_at : self._names_at + size * self._name]
         self._lengths = tables[_LENGTH_WORD : size * _MMSGHDR_WORDS : _MMSGHDR_WORDS]
         iovecs = tables[2 * size * _MMSGHDR_WORDS + size * _IOVEC_WORDS :]
         self._to_send = iovecs[2 : size * _IOVEC_WORDS : _IOVEC_WORDS]
         self._views = [self._view(n) for n in range(size + 1)]
+
+    def _send_entry(self, i: int) -> int:
+        """Address of datagram i's struct mmsghdr in the table to send."""
+        return self._base + self._tables_at + (self.size + i) * _MMSGHDR_OCTETS
 
     def _write_tables(self) -> None:
         """Two arrays of struct mmsghdr (to receive, to send), then two of struct iovec."""
@@ -218,8 +230,8 @@ class Batch:
             other = self._base + self._names_at + i * self._name, self._name
             receive, send = (client, other) if inbound else (other, client)
             for array, peer, start, length in (
-                (0, receive, self._receive_from, room - self._receive_from),
-                (1, send, self._send_from, 0),
+                (0, receive, self._receive_at, room - self._receive_at),
+                (1, send, self._send_at, 0),
             ):
                 header_at = self._tables_at + (array * size + i) * _MMSGHDR_OCTETS
                 iovec_at = (
@@ -232,80 +244,87 @@ class Batch:
         rest = self._stride - frame.HEADER_OCTETS
         whole = f"{frame.HEADER_OCTETS}s"
         return _View(
-            headers=struct.Struct(f"{whole}{rest}x" * n),
+            headers=struct.Struct(f"{whole}{rest}x" * n).unpack_from,
             kinds=self._frames[frame.HEADER_OCTETS : n * self._stride : self._stride],
             received=self._lengths[:n],
             to_send=self._to_send[:n],
             hops=self._names[: n * self._name],
-            sources=struct.Struct(f"{self._name}s" * n),
+            sources=struct.Struct(f"{self._name}s" * n).unpack_from,
             shift=int.from_bytes(abs(self._shift).to_bytes(_WORD_OCTETS, "little") * n, "little"),
         )
 
-    def receive(self, sock: socket.socket) -> int:
+    def receive(self) -> int:
         """Take what waits, up to `size` datagrams; 0 if there is none. Never blocks.
 
-        MSG_TRUNC makes a length that of the datagram even where its end did not fit, so that
-        oversized ones show. An error that the kernel kept for the socket reads as none waiting.
+        An error that the kernel kept for the socket reads as none waiting.
         """
-        n: int = _recvmmsg(sock.fileno(), self._base + self._tables_at, self.size, _FLAGS, None)
+        # MSG_TRUNC makes a length that of the datagram even where its end did not fit.
+        n: int = _recvmmsg(self._source_fd, self._receive_table, self.size, _FLAGS, None)
         return n if n > 0 else 0
 
-    def headers(self, n: int) -> tuple[bytes, ...]:
-        """The headers of the first n frames: who the clients are."""
-        return self._views[n].headers.unpack_from(self._frames)
+    def read(self, n: int) -> tuple[tuple[bytes, ...], list[int], bytes]:
+        """Headers, lengths and first octets of the first n datagrams.
 
-    def kinds(self, n: int) -> bytes:
-        """First octet of each payload; of an empty one, whatever lay there before."""
-        return self._views[n].kinds.tobytes()
-
-    def lengths(self, n: int) -> list[int]:
-        """What was received, in octets, header included on the way out."""
-        return self._views[n].received.tolist()
+        The headers say who the clients are. Lengths are as received: on the way out they include
+        the header. The first octet of an empty payload is whatever lay there before.
+        """
+        headers, kinds, received, _, _, _, _ = self._views[n]
+        return headers(self._frames), received.tolist(), kinds.tobytes()
 
     def sources(self, n: int) -> tuple[bytes, ...]:
         """OUTBOUND: the socket address that each frame came from."""
-        return self._views[n].sources.unpack_from(self._names)
+        return self._views[n].sources(self._names)
 
     def payload(self, i: int, length: int) -> memoryview:
         """A view of datagram i, without header, valid until the next receive."""
         at = i * self._stride + frame.HEADER_OCTETS
         return self._frames[at : at + length]
 
-    def make_hole(self, i: int) -> None:
-        """Datagram i will not be sent: give it a length that `fit` can work with."""
-        self._lengths[i] = frame.HEADER_OCTETS
-
-    def direct(self, n: int, hops: Sequence[bytes]) -> None:
+    def direct(self, n: int, hops: Iterable[bytes]) -> None:
         """INBOUND: where each of n datagrams goes, n socket addresses."""
         self._views[n].hops[:] = b"".join(hops)
 
-    def fit(self, n: int) -> None:
-        """Make what was received n lengths to send: 32 more on the way in, 32 less on the way out.
+    def send(self, n: int, holes: Sequence[int]) -> list[int]:
+        """Send n datagrams but for the `holes` (ascending); returns those the kernel refused.
 
-        One addition of big integers for all of them: a carry cannot happen with lengths below
-        2^31, a borrow not with lengths of at least 32, which the caller sees to.
+        What is received with a header leaves without, and the other way round: all lengths change
+        by 32 in one addition of big integers. No carry can happen, and no borrow, since every
+        length on the way out is at least 32, or its datagram is a hole and gets that length here.
         """
-        *_, received, to_send, _, _, shift = self._views[n]
+        for hole in holes:
+            self._lengths[hole] = frame.HEADER_OCTETS
+        _, _, received, to_send, _, _, shift = self._views[n]
         lengths = int.from_bytes(received.tobytes(), "little")
         shifted = lengths + shift if self._shift > 0 else lengths - shift
         to_send[:] = memoryview(shifted.to_bytes(n * _WORD_OCTETS, "little")).cast("I")
+        if not holes:
+            sent: int = self._send_first(n)
+            return [] if sent == n else self._send_run(max(sent, 0), n)
+        refused, start = [], 0
+        for end in (*holes, n):
+            refused += self._send_run(start, end)
+            start = end + 1
+        return refused
 
-    def send(self, sock: socket.socket, start: int, end: int) -> list[int]:
-        """Send datagrams `start` to `end` (exclusive); returns those that the kernel refused."""
+    def _send_first(self, n: int) -> int:
+        """One call for all of them, the common case; returns how many went, or less than 0."""
+        sent: int = _sendmmsg(self._target_fd, self._send_table, n, _DONT_WAIT)
+        return sent
+
+    def _send_run(self, start: int, end: int) -> list[int]:
+        """Send datagrams `start` to `end` (exclusive), skipping and returning what is refused."""
         refused: list[int] = []
-        table = self._base + self._tables_at + self.size * _MMSGHDR_OCTETS
         waited = False
         while start < end:
             # sendmmsg(2): returns how many went out before one failed; an error is the first's.
-            sent: int = _sendmmsg(
-                sock.fileno(), table + start * _MMSGHDR_OCTETS, end - start, _DONT_WAIT
-            )
+            table = ctypes.c_void_p(self._send_entry(start))
+            sent = _sendmmsg(self._target_fd, table, end - start, _DONT_WAIT)
             if sent > 0:
                 start += sent
                 waited = False
             elif not waited and ctypes.get_errno() in (errno.EAGAIN, errno.ENOBUFS):
                 waited = True
-                _wait_until_writable(sock)
+                _wait_until_writable(self.target)
             else:
                 refused.append(start)
                 start += 1
@@ -316,50 +335,47 @@ class Batch:
 class PortableBatch(Batch):
     """The same, a call a datagram, for systems without recvmmsg."""
 
-    def receive(self, sock: socket.socket) -> int:
+    def receive(self) -> int:
         """As `Batch.receive`."""
+        family = socket.AF_INET6 if self._way is Way.INBOUND else self._family
         for i in range(self.size):
             at = i * self._stride
             # One octet more than fits: a datagram that fills it was too large.
-            room = self.octets_max + frame.HEADER_OCTETS + 1
+            room = self._frames[
+                at + self._receive_at : at + self.octets_max + frame.HEADER_OCTETS + 1
+            ]
             try:
-                length, address = sock.recvfrom_into(
-                    self._frames[at + self._receive_from : at + room]
-                )
+                self._lengths[i], address = self.source.recvfrom_into(room)
             except OSError:
                 return i
-            self._lengths[i] = length
-            source = name(
-                address[0].partition("%")[0], address[1], self._received_family(), *address[3:]
-            )
+            peer = name(address[0].partition("%")[0], address[1], family, *address[3:])
             if self._way is Way.INBOUND:
-                self._frames[at + _NAME_AT : at + frame.HEADER_OCTETS] = source
+                self._frames[at + _NAME_AT : at + frame.HEADER_OCTETS] = peer
             else:
-                self._names[i * self._name : (i + 1) * self._name] = source
+                self._names[i * self._name : (i + 1) * self._name] = peer
         return self.size
 
-    def _received_family(self) -> int:
-        return socket.AF_INET6 if self._way is Way.INBOUND else self._family
+    def _send_first(self, n: int) -> int:
+        return 0
 
-    def send(self, sock: socket.socket, start: int, end: int) -> list[int]:
-        """As `Batch.send`."""
-        return [i for i in range(start, end) if not self._sent(sock, i)]
+    def _send_run(self, start: int, end: int) -> list[int]:
+        return [i for i in range(start, end) if not self._sent(i)]
 
-    def _sent(self, sock: socket.socket, i: int) -> bool:
+    def _sent(self, i: int) -> bool:
         at = i * self._stride
         if self._way is Way.INBOUND:
-            target = bytes(self._names[i * self._name : (i + 1) * self._name])
+            peer = bytes(self._names[i * self._name : (i + 1) * self._name])
         else:
-            target = bytes(self._frames[at + _NAME_AT : at + frame.HEADER_OCTETS])
-        host, port = endpoint(target)
-        if sock.family == socket.AF_INET6 and ":" not in host:
+            peer = bytes(self._frames[at + _NAME_AT : at + frame.HEADER_OCTETS])
+        host, port = endpoint(peer)
+        if self.target.family == socket.AF_INET6 and ":" not in host:
             host = f"::ffff:{host}"
-        content = self._frames[at + self._send_from : at + self._send_from + self._to_send[i]]
+        start = at + self._send_at
         for _ in range(2):
             try:
-                sock.sendto(content, (host, port))
+                self.target.sendto(self._frames[start : start + self._to_send[i]], (host, port))
             except BlockingIOError:
-                _wait_until_writable(sock)
+                _wait_until_writable(self.target)
             except OSError:
                 return False
             else:
@@ -402,8 +418,6 @@ _FLAGS = _DONT_WAIT | int(getattr(socket, "MSG_TRUNC", 0))
 _libc = ctypes.PyDLL(None, use_errno=True)
 _HAS_MMSG = hasattr(_libc, "recvmmsg") and struct.calcsize("P") == 8
 if _HAS_MMSG:
+    # Without argtypes, and with pointers that are c_void_p already: converting the arguments
+    # would cost 0.3 us a call, which is felt where batches are short.
     _recvmmsg, _sendmmsg = _libc.recvmmsg, _libc.sendmmsg
-    _recvmmsg.argtypes = (
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p,
-    )  # fmt: skip
-    _sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)

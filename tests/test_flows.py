@@ -46,14 +46,14 @@ def test_limits_are_refusals():
     flow, _ = table()
     assert flow.open(client(0), A, ufrag(0), 0) is None
     assert flow.open(client(1), A, ufrag(0), 0) is None
-    assert flow.open(client(2), A, ufrag(0), 0) is flows.Refusal.ADDRESSES
+    assert flow.open(client(2), A, ufrag(0), 0) is flows.Refusal.ADDRESSES_LIMIT
     assert flow.open(client(2), A, ufrag(2), 0) is None
     assert flow.open(client(3), A, ufrag(3), 0) is None
-    assert flow.open(client(4), A, ufrag(4), 0) is flows.Refusal.TENTATIVE
+    assert flow.open(client(4), A, ufrag(4), 0) is flows.Refusal.TENTATIVE_LIMIT
     flow.answered(map(client, range(4)), 0)
     for number in range(4, 8):
         assert flow.open(client(number), A, ufrag(number), 0) is None
-    assert flow.open(client(8), A, ufrag(8), 0) is flows.Refusal.FLOWS
+    assert flow.open(client(8), A, ufrag(8), 0) is flows.Refusal.FLOWS_LIMIT
     assert len(flow) == 8
 
 
@@ -79,7 +79,7 @@ def test_a_live_assured_flow_is_not_moved():
     flow.open(client(1), A, ufrag(1), 0)
     flow.answered([client(1)], 0)
     for now in range(100):
-        assert flow.open(client(1), B, ufrag(2), now) is flows.Refusal.HELD
+        assert flow.open(client(1), B, ufrag(2), now) is flows.Refusal.FLOW_HELD
         assert flow.watched == {client(1)}
         flow.answered([client(1)], now + 0.5)  # its owner is there
     assert flow.hops[client(1)] == A
@@ -89,8 +89,8 @@ def test_a_silent_owner_loses_a_contest():
     flow, _ = table()
     flow.open(client(1), A, ufrag(1), 0)
     flow.answered([client(1)], 0)
-    assert flow.open(client(1), B, ufrag(2), 10) is flows.Refusal.HELD
-    assert flow.open(client(1), B, ufrag(2), 10 + flows.FLOW_HELD_S / 2) is flows.Refusal.HELD
+    assert flow.open(client(1), B, ufrag(2), 10) is flows.Refusal.FLOW_HELD
+    assert flow.open(client(1), B, ufrag(2), 10 + flows.FLOW_HELD_S / 2) is flows.Refusal.FLOW_HELD
     assert flow.open(client(1), B, ufrag(2), 10 + flows.FLOW_HELD_S) is None
     assert flow.hops[client(1)] == B and flow.tentative == 1
 
@@ -103,7 +103,7 @@ def test_contests_are_bounded_and_forgotten():
     flow.answered(map(client, range(2000)), 0)
     for number in range(2000):
         refused = flow.open(client(number), B, ufrag(number + 5000), 1)
-        assert refused is flows.Refusal.HELD
+        assert refused is flows.Refusal.FLOW_HELD
     assert len(flow.watched) == flows.CONTESTED_MAX
     flow.active.update(map(client, range(2000)))
     flow.sweep(2 + flows.CONTEST_S_MAX)

@@ -14,6 +14,11 @@ def test_members_index_memory_without_gaps(kinds):
     assert [int(kind) for kind in kinds] == list(range(len(kinds)))
 
 
+def test_both_ways_begin_alike():
+    names = [[kind.name for kind in kinds][:3] for kinds in (metrics.Inbound, metrics.Outbound)]
+    assert names == [["RECEIVED", "FORWARDED", "OCTETS"]] * 2  # the relay counts by position
+
+
 @pytest.mark.parametrize("kind", list(itertools.chain(*ALL)), ids=lambda kind: f"{kind!r}")
 def test_each_says_what_it_is(kind):
     assert kind.unit and kind.help.endswith(".")
@@ -59,6 +64,13 @@ def test_a_gauge_is_a_gauge():
     text = metrics.exposition("earshot", [({}, metrics.Counters(metrics.Transceiver))])
     assert b"# TYPE earshot_sessions gauge" in text
     assert b"earshot_sessions 0.0" in text
+
+
+def test_counters_print_what_is_not_zero():
+    counters = metrics.Counters(metrics.Outbound)
+    assert str(counters) == "outbound: nothing"
+    counters.values[metrics.Outbound.RECEIVED] = 2
+    assert str(counters) == "outbound: received 2"
 
 
 def test_no_rows_is_no_text():
