@@ -37,6 +37,10 @@ would leave fewer responses to interrupt."""
 DELTA_MS = 200
 """Audio in one event: a few events a second cost nothing, and none is large."""
 
+LEAD_IN_MS = 60
+"""Of the padding before a turn's first speech frame, what is repeated. A soft first consonant is
+below the detector's floor; all of the padding would be 300 ms of silence before every reply."""
+
 COMMIT_MS_MIN = 100
 """A push-to-talk buffer with less counts as empty: a key pressed by accident. As OpenAI's."""
 
@@ -193,7 +197,8 @@ class Parrot:
             level = f"level {turn.level_dbfs:.0f} dBFS"
         heard = f"{turn.heard_ms / 1000:.1f} seconds of {what}, {level}"
         more = " I repeat the end of it." if turn.heard_ms > TURN_MS_MAX else ""
-        self._answer = _Answer(f"I heard {heard}.{more}", turn.pcm)
+        pcm = turn.pcm[max(0, turn.lead_ms - LEAD_IN_MS) * MS_OCTETS :]
+        self._answer = _Answer(f"I heard {heard}.{more}", pcm)
         transcribed = self._session["audio"]["input"]["transcription"] is not None
         self._commit_item(f"({heard})" if transcribed else None, turn.heard_ms / 1000)
 

@@ -97,6 +97,8 @@ class Turn:
 
     pcm: bytes
     """PCM16LE mono at RATE_HZ, at most TURN_MS_MAX of it: the last."""
+    lead_ms: int
+    """Padding in front of its first speech frame; 0 for push-to-talk."""
     end_ms: int
     """Audio time of its end."""
     heard_ms: int
@@ -190,17 +192,18 @@ class Ear:
 
     def take(self) -> Turn:
         """The turn that is in the buffer: after speech to its end, else all that is kept."""
-        end_ms, heard_ms = self.clock_ms, self._frames * FRAME_MS
+        lead_ms, end_ms, heard_ms = 0, self.clock_ms, self._frames * FRAME_MS
         if self.speaking:
             end_ms = min(end_ms, self._speech_ms + TAIL_MS)
             heard_ms = self._speech_ms - self._onset_ms
+            lead_ms = max(0, self._onset_ms - self.starts_ms)
         octets = max(0, end_ms - self.starts_ms) * MS_OCTETS
         pcm, after = bytes(self._buffer[:octets]), self._buffer[octets:]
         power = self._power / self._frames if self._frames else 0.0
         level_dbfs = 10 * math.log10(power) if power else -math.inf
         self.forget()
         self._buffer += after
-        return Turn(pcm, end_ms, heard_ms, level_dbfs)
+        return Turn(pcm, lead_ms, end_ms, heard_ms, level_dbfs)
 
     def _measure(self, level: float) -> None:
         self._power += level * level

@@ -57,6 +57,7 @@ def test_a_turn_is_what_was_said_with_its_padding_and_without_the_silence_behind
     assert speech[: len(speech) - 40 * MS_OCTETS] in turn.pcm
     at_ms = turn.pcm.index(speech[:FRAME_OCTETS]) // MS_OCTETS
     assert 180 <= at_ms <= 260
+    assert abs(turn.lead_ms - at_ms) <= 40, "the padding is told from the speech"
     assert len(turn.pcm) // MS_OCTETS <= at_ms + len(speech) // MS_OCTETS + 100
     assert abs(turn.heard_ms - len(speech) // MS_OCTETS) <= 60
     rms = math.sqrt(np.mean(np.frombuffer(speech, "<i2").astype(float) ** 2)) / 32_768
