@@ -30,9 +30,12 @@ LEAD_S = 1.5
 TAIL_S = 8.0
 
 # The reply is the sentence after two Opus encodings, a resampling to 16 kHz and back, and the
-# browser's jitter buffer. Unrelated speech stays under half of this: each run shows it.
+# browser's jitter buffer, which stretches and squeezes between sounds. So the sentence is compared
+# in pieces: measured 0.80 to 0.88, on an idle machine and on one with twice as much to do as it
+# can, where the sentence as a whole went from 0.81 down to 0.61. Backwards, it reaches 0.41.
+PIECES = 6
 CORRELATION_MIN = 0.6
-CONTROL_MAX = 0.3
+CONTROL_MAX = 0.5
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -45,7 +48,7 @@ FLAGS = (
     "--disable-sync",
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
-    # Without it Chromium gathers no candidate on 127.0.0.1, where the relay under test is.
+    # The relay under test is on 127.0.0.1, which a machine without any network reaches only so.
     "--allow-loopback-in-peer-connection",
 )
 
@@ -106,11 +109,13 @@ def absent(what: str) -> None:
 @pytest.fixture(scope="module")
 def system() -> Iterator[dict[str, Any]]:
     """The whole system on free ports, as `scripts/dev.sh` starts it."""
-    argv = [sys.executable, ROOT / "scripts" / "dev.py", "--free-ports", "--json"]
+    argv: list[str | Path] = [sys.executable, ROOT / "scripts" / "dev.py", "--free-ports", "--json"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         try:
-            yield json.loads(running.stdout.readline())
+            line = running.stdout.readline()
+            assert line, "the system did not start: its reasons stand above"
+            yield json.loads(line)
         finally:
             running.send_signal(signal.SIGTERM)
 
@@ -155,14 +160,19 @@ def chromium(microphone: Path) -> Iterator[Any]:
 @pytest.fixture
 def opened(chromium: Any, system: dict[str, Any]) -> Iterator[Opener]:
     """Opens the page; at the end the page must have had nothing to complain about."""
-    contexts, complaints = [], []
+    contexts: list[Any] = []
+    complaints: list[str] = []
+
+    def complain(line: Any) -> None:
+        if line.type == "error":
+            complaints.append(line.text)
 
     def open_page(**options: Any) -> Page:
         context = chromium.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda line: line.type == "error" and complaints.append(line.text))
+        page.on("console", complain)
         page.goto(system["page"])
         return page
 
@@ -220,6 +230,11 @@ def resemblance(said: Sound, heard: Sound) -> float:
     return float(np.max(np.abs(correlation) / scale))
 
 
+def likeness(said: Sound, heard: Sound) -> float:
+    """Mean resemblance of the pieces of what was said, 0 to 1."""
+    return float(np.mean([resemblance(piece, heard) for piece in np.array_split(said, PIECES)]))
+
+
 def speech(sound: Sound) -> Sound:
     """A recording without the silence around it."""
     loud = np.flatnonzero(np.abs(sound) > 0.02)
@@ -242,8 +257,12 @@ def test_the_reply_is_what_was_said(opened: Opener, tmp_path: Path) -> None:
     said = speech(read(SENTENCE))
     noise = np.random.default_rng(1).normal(size=len(said))
     # Backwards it has the same spectrum and the same rhythm of loud and soft, but says nothing.
-    controls = {"backwards": resemblance(said[::-1], heard), "noise": resemblance(noise, heard)}
-    figures = {"correlation": resemblance(said, heard), **controls}
+    controls = {"backwards": likeness(said[::-1], heard), "noise": likeness(noise, heard)}
+    figures = {
+        "correlation": likeness(said, heard),
+        "in_one_piece": resemblance(said, heard),
+        **controls,
+    }
     (turn,) = page.evaluate("earshot.turns")
     print(json.dumps(figures | page.evaluate("earshot.timings") | turn))
     print(f"screenshot: {tmp_path / 'live.png'}")
@@ -384,8 +403,10 @@ def test_what_goes_wrong_is_said_in_words(
 def test_a_microphone_that_is_refused_is_explained(opened: Opener) -> None:
     page = opened()
     page.evaluate(
-        "navigator.mediaDevices.getUserMedia = async () => {"
-        " throw new DOMException('Permission denied', 'NotAllowedError'); }"
+        """() => {
+          const denied = new DOMException("Permission denied", "NotAllowedError");
+          navigator.mediaDevices.getUserMedia = () => Promise.reject(denied);
+        }"""
     )
     page.get_by_role("button", name="Start").click()
     page.get_by_role("alert").wait_for()

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,6 @@ RELAYS = ["127.0.0.1:3478", "[2001:db8::1]:3478"]
 ALLOW_HEADERS = "authorization, content-type, if-match, etag, x-openai-agents-sdk, openai-beta"
 ALLOW_METHODS = "OPTIONS, GET, POST, PATCH, DELETE"
 EXPOSE_HEADERS = "location, etag, link, accept-post, accept-patch, access-control-allow-methods"
-
-Test = Callable[[], Awaitable[None]]
 
 
 class FakeTransceiver:
@@ -176,8 +174,7 @@ async def staged(folder: Path, fakes: int = 1, more: str = "") -> AsyncIterator[
 
 
 def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 

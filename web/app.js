@@ -11,8 +11,9 @@
 //   state      one of STATES in call.js
 //   callId     "rtc_…" or null
 //   levels     {microphone, reply}: root mean square of the last 10 ms, 0 to 1
-//   timings    {answered, connected, channel, reply}: milliseconds since the offer was posted, as
-//              far as they have happened; `reply` is the first sound of a reply
+//   timings    {answered, connected, channel, audio}: milliseconds since the offer was posted, as
+//              far as they have happened (`audio` is its first packet); and `reply`, the first
+//              sound of a reply, since Start was pressed
 //   counters   {sent, received, turns, interruptions, errors, packetsIn, packetsOut}
 //   turns      the turns, oldest first: {status, heard, said, replyAfterMs, audibleAfterMs}
 //   events     [{direction, event}], the last 500, oldest first

@@ -35,7 +35,7 @@ export class Call extends EventTarget {
   state = "idle";
   id = null;
   microphone = null; // MediaStream, from the state "offering" on
-  timings = {}; // milliseconds since the offer was posted: answered, connected, channel
+  timings = {}; // milliseconds since the offer was posted: answered, connected, channel, audio
   #peer = null;
   #channel = null;
   #location = null;
@@ -99,8 +99,10 @@ export class Call extends EventTarget {
       peer.addTrack(track, this.microphone);
       track.onended = () => this.#fail(microphoneGone());
     }
-    peer.ontrack = ({ streams, track }) =>
+    peer.ontrack = ({ streams, track }) => {
+      track.onunmute = () => this.#mark("audio");
       this.#tell("reply", { stream: streams[0] ?? new MediaStream([track]) });
+    };
     peer.onconnectionstatechange = () => this.#connection(peer.connectionState);
     this.#channel = peer.createDataChannel("oai-events");
     this.#channel.onopen = () => this.#mark("channel");
