@@ -1,0 +1,441 @@
+"""The relay as a process: real sockets, real signals, and every datagram in exactly one counter."""
+
+import contextlib
+import ipaddress
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import frame
+import host
+import metrics
+import relay
+import settings
+import stun
+import supervisor
+import ufrag
+
+PATIENCE_S = 20
+"""How long anything may take before the test has failed; all of it takes milliseconds."""
+
+CONFIG = """
+[relay]
+public = "127.0.0.1:{public}"
+internal = "127.0.0.1:{internal}"
+workers = {workers}
+state_dir = "state"
+{more}
+
+[keys]
+file = "keys"
+
+[[cluster]]
+id = 1
+prefix = "127.0.0.0/29"
+ports = [{transceiver}, {transceiver}]
+"""
+IN, OUT = metrics.Inbound, metrics.Outbound
+
+
+def bound(at="127.0.0.1", port=0):
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((at, port))
+    sock.settimeout(PATIENCE_S)
+    return sock
+
+
+class Relay:
+    """A running relay, its transceivers, and what its clients send."""
+
+    def __init__(self, folder, stack, workers=1, more=""):
+        self.stack, self.folder = stack, folder
+        self.transceiver = stack.enter_context(bound())
+        self.port = self.transceiver.getsockname()[1]
+        self.second = stack.enter_context(bound("127.0.0.2", self.port))
+        with contextlib.ExitStack() as ports:
+            taken = [ports.enter_context(bound()) for _ in range(2)]
+            self.public, self.internal = (sock.getsockname()[1] for sock in taken)
+        (folder / "keys").write_text("1 " + "11" * 32 + "\n2 " + "22" * 32 + "\n")
+        (folder / "keys").chmod(0o600)
+        self.config = folder / "relay.toml"
+        self.config.write_text(
+            CONFIG.format(
+                public=self.public,
+                internal=self.internal,
+                workers=workers,
+                transceiver=self.port,
+                more=more,
+            )
+        )
+        self.keyring = settings.load_keys(folder / "keys")
+        self.home = ufrag.Cluster(1, ipaddress.ip_network("127.0.0.0/8"), 1, 65535)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "relay", "run", "--config", self.config],
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.log, self._rest = [], b""
+        stack.callback(self._clean)
+        self.line(" ready")
+        table = settings.load(self.config, settings.Relay).relay
+        self.memories = host.attach(relay.state_file(table), relay.LAYOUT, relay.MEMORY)
+
+    def _clean(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stderr.close()
+
+    def line(self, part):
+        """The next line of the log that has `part` in it."""
+        while True:
+            head, newline, rest = self._rest.partition(b"\n")
+            if newline:
+                self._rest = rest
+                self.log.append(head.decode())
+                if part in self.log[-1]:
+                    return self.log[-1]
+                continue
+            readable, _, _ = select.select([self.process.stderr], [], [], PATIENCE_S)
+            more = os.read(self.process.stderr.fileno(), 65536) if readable else b""
+            assert more, f"no line with {part!r} after {self.log}"
+            self._rest += more
+
+    def counters(self):
+        rows = zip(*map(relay.counters_in, self.memories), strict=True)
+        return [metrics.total(way) for way in rows]
+
+    def stop(self):
+        """Ask it to end; it must, in order, with nothing in hand and nothing uncounted."""
+        self.process.send_signal(signal.SIGTERM)
+        self.line("stopped: outbound")
+        assert self.process.wait(PATIENCE_S) == 0
+        ways = self.counters()
+        assert [way.missing() for way in ways] == [0, 0], [str(way) for way in ways]
+        return ways
+
+    def client(self):
+        sock = self.stack.enter_context(bound())
+        sock.connect(("127.0.0.1", self.public))
+        return sock
+
+    def mint(self, nonce=1, address="127.0.0.1", port=None, cluster=1, keyring=None):
+        home = ufrag.Cluster(cluster, self.home.prefix, 1, 65535)
+        at = ipaddress.ip_address(address)
+        return ufrag.mint(keyring or self.keyring, home, at, port or self.port, nonce)
+
+    def check(self, hint=None, password=None):
+        hint = hint or self.mint()
+        password = password or ufrag.password(self.keyring, hint) or b"x" * 24
+        return stun.request(os.urandom(12), f"{hint}:client", password)
+
+    def open(self, client, transceiver=None, **hint):
+        """A check goes through; returns where the transceiver answers to."""
+        check = self.check(self.mint(**hint))
+        client.send(check)
+        framed, back = (transceiver or self.transceiver).recvfrom(4096)
+        assert framed == header(client) + check
+        return back
+
+
+def header(client):
+    return frame.header(*client.getsockname())
+
+
+def quiet(sock):
+    return not select.select([sock], [], [], 0)[0]
+
+
+@pytest.fixture
+def start(tmp_path):
+    with contextlib.ExitStack() as stack:
+        yield lambda **kwargs: Relay(tmp_path, stack, **kwargs)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_media_goes_both_ways(start, workers):
+    running = start(workers=workers)
+    clients = [running.client() for _ in range(8)]
+    for nonce, client in enumerate(clients):
+        back = running.open(client, nonce=nonce)
+        running.transceiver.sendto(header(client) + b"\x16 hello", back)
+        assert client.recv(4096) == b"\x16 hello"
+        for number in range(20):
+            client.send(b"\x80 media %d" % number)
+            framed, back = running.transceiver.recvfrom(4096)
+            assert framed == header(client) + b"\x80 media %d" % number
+            running.transceiver.sendto(framed, back)
+            assert client.recv(4096) == b"\x80 media %d" % number
+    inbound, outbound = running.stop()
+    assert inbound[IN.FORWARDED] == 8 * 21 and outbound[OUT.FORWARDED] == 8 * 21
+    assert inbound[IN.OCTETS] == outbound[OUT.OCTETS] - 8 * 7 + 8 * len(running.check())
+    assert inbound.drops() == outbound.drops() == {}
+
+
+def flip(text, at):
+    """The ufrag with one bit changed inside its encrypted block."""
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    return text[:at] + alphabet[alphabet.index(text[at]) ^ 1] + text[at + 1 :]
+
+
+def foreign(key_id, digits):
+    return ufrag.Keyring.parse(f"{key_id} " + digits * 32)
+
+
+BAD_IN = {
+    "unknown_client": lambda r: b"\x80 media of nobody",
+    "oversized": lambda r: b"\x80" * 1501,
+    "stun_truncated": lambda r: r.check()[:-4],
+    "stun_not_request": lambda r: stun.success(bytes(12), "192.0.2.1", 1, b"x" * 24),
+    "stun_malformed": lambda r: b"\x00\x01\x00\x00" + b"\x21\x12\xa4\x42" + bytes(12),
+    "ufrag_malformed": lambda r: r.check("four"),
+    "ufrag_unknown_key": lambda r: r.check(r.mint(keyring=foreign(5, "33"))),
+    "ufrag_forged": lambda r: r.check(flip(r.mint(), 9)),
+    "ufrag_unknown_cluster": lambda r: r.check(r.mint(cluster=2)),
+    "ufrag_outside": lambda r: r.check(r.mint(address="127.0.0.8")),
+    "bad_integrity": lambda r: r.check(password=b"y" * 24),
+}
+
+
+@pytest.mark.parametrize("reason", BAD_IN)
+def test_what_a_stranger_sends_ends_in_its_counter(start, reason):
+    running = start()
+    stranger, client = running.client(), running.client()
+    stranger.send(BAD_IN[reason](running))
+    # One socket, one worker: what comes first at the transceiver shows what did not come at all.
+    back = running.open(client)
+    running.transceiver.sendto(header(client) + b"\x16", back)
+    assert client.recv(100) == b"\x16"
+    assert quiet(stranger) and quiet(running.transceiver) and quiet(running.second)
+    inbound, _ = running.stop()
+    assert inbound.drops() == {reason: 1}
+    assert inbound[IN.FORWARDED] == 1
+
+
+def test_more_ways_to_be_outside_or_garbled(start):
+    running = start()
+    stranger, client = running.client(), running.client()
+    stranger.send(running.check(running.mint(port=running.port ^ 1)))
+    stranger.send(b"")
+    stranger.send(b"\x00")
+    stranger.send(running.check(foreign_secret := running.mint(keyring=foreign(1, "44"))))
+    assert foreign_secret
+    running.open(client)
+    inbound, _ = running.stop()
+    assert inbound.drops() == {
+        "ufrag_outside": 1,
+        "unknown_client": 1,
+        "stun_truncated": 1,
+        "ufrag_forged": 1,
+    }
+
+
+def test_broken_stun_from_a_known_client_ends_here_but_indications_pass(start):
+    running = start()
+    client = running.client()
+    running.open(client)
+    client.send(running.check()[:-4])
+    client.send(b"\x80" * 1501)
+    indication = b"\x00\x11\x00\x00" + b"\x21\x12\xa4\x42" + bytes(12)
+    client.send(indication)
+    assert running.transceiver.recv(4096) == header(client) + indication
+    inbound, _ = running.stop()
+    assert inbound.drops() == {"stun_truncated": 1, "oversized": 1}
+
+
+BAD_OUT = {
+    "unknown_client": lambda r, c: (r.transceiver, frame.header("192.0.2.1", 9) + b"x"),
+    "wrong_owner": lambda r, c: (r.second, header(c) + b"x"),
+    "bad_frame": lambda r, c: (r.transceiver, b"\xc5\x02" + header(c)[2:] + b"x"),
+    "not_transceiver": lambda r, c: (r.client_socket, header(c) + b"x"),
+    "oversized": lambda r, c: (r.transceiver, header(c) + b"x" * 1501),
+}
+
+
+@pytest.mark.parametrize("reason", BAD_OUT)
+def test_what_is_not_the_owners_frame_ends_in_its_counter(start, reason):
+    running = start()
+    client, running.client_socket = running.client(), running.stack.enter_context(bound())
+    back = running.open(client)
+    sender, datagram = BAD_OUT[reason](running, client)
+    sender.sendto(datagram, back)
+    running.transceiver.sendto(header(client) + b"good", back)
+    assert client.recv(4096) == b"good"
+    _, outbound = running.stop()
+    assert outbound.drops() == {reason: 1}
+    assert outbound[OUT.FORWARDED] == 1
+
+
+def test_short_frames_are_bad_frames(start):
+    running = start()
+    client = running.client()
+    back = running.open(client)
+    for octets in (0, 1, 31):
+        running.transceiver.sendto(header(client)[:octets], back)
+    running.transceiver.sendto(header(client), back)  # a datagram of no octets: whole
+    assert client.recv(100) == b""
+    _, outbound = running.stop()
+    assert outbound.drops() == {"bad_frame": 3}
+
+
+def test_a_burst_of_good_and_bad_keeps_its_order(start):
+    running = start()
+    client, stranger = running.client(), running.client()
+    running.open(client)
+    for number in range(200):
+        client.send(b"\x80 %d" % number)
+        if number % 3 == 0:
+            stranger.send(b"\x80 stranger")
+        if number % 7 == 0:
+            client.send(running.check())
+    came = [running.transceiver.recv(4096)[32:] for _ in range(200 + 29)]
+    media = [payload for payload in came if payload[0] == 0x80]
+    assert media == [b"\x80 %d" % number for number in range(200)]
+    inbound, _ = running.stop()
+    assert inbound.drops() == {"unknown_client": 67}
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ("flows_max = 2\nflows_tentative_max = 2", "flows_limit"),
+        ("flows_tentative_max = 2", "tentative_limit"),
+        ("addresses_per_ufrag_max = 2", "addresses_limit"),
+        ("integrity_checks_per_s = 2", "integrity_limit"),
+    ],
+)
+def test_limits_are_counters(start, more, reason):
+    running = start(more=more)
+    clients = [running.client() for _ in range(3)]
+    for client in clients[:2]:
+        running.open(client)
+    clients[2].send(running.check())
+    clients[0].send(b"\x80 still served")
+    assert running.transceiver.recv(4096) == header(clients[0]) + b"\x80 still served"
+    inbound, _ = running.stop()
+    assert inbound.drops() == {reason: 1}
+
+
+def test_a_replayed_check_does_not_move_a_live_flow(start):
+    running = start()
+    client = running.client()
+    back = running.open(client)
+    running.transceiver.sendto(header(client) + b"\x16", back)
+    assert client.recv(100) == b"\x16"  # assured
+    client.send(running.check(running.mint(nonce=7, address="127.0.0.2")))
+    client.send(b"\x80 media")
+    assert running.transceiver.recv(4096) == header(client) + b"\x80 media"
+    assert quiet(running.second)
+    inbound, _ = running.stop()
+    assert inbound.drops() == {"flow_held": 1}
+
+
+def test_a_tentative_flow_follows_its_client(start):
+    running = start()
+    client = running.client()
+    running.open(client)
+    running.open(client, running.second, address="127.0.0.2")
+    client.send(b"\x80 media")
+    assert running.second.recv(4096) == header(client) + b"\x80 media"
+    running.stop()
+
+
+def test_a_killed_worker_loses_neither_flows_nor_what_waits(start):
+    running = start()
+    client = running.client()
+    back = running.open(client)
+    running.transceiver.sendto(header(client) + b"\x16", back)
+    assert client.recv(100) == b"\x16"
+    for turn in range(3):
+        (pid,) = children(running.process.pid)
+        os.kill(pid, signal.SIGKILL)
+        for number in range(50):
+            client.send(b"\x80 %d %d" % (turn, number))
+        for number in range(50):
+            framed, back = running.transceiver.recvfrom(4096)
+            assert framed == header(client) + b"\x80 %d %d" % (turn, number)
+        running.transceiver.sendto(header(client) + b"\x80 back", back)
+        assert client.recv(100) == b"\x80 back"
+        running.line("serves again after")
+    inbound, outbound = running.stop()
+    assert inbound[IN.FORWARDED] == 151 and outbound[OUT.FORWARDED] == 4
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def command(*words):
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "relay", *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+def test_flows_and_counters_are_seen_from_outside(start):
+    running = start()
+    first, second = running.client(), running.client()
+    back = running.open(first)
+    running.open(second, nonce=2)
+    running.transceiver.sendto(header(first) + b"\x16", back)
+    assert first.recv(100) == b"\x16"
+    shown = command("flows", "--config", running.config).stdout
+    lines = {line.split()[2]: line for line in shown.splitlines()}
+    assert set(lines) == {f"127.0.0.x:{sock.getsockname()[1]}" for sock in (first, second)}
+    assert re.search(rf"assured +127\.0\.0\.1:{running.port} +\d+ s", shown)
+    assert "tentative" in lines[f"127.0.0.x:{second.getsockname()[1]}"]
+    text = command("counters", "--config", running.config).stdout
+    assert 'earshot_relay_inbound_forwarded_total{worker="0"} 2.0' in text
+    assert 'earshot_relay_outbound_received_total{worker="0"} 1.0' in text
+    running.stop()
+    gone = command("flows", "--config", running.config)
+    assert gone.returncode == 1 and "no relay of this configuration" in gone.stderr
+
+
+def test_check_says_what_is_wrong(start):
+    running = start()
+    fine = command("check", "--config", running.config)
+    assert fine.returncode == 0 and "ok: 1 workers" in fine.stdout
+    running.config.write_text(running.config.read_text().replace("workers = 1", "workers = -1"))
+    wrong = command("check", "--config", running.config)
+    assert wrong.returncode == supervisor.Exit.CONFIGURATION
+    assert f"{running.config}: relay.workers:" in wrong.stderr
+    assert command("run", "--config", running.config).returncode == wrong.returncode
+    running.stop()
+
+
+def test_a_cluster_that_cannot_be_reached_is_refused(start):
+    running = start()
+    text = running.config.read_text() + '\n[[cluster]]\nid = 2\nprefix = "fd00::/96"\nports=[1, 2]'
+    running.config.write_text(text)
+    wrong = command("check", "--config", running.config)
+    assert wrong.returncode == supervisor.Exit.CONFIGURATION
+    assert "relay.internal: an IPv4 address cannot reach cluster 2" in wrong.stderr
+    running.stop()
+
+
+def test_a_taken_port_has_its_own_exit_code(start):
+    running = start()
+    second = command("run", "--config", running.config)
+    assert second.returncode == supervisor.Exit.ADDRESS
+    assert f"127.0.0.1 port {running.internal}: Address already in use" in second.stderr
+    running.stop()
+
+
+def test_the_log_names_no_client(start):
+    running = start()
+    client = running.client()
+    running.open(client)
+    running.stop()
+    log = "\n".join(running.log)
+    assert str(client.getsockname()[1]) not in log and running.mint() not in log
