@@ -338,8 +338,9 @@ def _page(path: Path) -> Handler:
 
 
 async def _headers_of_every_response(request: web.Request, response: web.StreamResponse) -> None:
-    """CORS on the API, errors included; no guessing of types anywhere."""
+    """CORS on the API, errors included; no guessing of types, no names of parts, anywhere."""
     response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Server"] = "earshot"  # and not which version of what
     if request.path.startswith("/v1/"):
         response.headers.update(CORS)
 
