@@ -325,7 +325,7 @@ def test_push_to_talk_by_keyboard_and_an_interruption(opened: Opener, tmp_path: 
     until(page, "earshot.turns.at(-1).status === 'interrupted'")
     until(page, "earshot.levels.reply < 0.001")
     page.screenshot(path=tmp_path / "interrupted.png")
-    print(f"screenshots: {tmp_path}")
+    print(json.dumps(page.evaluate("earshot.turns.at(-1)")), f"screenshots: {tmp_path}")
 
     sent = event_types(page, "sent")
     assert sent == [

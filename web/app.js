@@ -15,7 +15,8 @@
 //              far as they have happened (`audio` is its first packet); and `reply`, the first
 //              sound of a reply, since Start was pressed
 //   counters   {sent, received, turns, interruptions, errors, packetsIn, packetsOut}
-//   turns      the turns, oldest first: {status, heard, said, replyAfterMs, audibleAfterMs}
+//   turns      the turns, oldest first: {status, heard, said, replyAfterMs, audibleAfterMs,
+//              silentAfterMs}; the last is from an interruption to the end of the reply's sound
 //   events     [{direction, event}], the last 500, oldest first
 
 import { Call } from "./call.js";
@@ -280,7 +281,7 @@ function showState(state) {
   $("delay").disabled = pushToTalk();
   $("processing").disabled = !idle;
   if (!live) $("interrupt").disabled = true;
-  if (idle) $("hint").textContent = "Press Start, allow the microphone, and say something.";
+  if (state === "idle") $("hint").textContent = "Press Start, allow the microphone, and say something.";
   else if (live && pushToTalk()) $("hint").textContent = "Hold the button, or the space bar, and speak.";
   else $("hint").textContent = live ? "Say something, then pause." : "";
 }
@@ -387,6 +388,7 @@ Object.defineProperty(window, "earshot", {
         said: turn.said,
         replyAfterMs: between(turn.speechEnd, turn.replyBegan),
         audibleAfterMs: between(turn.speechEnd, turn.replyHeard),
+        silentAfterMs: between(turn.replyEnd, turn.silentAt),
       }));
     },
     get events() {

@@ -41,6 +41,7 @@ export class Turns {
   #microphone;
   #reply;
   #changed;
+  #interrupted = null; // the turn whose reply was last cut short
 
   // `changed(turn)` is called whenever a turn is new or has changed.
   constructor(microphone, reply, changed) {
@@ -62,6 +63,7 @@ export class Turns {
       replyBegan: null,
       replyHeard: null,
       replyEnd: null,
+      silentAt: null, // of an interrupted reply: when it was last loud, its end at the earliest
       responseId: null,
       heard: "",
       said: "",
@@ -88,9 +90,12 @@ export class Turns {
     this.#changed(turn);
   }
 
-  // Levels of the reply have come in: was it the first sound of a reply?
+  // Levels of the reply have come in: was it the first sound of a reply, or the last of one?
   listen() {
-    const turn = this.last;
+    const [turn, cut] = [this.last, this.#interrupted];
+    if (cut && this.#reply.onset <= cut.replyEnd) {
+      cut.silentAt = Math.max(cut.replyEnd, this.#reply.lastLoud);
+    }
     if (turn?.status !== "replying" || turn.replyHeard !== null) return;
     if (this.#reply.onset < turn.speechEnd) return;
     turn.replyHeard = this.#reply.onset;
@@ -135,6 +140,7 @@ export class Turns {
       case "output_audio_buffer.cleared":
         turn.replyEnd = now;
         turn.status = "interrupted";
+        this.#interrupted = turn;
         this.interruptions += 1;
         break;
       case "response.done":
