@@ -29,6 +29,8 @@ Sans-IO: `now` is an argument, in seconds of one monotonic clock that the host's
 """
 
 import enum
+import itertools
+import operator
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -129,13 +131,14 @@ class Table:
         self._interned: dict[bytes, bytes] = {}
         self._seen: set[bytes] = set()
         self.hops, self.active, self.watched = {}, set(), set()
-        self._free: list[int] = []
-        for number in reversed(range(limits.flows)):
+        # Without a look at the free ones: a successor's clients are waiting.
+        states = memory[_STATE_AT : octets(limits.flows) : SLOT_OCTETS].tobytes()
+        self._free = list(itertools.compress(range(limits.flows), map(operator.not_, states)))
+        self._free.reverse()
+        for number in itertools.compress(range(limits.flows), states):
             flow = read(memory, number)
-            if flow is None:
-                self._free.append(number)
-            else:
-                self._index(number, flow)
+            assert flow is not None
+            self._index(number, flow)
         self._due = now + limits.tentative_idle_s
         self._flows_due = now + limits.idle_s
         # Who stood there at the last sweep; what the process before heard is unknown: all live.
@@ -304,8 +307,9 @@ def read(memory: memoryview, number: int) -> Flow | None:
 
 def read_all(memory: memoryview) -> Iterator[Flow]:
     """Copies of all flows in a table's memory."""
-    for number in range(len(memory) // SLOT_OCTETS):
-        if memory[number * SLOT_OCTETS + _STATE_AT] and (flow := read(memory, number)):
+    states = memory[_STATE_AT::SLOT_OCTETS].tobytes()
+    for number in itertools.compress(itertools.count(), states):
+        if flow := read(memory, number):
             yield flow
 
 
