@@ -35,7 +35,10 @@ export class Ears {
   }
 
   close() {
-    for (const node of this.#nodes) node.disconnect();
+    for (const node of this.#nodes) {
+      node.disconnect();
+      if (node.port) node.port.onmessage = null; // levels on their way would come after the end
+    }
     this.#nodes = [];
     if (this.#context.state !== "closed") this.#context.close();
   }
