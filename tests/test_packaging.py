@@ -63,7 +63,7 @@ def test_every_dependency_is_used() -> None:
     imported = "\n".join(path.read_text() for path in ROOT.glob("*.py"))
     names = {"webrtcvad-wheels": "webrtcvad", "prometheus-client": "prometheus_client",
              "pyopenssl": "OpenSSL"}  # fmt: skip
-    # aioice and av come with aiortc: named to bound their versions.
+    # aioice comes with aiortc: named to bound its version.
     bounded = {"aioice"}
     for requirement in PROJECT["project"]["dependencies"]:
         name = requirement.partition(">")[0].partition("=")[0].partition("<")[0].strip()
