@@ -286,7 +286,8 @@ def test_hanging_up_ends_the_call_on_the_server(opened: Opener, system: dict[str
     hang_up = f"{system['page']}v1/realtime/calls/{call_id}/hangup"
     with page.expect_response(hang_up) as response:
         page.get_by_role("button", name="Hang up").click()
-    assert response.value.status == 200
+    # 404 if the browser's goodbye over the media path came first: the call is over either way.
+    assert response.value.status in {200, 404}
     assert page.evaluate("earshot.state") == "ended"
     assert page.request.post(hang_up).status == 404
 
@@ -294,18 +295,20 @@ def test_hanging_up_ends_the_call_on_the_server(opened: Opener, system: dict[str
 def test_the_pause_that_ends_a_turn_can_be_set_in_mid_call(opened: Opener) -> None:
     page = opened()
     start(page)
-    page.get_by_label("Answer after a pause of").fill("1200")
+    page.get_by_label("Answer after a pause of").fill("2000")
     until(page, "earshot.events.some(({event}) => event.type === 'session.updated')")
     updated = [
         found["event"]["session"]
         for found in page.evaluate("earshot.events")
         if found["event"]["type"] == "session.updated"
     ]
-    assert updated[-1]["audio"]["input"]["turn_detection"]["silence_duration_ms"] == 1200
-    assert page.get_by_text("In effect: 1200 ms.").is_visible()
+    assert updated[-1]["audio"]["input"]["turn_detection"]["silence_duration_ms"] == 2000
+    assert page.get_by_text("In effect: 2000 ms.").is_visible()
     until(page, "earshot.turns.at(-1)?.status === 'replying'")
-    # Less than this would be the old 500 ms. Upwards nothing is asserted: machines are slow.
-    assert page.evaluate("earshot.turns.at(-1).replyAfterMs") > 900
+    # The old 500 ms would come out as 500 to 600. There is room downwards: the clock of the sounds
+    # loses time where a busy machine starves the audio thread.
+    (turn,) = page.evaluate("earshot.turns")
+    assert turn["replyAfterMs"] > 900, (turn, page.evaluate("earshot.events"))
 
 
 def test_push_to_talk_by_keyboard_and_an_interruption(opened: Opener, tmp_path: Path) -> None:
