@@ -143,11 +143,12 @@ export class Tape {
     this.#label(context, text, at, height - 12, this.#colours.danger);
   }
 
-  #label(context, text, at, y, colour) {
+  #label(context, text, wanted, y, colour) {
     context.font = "600 12px system-ui, sans-serif";
     context.textAlign = "center";
     context.textBaseline = "middle";
     const half = context.measureText(text).width / 2 + 6;
+    const at = Math.min(wanted, this.#canvas.clientWidth - half);
     context.fillStyle = this.#colours.card;
     context.globalAlpha = 0.85;
     context.fillRect(at - half, y - 9, 2 * half, 18);
