@@ -20,7 +20,7 @@ Rules of the Playout:
   over pauses, and the first packet after a pause carries the marker (RFC 3551 section 4.1,
   https://www.rfc-editor.org/rfc/rfc3551#section-4.1).
 - Frames are encoded when they are sent: dropping a minute of speech costs nothing, and no packet of
-  it leaves afterwards.
+  it leaves afterwards. What was cut off in mid-word is followed by silence, or clients would guess.
 - Items play one after another, in the order of their first write. An item that was finished or
   flushed takes no more audio: the rest of an answer still under way is ignored.
 
@@ -70,6 +70,11 @@ has one or two."""
 
 ITEMS_REMEMBERED_MAX = 64
 """Ended items whose milliseconds are kept for truncations, and whose late audio is ignored."""
+
+HUSH_PACKETS = 3
+"""Silence behind a reply that is cut off. A stream that just stops looks like loss to a client: its
+concealment draws the last sound out for some 200 ms. One packet may be lost; more than three are no
+use, for by then the client's buffer has run empty in silence."""
 
 LATE_S_MAX = 0.06
 """A timer this late is caught up with, in a burst of up to four packets; a later one has been a
@@ -317,6 +322,7 @@ class Playout:
         self._ended: dict[str, int] = {}  # milliseconds sent, the oldest first
         self._events: list[Started | Drained] = []
         self._grid_at = float("-inf")  # when the last packet's 20 ms are over
+        self._hush = 0  # packets of silence that a flush still owes
 
     def write(self, item: str, pcm: bytes, now: float) -> bool:
         """Append audio of any length to an item, after all that was written before.
@@ -334,6 +340,8 @@ class Playout:
                 return False
             if self._queue:
                 self._finish(self._queue[-1])
+            if self._hush:
+                self._hush, self.wakes_at = 0, None
             entry = self._open[item] = _Item(item)
             self._queue.append(entry)
         elif entry.finished:
@@ -385,15 +393,19 @@ class Playout:
     def flush(self, now: float) -> list[Played]:
         """Drop all that is not sent, at once; say for each item that waited what of it was sent.
 
+        If that cuts an item off, HUSH_PACKETS of silence follow on its grid.
+
         The encoder keeps the last 2.5 ms of what was sent, and they sound, faded out, at the start
         of the next utterance: that is its overlap, not a rest of the queue. Nothing depends on
         `now` here; it is asked for as everywhere, so that something may.
         """
         played = [Played(entry.name, self._ms(entry)) for entry in self._queue]
+        if self._queue and self._queue[0].packets:
+            self._hush = HUSH_PACKETS
         self._queue.clear()
         self._open.clear()
         self._octets = 0
-        self.wakes_at = None
+        self.wakes_at = self._grid_at if self._hush else None
         for name, ms in played:
             self._remember(name, ms)
         return played
@@ -417,6 +429,9 @@ class Playout:
 
     def _packet(self, at: float, timestamp: int, *, marker: bool) -> bytes:
         """Take one frame off the queue and make the packet whose place on the grid is `at`."""
+        if self._hush:
+            self._hush -= 1
+            return self._seal(bytes(self._frame), at, timestamp, marker=marker)
         entry = self._queue[0]
         pcm = bytes(entry.pcm[: self._frame])
         del entry.pcm[: self._frame]
@@ -449,9 +464,9 @@ class Playout:
         return packet
 
     def _is_ready(self) -> bool:
-        """Whether a frame can be taken: a whole one, or the last one of an item."""
+        """Whether a frame can be taken: a whole one, or the last one of an item, or silence."""
         if not self._queue:
-            return False
+            return self._hush > 0
         entry = self._queue[0]
         return entry.finished or len(entry.pcm) >= self._frame
 

@@ -382,7 +382,7 @@ def test_items_play_one_after_another() -> None:
     ]
 
 
-def test_nothing_leaves_after_a_flush_and_it_says_what_was_played() -> None:
+def test_only_silence_leaves_after_a_flush_and_it_says_what_was_played() -> None:
     codec = FakeCodec()
     out = playout(codec)
     out.write("a", speech(1), 10.0)
@@ -392,16 +392,36 @@ def test_nothing_leaves_after_a_flush_and_it_says_what_was_played() -> None:
         out.send(10.0 + n * 0.02)
     assert out.events()[-1] == audio.Started("b")
     assert out.flush(10.065) == [audio.Played("b", 60), audio.Played("c", 0)]
-    assert out.wakes_at is None
     assert len(codec.encoded) == 4, "what is dropped was never encoded"
     out.write("b", speech(5), 10.07)  # was under way
     out.finish("b", 10.0)
     out.write("c", speech(5), 10.07)
-    assert out.send(10.08) == [] == out.events()
+    hush = [packet for n in range(10) for packet in sent(out.send(10.08 + n * 0.02))]
+    assert hush == [(4 + n, False, 3_840 + n * 960, 0) for n in range(audio.HUSH_PACKETS)]
+    assert out.wakes_at is None
+    assert out.events() == [] == out.flush(10.3)
     assert [out.played_ms(item) for item in "abcd"] == [20, 60, 0, 0]
-    assert out.flush(10.08) == []
-    out.write("d", speech(1, 9), 10.081)
-    assert sent(out.send(10.081)) == [(4, True, 3_888, 9)], "the next utterance leaves at once"
+    out.write("d", speech(1, 9), 10.301)
+    assert sent(out.send(10.301)) == [(7, True, 14_448, 9)], "the next utterance leaves at once"
+
+
+def test_a_reply_that_follows_a_flush_needs_no_silence() -> None:
+    out = playout()
+    out.write("a", speech(3), 10.0)
+    out.send(10.0)
+    out.flush(10.005)
+    out.write("b", speech(0.5, 9), 10.006)
+    assert out.wakes_at is None, "half a frame is not due"
+    out.finish("b", 10.007)
+    assert sent(out.send(10.02)) == [(1, False, 960, 9)]
+    assert out.wakes_at is None
+
+
+def test_a_flush_before_the_first_packet_is_followed_by_nothing() -> None:
+    out = playout()
+    out.write("a", speech(3), 10.0)
+    assert out.flush(10.0) == [audio.Played("a", 0)]
+    assert out.wakes_at is None
 
 
 def test_items_without_a_whole_sample_make_no_sound_and_no_event() -> None:
@@ -462,7 +482,7 @@ ACTIONS = st.one_of(
 @given(st.lists(ACTIONS, max_size=60))
 def test_any_use_keeps_the_account(actions: list[tuple[str, str, int]]) -> None:
     out = playout()
-    now = 1_000.0
+    now, flushes = 1_000.0, 0
     ended: set[str] = set()
     left: list[tuple[float, rtp.Packet]] = []
 
@@ -475,16 +495,19 @@ def test_any_use_keeps_the_account(actions: list[tuple[str, str, int]]) -> None:
             assert event.item not in ended
             ended.update({event.item} if isinstance(event, audio.Drained) else ())
         played = sum(-(-out.played_ms(item) // audio.FRAME_MS) for item in "abcdef")
-        assert played == out.packets_sent == len(left)
+        silent = sum(not any(read.payload) for _, read in left)
+        assert played == len(left) - silent, "what was flushed is not sent"
+        assert silent <= audio.HUSH_PACKETS * flushes
+        assert out.packets_sent == len(left)
 
     for action, item, ms in actions:
         if action == "write":
-            out.write(item, bytes(ms * RATE_HZ * 2 // 1_000), now)
+            out.write(item, b"\1\0" * (ms * RATE_HZ // 1_000), now)
         elif action == "finish":
             out.finish(item, now)
         elif action == "flush":
+            flushes += 1
             ended.update(played.item for played in out.flush(now))
-            assert out.send(now + 60.0) == []
         else:
             now += ms / 1_000
         step()
