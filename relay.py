@@ -469,7 +469,8 @@ def show_flows(config: _Config) -> None:
         for flow in flows.read_all(memory.section("flows")):
             client, (at, port) = frame.masked(flow.header), udp.endpoint(flow.hop)
             state, age_s = flow.state.name.lower(), now - flow.opened_at
-            typer.echo(f"worker {number}  {client:<28} {state:<9}  {at}:{port}  {age_s:.0f} s")
+            where = f"[{at}]:{port}" if ":" in at else f"{at}:{port}"
+            typer.echo(f"worker {number}  {client:<28} {state:<9}  {where}  {age_s:.0f} s")
 
 
 @cli.command()

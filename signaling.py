@@ -386,7 +386,7 @@ async def serve(config: settings.Signaling) -> None:
         await web.TCPSite(runner, listen.host, listen.port, backlog=1024).start()
         port = runner.addresses[0][1]  # what the kernel chose, if the setting says 0
         where = settings.Endpoint(str(listen).rpartition(":")[0] + f":{port}")
-        log.info("http://%s/ is ready, %d transceivers", where, len(config.signaling.transceivers))
+        log.info("http://%s/ is ready, transceivers: %d", where, len(config.signaling.transceivers))
         await stop.wait()
         log.info("stopping")
     finally:

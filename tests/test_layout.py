@@ -38,6 +38,7 @@ IMPORTERS = {
     "aiortc": {"peer"},
     "asyncio": {"mux", "peer", "transceiver", "signaling", "placement", "backend"},
     "av": {"opus"},
+    "concurrent": set(),
     "cryptography": {"ufrag"},
     "ctypes": {"udp", "opus"},
     "msgspec": {"settings", "realtime"},
@@ -48,6 +49,7 @@ IMPORTERS = {
     "pylibsrtp": {"peer"},
     "pyroute2": {"host"},
     "redis": {"registry"},
+    "threading": set(),  # nowhere: processes for the relay, one event loop for the rest
     "webrtcvad": {"turns"},
     "typer": {"ufrag", *PROGRAMS},
 }

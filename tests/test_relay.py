@@ -27,8 +27,8 @@ PATIENCE_S = 20
 
 CONFIG = """
 [relay]
-public = "127.0.0.1:{public}"
-internal = "127.0.0.1:{internal}"
+public = "{host}:{public}"
+internal = "{host}:{internal}"
 workers = {workers}
 state_dir = "state"
 {more}
@@ -38,14 +38,15 @@ file = "keys"
 
 [[cluster]]
 id = 1
-prefix = "127.0.0.0/29"
+prefix = "{prefix}"
 ports = [{transceiver}, {transceiver}]
 """
 IN, OUT = metrics.Inbound, metrics.Outbound
 
 
 def bound(at="127.0.0.1", port=0):
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    family = socket.AF_INET6 if ":" in at else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM)
     sock.bind((at, port))
     sock.settimeout(PATIENCE_S)
     return sock
@@ -54,19 +55,21 @@ def bound(at="127.0.0.1", port=0):
 class Relay:
     """A running relay, its transceivers, and what its clients send."""
 
-    def __init__(self, folder, stack, workers=1, more=""):
-        self.stack, self.folder = stack, folder
-        self.transceiver = stack.enter_context(bound())
+    def __init__(self, folder, stack, workers=1, more="", at="127.0.0.1"):
+        self.stack, self.folder, self.at = stack, folder, at
+        self.transceiver = stack.enter_context(bound(at))
         self.port = self.transceiver.getsockname()[1]
         self.second = stack.enter_context(bound("127.0.0.2", self.port))
         with contextlib.ExitStack() as ports:
-            taken = [ports.enter_context(bound()) for _ in range(2)]
+            taken = [ports.enter_context(bound(at)) for _ in range(2)]
             self.public, self.internal = (sock.getsockname()[1] for sock in taken)
         (folder / "keys").write_text("1 " + "11" * 32 + "\n2 " + "22" * 32 + "\n")
         (folder / "keys").chmod(0o600)
         self.config = folder / "relay.toml"
         self.config.write_text(
             CONFIG.format(
+                host=f"[{at}]" if ":" in at else at,
+                prefix="::/96" if ":" in at else "127.0.0.0/29",
                 public=self.public,
                 internal=self.internal,
                 workers=workers,
@@ -75,7 +78,8 @@ class Relay:
             )
         )
         self.keyring = settings.load_keys(folder / "keys")
-        self.home = ufrag.Cluster(1, ipaddress.ip_network("127.0.0.0/8"), 1, 65535)
+        everywhere = ipaddress.ip_network("::/96" if ":" in at else "127.0.0.0/8")
+        self.home = ufrag.Cluster(1, everywhere, 1, 65535)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "relay", "run", "--config", self.config],
             stderr=subprocess.PIPE,
@@ -130,8 +134,8 @@ class Relay:
         return ways
 
     def client(self):
-        sock = self.stack.enter_context(bound())
-        sock.connect(("127.0.0.1", self.public))
+        sock = self.stack.enter_context(bound(self.at))
+        sock.connect((self.at, self.public))
         return sock
 
     def mint(self, nonce=1, address="127.0.0.1", port=None, cluster=1, keyring=None):
@@ -154,7 +158,7 @@ class Relay:
 
 
 def header(client):
-    return frame.header(*client.getsockname())
+    return frame.header(*client.getsockname()[:2])
 
 
 def quiet(sock):
@@ -185,6 +189,23 @@ def test_media_goes_both_ways(start, workers):
     assert inbound[IN.FORWARDED] == 8 * 21 and outbound[OUT.FORWARDED] == 8 * 21
     assert inbound[IN.OCTETS] == outbound[OUT.OCTETS] - 8 * 7 + 8 * len(running.check())
     assert inbound.drops() == outbound.drops() == {}
+
+
+def test_ipv6_on_both_sides(start):
+    try:
+        bound("::1").close()
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    running = start(at="::1")
+    client = running.client()
+    back = running.open(client, address="::1")
+    running.transceiver.sendto(header(client) + b"\x80 reply", back)
+    assert client.recv(4096) == b"\x80 reply"
+    client.send(b"\x80 media")
+    assert running.transceiver.recv(4096) == header(client) + b"\x80 media"
+    (line,) = command("flows", "--config", running.config).stdout.splitlines()
+    assert re.search(rf"assured +\[::1\]:{running.port} ", line)
+    running.stop()
 
 
 def flip(text, at):
