@@ -5,7 +5,9 @@ import gc
 import json
 import os
 import signal
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import time
@@ -362,17 +364,40 @@ def test_stopping_says_goodbye(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+SO_TIMESTAMPNS = 35  # Linux's number; Python's socket module does not have it
+OPEN = transceiver._media_socket
+
+
+class Stamped(socket.socket):
+    """The media socket, with the kernel's word on when a datagram arrived (socket(7))."""
+
+    arrived = 0.0
+
+    def recvfrom(self, size: int) -> Any:  # type: ignore[override]  # as mux.py calls it
+        datagram, ((_, _, stamp),), _, source = self.recvmsg(size, 64)
+        seconds, nanoseconds = struct.unpack("qq", stamp)
+        self.arrived = seconds + nanoseconds * 1e-9
+        return datagram, source
+
+
 class Stopwatch:
     """A backend that notes when audio reaches it."""
 
     rate_hz = 16_000
 
     def __init__(self) -> None:
-        self.heard: list[tuple[float, float]] = []
-        """When the packet was read from the socket, and when its PCM came here."""
+        self.heard: list[tuple[float, float, float]] = []
+        """When the packet was read, when its PCM came here, and how long after its arrival."""
+
+    def listen(self, at: settings.Endpoint, octets: int) -> Stamped:
+        """Stands in for the function that opens the media socket."""
+        self.sock = Stamped(fileno=OPEN(at, octets).detach())
+        self.sock.setblocking(False)
+        self.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        return self.sock
 
     def append(self, pcm: bytes, now: float) -> None:
-        self.heard.append((now, time.monotonic()))
+        self.heard.append((now, time.monotonic(), time.time() - self.sock.arrived))
 
     def send(self, event: dict[str, Any], now: float) -> None:
         pass
@@ -387,15 +412,17 @@ class Stopwatch:
 def test_how_soon_pcm_reaches_the_backend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Packet handed to the transceiver's socket, over UDP, from another process, to PCM appended.
+    """Packet at the transceiver's socket, over UDP, from another process, to PCM appended.
 
-    The first line includes what the machine takes to wake us, the second is our own share.
+    The first line is the figure: from the kernel's stamp, so it has the wait for us to wake up. The
+    second is our own share of it. The third begins at the sender, which other work may hold up.
     The figure is for reading: 2 ms at p99 is the promise on a machine that has nothing else to do.
     A test cannot hold the machine to that, so it fails only where something queues or waits: a
     jitter buffer, a timer or a thread would put a frame's 20 ms on the median.
     """
     watch = Stopwatch()
     monkeypatch.setattr(backend, "connect", lambda *_: watch)
+    monkeypatch.setattr(transceiver, "_media_socket", watch.listen)
 
     async def scenario(on: House) -> None:
         gc.collect()
@@ -414,17 +441,19 @@ def test_how_soon_pcm_reaches_the_backend(
         # The first second may have waited for its keys, or for the caches of a cold process.
         assert len(watch.heard) == len(sent) > 100
         heard = watch.heard[50:]
-        whole = [1000 * (at - left) for left, (_, at) in zip(sent[50:], heard, strict=True)]
-        inside = [1000 * (at - read) for read, at in heard]
+        whole = [1000 * (at - left) for left, (_, at, _) in zip(sent[50:], heard, strict=True)]
+        inside = [1000 * (at - read) for read, at, _ in heard]
+        waited = [1000 * after for *_, after in heard]
         with capsys.disabled():
             print(f"\nRTP in to PCM at the backend, {len(heard)} packets:")
             for name, delays in (
+                ("from its arrival at the socket", waited),
+                ("of that, from our recvfrom", inside),
                 ("from the sender's sendto", whole),
-                ("from our recvfrom", inside),
             ):
                 p50, p99 = statistics.median(delays), statistics.quantiles(delays, n=100)[98]
                 print(f"  {name}: p50 {p50:.2f} ms, p99 {p99:.2f} ms, worst {max(delays):.2f} ms")
-        assert statistics.median(whole) < 10
+        assert 0 < statistics.median(waited) < 10
 
     try:
         house(tmp_path, scenario)
