@@ -71,6 +71,22 @@ class Endpoint:
         return hash((self.address, self.port))
 
 
+class Address:
+    """An address without a port, written `192.0.2.1` or `2001:db8::1`."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError with the reason."""
+        self.address = ipaddress.ip_address(text)
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+    def __repr__(self) -> str:
+        return f"Address({str(self)!r})"
+
+
 class Prefix:
     """A network, written `10.4.0.0/16` or `fd00:4::/96`."""
 
@@ -169,6 +185,45 @@ class RelayTable(_Table, frozen=True):
     """Kernel buffer of a socket: what a burst or a restarting worker may leave waiting."""
     state_dir: Path = Path("/run/earshot")
     """Where the running relay says how `relay flows` finds it."""
+    drain_s: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
+    """After SIGTERM, how long flows that exist are served before the relay ends anyway. 0 ends at
+    once. A second SIGTERM, or SIGINT, ends it at any time."""
+    metrics: Endpoint = Endpoint("127.0.0.1:9464")
+    """Where /metrics, /healthz and /readyz are served. Port 0 is any that is free; the log names
+    it. Let nobody but the monitoring reach it."""
+
+
+class Redis(_Table, frozen=True):
+    """`[redis]`: flows that outlive the relay that knows them. Without this table a relay's
+    clients wait for their own next STUN after their relay was lost."""
+
+    url: str
+    """`redis://[user:password@]host:port/db`, `rediss://` (TLS), `unix://path`,
+    `redis+sentinel://host:port,host:port/service/db`, `redis+cluster://host:port,host:port`."""
+    ttl_s: Seconds = 300.0
+    """A flow is forgotten there this long after its relay last confirmed it (every third of it)."""
+    timeout_s: Annotated[float, Meta(gt=0, le=10)] = 0.25
+    """How long a look-up may take. Media that waits longer is worth nothing."""
+    lookups_per_s: Annotated[int, Meta(ge=1, le=1_000_000)] = 2_000
+    """Clients that a worker asks about in a second: whoever sends garbage chooses to ask."""
+    waiting_max: Annotated[int, Meta(ge=1, le=65_536)] = 1_024
+    """Datagrams that wait in a worker for an answer; each takes a datagram's room."""
+    wait_s: Annotated[float, Meta(gt=0, le=10)] = 0.5
+    """How long a datagram waits for an answer before it is dropped."""
+    unknown_s: Annotated[float, Meta(gt=0, le=3_600)] = 5.0
+    """How long nothing more is asked about a client that Redis does not know."""
+    unknown_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 16_384
+    """How many such clients a worker remembers."""
+
+
+class Vip(_Table, frozen=True):
+    """`[vip]`: addresses that this host has only while its relay serves, for a routing daemon that
+    announces what it finds on an interface."""
+
+    addresses: Annotated[tuple[Address, ...], Meta(min_length=1, max_length=16)]
+    """IPv4 and IPv6 addresses, without a prefix length."""
+    interface: str = "lo"
+    """The interface that carries them: loopback or a dummy one."""
 
 
 class Relay(_Table, frozen=True):
@@ -177,6 +232,8 @@ class Relay(_Table, frozen=True):
     relay: RelayTable
     keys: Keys
     cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1)]
+    redis: Redis | None = None
+    vip: Vip | None = None
 
 
 class Backend(_Table, frozen=True):
@@ -259,7 +316,7 @@ def load(path: Path | str, shape: type[File]) -> File:
     def convert(kind: type, value: Any) -> Any:
         if kind is Path and isinstance(value, str) and value:
             return path.parent / value
-        if kind in (Endpoint, Prefix) and isinstance(value, str):
+        if kind in (Endpoint, Address, Prefix) and isinstance(value, str):
             return kind(value)
         raise ValueError(f"expected text, got {value!r}")
 
