@@ -12,6 +12,9 @@ datagram's source, on the way back it *is* the destination, pointed to inside th
     octets 12-27  address, IPv4 as v4-mapped (RFC 4291 section 2.5.5.2)
     octets 28-31  scope id, zero but for link-local addresses, little-endian
 
+Socket addresses as the kernel has them in memory (`name`, `endpoint`) are the same layouts without
+the mark in front.
+
 Rules that stay true: a transceiver answers with the same 32 octets in front; whoever reads a frame
 treats the header as opaque octets and takes it apart only to tell a client its own address.
 
@@ -20,6 +23,8 @@ Sans-IO. Nothing here raises for octets that a peer chose.
 
 import ipaddress
 import struct
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 MAGIC = b"\xc5\x01\x00\x00"
 """First four octets of every frame: a mark no WebRTC packet begins with (RFC 7983), version 1."""
@@ -30,9 +35,11 @@ HEADER_OCTETS = 32
 KEY_OCTETS = 24
 """Octets of the socket address that tell clients apart: all but the scope id."""
 
-_FAMILY_INET6 = 10  # Linux's AF_INET6, on every architecture
+_FAMILY_INET, _FAMILY_INET6 = 2, 10  # Linux's AF_INET and AF_INET6, on every architecture
 _SOCKADDR = struct.Struct("<H2s4s16sI")
 _PORT = struct.Struct(">H")
+_IPV4_NAME = struct.Struct("<H2s4s8x")  # struct sockaddr_in
+_IPV6_NAME = struct.Struct("<H2s4x16sI")  # struct sockaddr_in6
 _V4_MAPPED = b"\x00" * 10 + b"\xff\xff"
 
 
@@ -79,3 +86,33 @@ def masked(frame: bytes) -> str:
         network = ipaddress.IPv6Network((host, 48), strict=False)
         return f"[{network.network_address}x]:{port}"
     return f"{host.rpartition('.')[0]}.x:{port}"
+
+
+def name(host: str | Address, port: int, family: int, scope: int = 0) -> bytes:
+    """The socket address that a socket of `family` sends to, as the kernel has it in memory.
+
+    16 octets for AF_INET, 28 for AF_INET6 (IPv4 hosts v4-mapped). Raises ValueError for an IPv6
+    host and AF_INET, and for what is no address.
+    """
+    address, at = ipaddress.ip_address(host) if isinstance(host, str) else host, _PORT.pack(port)
+    if family == _FAMILY_INET:
+        if address.version != 4:
+            raise ValueError(f"{address} cannot be reached from an IPv4 socket")
+        return _IPV4_NAME.pack(_FAMILY_INET, at, address.packed)
+    packed = address.packed if address.version == 6 else _V4_MAPPED + address.packed
+    return _IPV6_NAME.pack(_FAMILY_INET6, at, packed, scope)
+
+
+def endpoint(octets: bytes) -> tuple[str, int]:
+    """Host and port of a `name`; a v4-mapped address comes back as IPv4."""
+    if len(octets) == _IPV4_NAME.size:
+        _, at, packed = _IPV4_NAME.unpack(octets)
+        return str(ipaddress.IPv4Address(packed)), _PORT.unpack(at)[0]
+    _, at, packed, _ = _IPV6_NAME.unpack(octets)
+    address = ipaddress.IPv6Address(packed)
+    return str(address.ipv4_mapped or address), _PORT.unpack(at)[0]
+
+
+def name_octets(family: int) -> int:
+    """Size of a `name` of that family."""
+    return _IPV4_NAME.size if family == _FAMILY_INET else _IPV6_NAME.size

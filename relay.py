@@ -96,7 +96,7 @@ class Worker:
         self._outbound = batch(memory.section("batch_out"), udp.Way.OUTBOUND, *shape, *ends[::-1])
         self._checks_per_s = self._checks_left = table.integrity_checks_per_s
         self._checks_renewed_at = now
-        self._nowhere = bytes(udp.name_octets(self._family))
+        self._nowhere = bytes(frame.name_octets(self._family))
 
     def serve(self, link: socket.socket) -> None:
         """Relay until `link` becomes readable."""
@@ -230,7 +230,7 @@ class Worker:
         password = ufrag.password(self._keyring, request.ufrag)
         if password is None or not stun.check_integrity(payload, request, password):
             return metrics.Inbound.DROPPED_BAD_INTEGRITY
-        hop = udp.name(str(hint.address), hint.port, self._family)
+        hop = frame.name(str(hint.address), hint.port, self._family)
         refusal = self.flows.open(header, hop, request.ufrag, now)
         return hop if refusal is None else _REFUSED[refusal]
 
@@ -254,7 +254,7 @@ class Worker:
         owner = self.flows.hops.get(header)
         if owner == source and length >= frame.HEADER_OCTETS:
             return None
-        address, port = udp.endpoint(source)
+        address, port = frame.endpoint(source)
         at = ipaddress.ip_address(address)
         if not any(cluster.contains(at, port) for cluster in self._clusters.values()):
             return metrics.Outbound.DROPPED_NOT_TRANSCEIVER
@@ -467,7 +467,7 @@ def show_flows(config: _Config) -> None:
     now = time.monotonic()
     for number, memory in enumerate(_attached(config)):
         for flow in flows.read_all(memory.section("flows")):
-            client, (at, port) = frame.masked(flow.header), udp.endpoint(flow.hop)
+            client, (at, port) = frame.masked(flow.header), frame.endpoint(flow.hop)
             state, age_s = flow.state.name.lower(), now - flow.opened_at
             where = f"[{at}]:{port}" if ":" in at else f"{at}:{port}"
             typer.echo(f"worker {number}  {client:<28} {state:<9}  {where}  {age_s:.0f} s")

@@ -1,8 +1,8 @@
 """UDP sockets, and batches of datagrams that the kernel fills and empties with one call each.
 
-What it owns: opening the relay's sockets with the options that matter, socket addresses as octets,
-and `Batch`: room for n datagrams laid out once in (shared) memory, with everything that recvmmsg(2)
-and sendmmsg(2) need to know about it. No other module of the relay uses ctypes.
+What it owns: opening the relay's sockets with the options that matter, and `Batch`: room for n
+datagrams laid out once in (shared) memory, with everything that recvmmsg(2) and sendmmsg(2) need
+to know about it. No other module of the relay uses ctypes.
 
 A batch is made of frames (frame.py). Which way it goes decides what the kernel puts where:
 
@@ -57,44 +57,11 @@ _LENGTH_WORD = _MSGHDR.size // _WORD_OCTETS  # of msg_len in struct mmsghdr
 _MMSGHDR_WORDS = _MMSGHDR_OCTETS // _WORD_OCTETS
 _IOVEC_WORDS = _IOVEC.size // _WORD_OCTETS
 
-_IPV4_NAME = struct.Struct("<H2s4s8x")  # struct sockaddr_in
-_IPV6_NAME = struct.Struct("<H2s4x16sI")  # struct sockaddr_in6
-_FAMILY_INET, _FAMILY_INET6 = 2, 10  # Linux's numbers, on every architecture
 _NAME_AT = len(frame.MAGIC)
 
 # Linux's names that Python's socket module does not have.
 _SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
-
-
-def name(host: str, port: int, family: int, scope: int = 0) -> bytes:
-    """The socket address that a socket of `family` sends to, as the kernel has it in memory.
-
-    16 octets for AF_INET, 28 for AF_INET6 (IPv4 hosts v4-mapped). Raises ValueError for an IPv6
-    host and AF_INET, and for what is no address.
-    """
-    address, at = ipaddress.ip_address(host), port.to_bytes(2, "big")
-    if family == socket.AF_INET:
-        if address.version != 4:
-            raise ValueError(f"{address} cannot be reached from an IPv4 socket")
-        return _IPV4_NAME.pack(_FAMILY_INET, at, address.packed)
-    packed = address.packed if address.version == 6 else b"\x00" * 10 + b"\xff\xff" + address.packed
-    return _IPV6_NAME.pack(_FAMILY_INET6, at, packed, scope)
-
-
-def endpoint(octets: bytes) -> tuple[str, int]:
-    """Host and port of a `name`; a v4-mapped address comes back as IPv4."""
-    if len(octets) == _IPV4_NAME.size:
-        _, port, packed = _IPV4_NAME.unpack(octets)
-        return str(ipaddress.IPv4Address(packed)), int.from_bytes(port, "big")
-    _, port, packed, _ = _IPV6_NAME.unpack(octets)
-    address = ipaddress.IPv6Address(packed)
-    return str(address.ipv4_mapped or address), int.from_bytes(port, "big")
-
-
-def name_octets(family: int) -> int:
-    """Size of a `name` of that family."""
-    return _IPV4_NAME.size if family == socket.AF_INET else _IPV6_NAME.size
 
 
 def open_public(host: str, port: int, buffer_octets: int) -> socket.socket:
@@ -195,7 +162,7 @@ class Batch:
         inbound = way is Way.INBOUND
         self._family = (target if inbound else source).family
         self._stride = _stride(octets_max)
-        self._name = name_octets(self._family)
+        self._name = frame.name_octets(self._family)
         self._names_at = size * self._stride
         self._tables_at = _aligned(self._names_at + size * self._name)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -348,7 +315,7 @@ class PortableBatch(Batch):
                 self._lengths[i], address = self.source.recvfrom_into(room)
             except OSError:
                 return i
-            peer = name(address[0].partition("%")[0], address[1], family, *address[3:])
+            peer = frame.name(address[0].partition("%")[0], address[1], family, *address[3:])
             if self._way is Way.INBOUND:
                 self._frames[at + _NAME_AT : at + frame.HEADER_OCTETS] = peer
             else:
@@ -367,7 +334,7 @@ class PortableBatch(Batch):
             peer = bytes(self._names[i * self._name : (i + 1) * self._name])
         else:
             peer = bytes(self._frames[at + _NAME_AT : at + frame.HEADER_OCTETS])
-        host, port = endpoint(peer)
+        host, port = frame.endpoint(peer)
         if self.target.family == socket.AF_INET6 and ":" not in host:
             host = f"::ffff:{host}"
         start = at + self._send_at
@@ -385,7 +352,7 @@ class PortableBatch(Batch):
 
 def octets(size: int, octets_max: int, family: int) -> int:
     """Memory that a batch takes."""
-    names_end = _aligned(size * (_stride(octets_max) + name_octets(family)))
+    names_end = _aligned(size * (_stride(octets_max) + frame.name_octets(family)))
     return names_end + 2 * size * (_MMSGHDR_OCTETS + _IOVEC.size)
 
 

@@ -6,11 +6,10 @@ import pytest
 
 import flows
 import frame
-import udp
 
 LIMITS = flows.Limits(flows=8, tentative=4, addresses=2, idle_s=60.0, tentative_idle_s=15.0)
-A = udp.name("10.4.0.1", 9000, 2)
-B = udp.name("10.4.0.2", 9000, 2)
+A = frame.name("10.4.0.1", 9000, 2)
+B = frame.name("10.4.0.2", 9000, 2)
 
 
 def client(number):
@@ -172,6 +171,6 @@ def test_a_slot_half_written_is_free():
 
 def test_an_ipv6_hop_comes_back_whole():
     flow, memory = table()
-    hop = udp.name("fd00:4::1", 9000, 10)
+    hop = frame.name("fd00:4::1", 9000, 10)
     flow.open(client(1), hop, ufrag(1), 0)
     assert table(memory=memory)[0].hops[client(1)] == hop

@@ -62,3 +62,16 @@ def test_another_magic_version_or_family_is_no_frame(at: int) -> None:
 def test_no_header_for_what_is_no_address(host: str, port: int) -> None:
     with pytest.raises(ValueError, match=r"port|address"):
         frame.header(host, port)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1"])
+def test_names_and_endpoints(host: str) -> None:
+    assert frame.endpoint(frame.name(host, 9000, socket.AF_INET6)) == (host, 9000)
+
+
+def test_an_ipv4_name() -> None:
+    name = frame.name("192.0.2.1", 9000, socket.AF_INET)
+    assert len(name) == frame.name_octets(socket.AF_INET)
+    assert frame.endpoint(name) == ("192.0.2.1", 9000)
+    with pytest.raises(ValueError, match="IPv4 socket"):
+        frame.name("2001:db8::1", 9000, socket.AF_INET)

@@ -33,7 +33,7 @@ class Ends:
         self.inbound = kind(memory(octets), udp.Way.INBOUND, *shape, self.public, self.internal)
         self.outbound = kind(memory(octets), udp.Way.OUTBOUND, *shape, self.internal, self.public)
         self.header = frame.header(*self.client.getsockname()[:2])
-        self.hop = udp.name(*self.transceiver.getsockname()[:2], self.family)
+        self.hop = frame.name(*self.transceiver.getsockname()[:2], self.family)
 
 
 def memory(octets):
@@ -102,7 +102,7 @@ def test_what_the_kernel_refuses_is_skipped_and_returned(kind, stack):
         ends.client.send(b"%d" % number)
     wait(ends.public)
     assert ends.inbound.receive() == 6
-    broken = udp.name("127.0.0.1", 0, socket.AF_INET)  # port 0: EINVAL
+    broken = frame.name("127.0.0.1", 0, socket.AF_INET)  # port 0: EINVAL
     ends.inbound.direct(6, [broken, ends.hop, broken, broken, ends.hop, broken])
     assert ends.inbound.send(6, []) == [0, 2, 3, 5]
     assert [ends.transceiver.recv(4096)[32:] for _ in range(2)] == [b"1", b"4"]
@@ -142,19 +142,6 @@ def test_a_batch_takes_no_more_than_its_size(kind, stack):
     wait(ends.public)
     assert ends.inbound.receive() == 4
     assert ends.inbound.receive() == 2
-
-
-@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1"])
-def test_names_and_endpoints(host):
-    assert udp.endpoint(udp.name(host, 9000, socket.AF_INET6)) == (host, 9000)
-
-
-def test_an_ipv4_name():
-    name = udp.name("192.0.2.1", 9000, socket.AF_INET)
-    assert len(name) == udp.name_octets(socket.AF_INET)
-    assert udp.endpoint(name) == ("192.0.2.1", 9000)
-    with pytest.raises(ValueError, match="IPv4 socket"):
-        udp.name("2001:db8::1", 9000, socket.AF_INET)
 
 
 def test_a_taken_port_names_itself(stack):
