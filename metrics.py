@@ -302,6 +302,36 @@ class Signaling(Kinds):
     HUNG_UP = "requests", "Calls ended by a request."
 
 
+class Supervisor(Kinds):
+    """The relay's supervisor."""
+
+    DRAINING_UNTIL = (
+        "milliseconds of CLOCK_MONOTONIC",
+        "When a relay that drains ends at the latest; 0 while it serves.",
+        "It was told to stop and serves what it has to the end.",
+        True,
+    )
+    WORKERS_DIED = (
+        "processes",
+        "Workers that died or were killed for hanging; others took over.",
+        "A defect, or somebody kills them: the log has the time and the process.",
+    )
+    KEEPER_DIED = (
+        "processes",
+        "Keepers that died.",
+        "A defect: flows are not written to Redis and metrics stand still meanwhile.",
+    )
+    RELOADED = "times", "Configurations and keys read again by SIGHUP."
+
+
+class Keeper(Kinds):
+    """The relay's keeper: Redis, health, virtual addresses."""
+
+    REDIS_UP = "state", "1 while Redis answers.", "", True
+    DRAINED = "state", "1 when a relay that drains has no assured flow left.", "", True
+    FLOWS_LEFT = "flows", "Flows of all workers when it was last looked.", "", True
+
+
 class Counters:
     """The counters of one enumeration, as numbers in memory."""
 

@@ -42,6 +42,7 @@ import typer
 
 import flows
 import frame
+import handover
 import host
 import metrics
 import settings
@@ -74,7 +75,7 @@ class Worker:
 
     def __init__(
         self,
-        shared: "Shared",
+        shared: handover.Shared,
         number: int,
         found: settings.Relay,
         keyring: ufrag.Keyring,
@@ -87,8 +88,8 @@ class Worker:
         self._octets_max, self._size = table.datagram_octets_max, table.batch_size
         self._coalesce_s = table.coalesce_us * 1e-6
         self._keyring, self._clusters = keyring, settings.clusters(found.cluster)
-        self.inbound_counters, self.outbound_counters = counters_in(memory)
-        self.flows = flows.Table(memory.section("flows"), limits(table), now)
+        self.inbound_counters, self.outbound_counters = handover.counters_in(memory)
+        self.flows = flows.Table(memory.section("flows"), handover.limits(table), now)
         batch = udp.best()
         shape = table.batch_size, table.datagram_octets_max
         ends = self._public, self._internal
@@ -300,79 +301,13 @@ def _count(
     values[_OCTETS] += octets - header * (n - lost)
 
 
-# --- what the workers and the supervisor share ----------------------------------------------------
-
-LAYOUT = 1
-"""Version of a worker's memory: any change to its sections, slots or counters is a new one."""
-
-MEMORY = "earshot-relay"
-"""Name of the shared memory, as /proc shows it."""
-
-
-def limits(table: settings.RelayTable) -> flows.Limits:
-    """One worker's share of the limits: the kernel spreads clients evenly over the workers."""
-    share = workers(table)
-    return flows.Limits(
-        flows=-(-table.flows_max // share),
-        tentative=-(-table.flows_tentative_max // share),
-        addresses=table.addresses_per_ufrag_max,
-        idle_s=table.flow_idle_s,
-        tentative_idle_s=table.tentative_idle_s,
-    )
-
-
-def workers(table: settings.RelayTable) -> int:
-    """How many workers there are."""
-    return table.workers or len(host.cpus())
-
-
-def _internal_family(table: settings.RelayTable) -> int:
-    return socket.AF_INET if table.internal.address.version == 4 else socket.AF_INET6
-
-
-class Shared:
-    """Sockets and memory of all workers, made before the first is forked, kept until the end."""
-
-    def __init__(self, table: settings.RelayTable) -> None:
-        """Raises OSError naming the address if a socket cannot be opened."""
-        numbers, size = range(workers(table)), table.receive_buffer_octets
-        at, inner = table.public, table.internal
-        self.public = [udp.open_public(at.host, at.port, size) for _ in numbers]
-        self.internal = [
-            udp.open_internal(inner.host, inner.port + number, size) for number in numbers
-        ]
-        family = self.internal[0].family
-        batch = udp.octets(table.batch_size, table.datagram_octets_max, family)
-        sizes = {
-            "inbound": metrics.octets(metrics.Inbound),
-            "outbound": metrics.octets(metrics.Outbound),
-            "flows": flows.octets(limits(table).flows),
-            "batch_in": batch,
-            "batch_out": batch,
-        }
-        self.memories = [host.SharedMemory(MEMORY, sizes) for _ in numbers]
-
-
-def counters_in(memory: host.Memory) -> tuple[metrics.Counters, metrics.Counters]:
-    """A worker's counters, inbound and outbound, in its memory."""
-    return (
-        metrics.Counters(metrics.Inbound, memory.section("inbound")),
-        metrics.Counters(metrics.Outbound, memory.section("outbound")),
-    )
-
-
-def state_file(table: settings.RelayTable) -> Path:
-    """Where a relay of this configuration writes down how it is found."""
-    return table.state_dir / f"relay-{table.public.host}-{table.public.port}.json"
-
-
 # --- the program ----------------------------------------------------------------------------------
 
 
 def load(path: Path) -> tuple[settings.Relay, ufrag.Keyring]:
     """The configuration and its keys. Raises settings.SettingsError."""
     found = settings.load(path, settings.Relay)
-    if _internal_family(found.relay) == socket.AF_INET:
+    if handover.internal_family(found.relay) == socket.AF_INET:
         for cluster in found.cluster:
             if cluster.prefix.network.version == 6:
                 raise settings.SettingsError(
@@ -385,7 +320,7 @@ def relay(found: settings.Relay, keyring: ufrag.Keyring) -> int:
     """Serve until told to stop; returns the exit code."""
     table = found.relay
     try:
-        shared = Shared(table)
+        shared = handover.Shared(found)
     except OSError as error:
         _log.error("cannot open a socket: %s", error.strerror)
         return supervisor.Exit.ADDRESS
@@ -393,7 +328,7 @@ def relay(found: settings.Relay, keyring: ufrag.Keyring) -> int:
     if granted < table.receive_buffer_octets:
         _log.warning("the kernel grants a buffer of %d octets: raise net.core.rmem_max", granted)
     try:
-        host.publish(state_file(table), LAYOUT, shared.memories)
+        host.publish(handover.state_file(table), handover.LAYOUT, shared.memories)
     except OSError as error:
         _log.warning("%s: relay flows and relay counters will not work", error)
 
@@ -406,16 +341,19 @@ def relay(found: settings.Relay, keyring: ufrag.Keyring) -> int:
 
     def ready() -> None:
         _log.info(
-            "ready: %s, workers %s, %s", table.public, workers(table), udp.best().__name__.lower()
+            "ready: %s, workers %s, %s",
+            table.public,
+            handover.workers(table),
+            udp.best().__name__.lower(),
         )
 
     cpus = host.cpus()
-    pins = [cpus[number % len(cpus)] for number in range(workers(table))]
+    pins = [cpus[number % len(cpus)] for number in range(handover.workers(table))]
     try:
         return supervisor.Supervisor(pins, work, _log, ready).run()
     finally:
-        state_file(table).unlink(missing_ok=True)
-        for way in zip(*map(counters_in, shared.memories), strict=True):
+        handover.state_file(table).unlink(missing_ok=True)
+        for way in zip(*map(handover.counters_in, shared.memories), strict=True):
             _log.info("stopped: %s", metrics.total(way))
 
 
@@ -456,8 +394,9 @@ def check(config: _Config) -> None:
         found, keyring = load(config)
     table = found.relay
     typer.echo(
-        f"{config}: ok: {workers(table)} workers at {table.public}, {limits(table).flows} flows"
-        f" each, {len(found.cluster)} cluster(s), {len(keyring.keys)} key(s)"
+        f"{config}: ok: {handover.workers(table)} workers at {table.public},"
+        f" {handover.limits(table).flows} flows each, {len(found.cluster)} cluster(s),"
+        f" {len(keyring.keys)} key(s)"
     )
 
 
@@ -476,7 +415,7 @@ def show_flows(config: _Config) -> None:
 @cli.command()
 def counters(config: _Config) -> None:
     """Print the running relay's counters as Prometheus reads them."""
-    rows = list(map(counters_in, _attached(config)))
+    rows = list(map(handover.counters_in, _attached(config)))
     labels = [{"worker": str(number)} for number in range(len(rows))]
     for way, of_way in zip(("inbound", "outbound"), zip(*rows, strict=True), strict=True):
         pairs = list(zip(labels, of_way, strict=True))
@@ -487,7 +426,7 @@ def _attached(config: Path) -> list[host.Memory]:
     with _exit_codes():
         table = settings.load(config, settings.Relay).relay
     try:
-        return host.attach(state_file(table), LAYOUT, MEMORY)
+        return host.attach(handover.state_file(table), handover.LAYOUT, handover.MEMORY)
     except (OSError, ValueError) as error:
         typer.echo(f"no relay of this configuration is running: {error}", err=True)
         raise typer.Exit(1) from error

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import frame
+import handover
 import metrics
 import relay
 import settings
@@ -67,7 +68,7 @@ class Bench:
         path = folder / "relay.toml"
         path.write_text(CONFIG.format(public=public, internal=internal, transceiver=port))
         found = settings.load(path, settings.Relay)
-        self.shared = relay.Shared(found.relay)
+        self.shared = handover.Shared(found)
         keyring = found.keys.load()
         self.worker = relay.Worker(self.shared, 0, found, keyring, time.monotonic())
         self.client.connect(("127.0.0.1", public))

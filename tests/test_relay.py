@@ -14,9 +14,9 @@ import time
 import pytest
 
 import frame
+import handover
 import host
 import metrics
-import relay
 import settings
 import stun
 import supervisor
@@ -89,7 +89,7 @@ class Relay:
         stack.callback(self._clean)
         self.line(" ready")
         table = settings.load(self.config, settings.Relay).relay
-        self.memories = host.attach(relay.state_file(table), relay.LAYOUT, relay.MEMORY)
+        self.memories = host.attach(handover.state_file(table), handover.LAYOUT, handover.MEMORY)
 
     def _clean(self):
         with contextlib.suppress(ProcessLookupError):
@@ -113,7 +113,7 @@ class Relay:
             self._rest += more
 
     def counters(self):
-        rows = zip(*map(relay.counters_in, self.memories), strict=True)
+        rows = zip(*map(handover.counters_in, self.memories), strict=True)
         return [metrics.total(way) for way in rows]
 
     def settled(self, inbound, outbound):
