@@ -1,0 +1,178 @@
+"""Repeatable measurements of the relay, for its developers: what it loses, delays and costs.
+
+    bench.py relay                          every part, as tables; some ten minutes
+    bench.py relay --json > figures.json    the same with machine, kernel, commit and command
+    bench.py relay --only kill --quick      one part, in seconds: does it still work?
+    bench.py relay --only latency --beside c='peer_relay 3478 9000'
+
+Everything runs on loopback and is started and ended here: the relay as an operator would start it
+(rig.py), and its clients and their transceiver in this process (load.py), which keeps to one CPU,
+the relay to the others where there are any. What is measured is in losses.py and costs.py.
+
+Rules that stay true:
+- What must hold exactly (nothing lost or twice, the law of the counters, flows unchanged) and did
+  not is listed under "failures", and the exit status is 1. Figures of time judge nothing here.
+- Load counts with its own eyes, and what the relay counted is held against it.
+- Absolute figures move with the machine: a part that compares runs its subjects in turns.
+"""
+
+import gc
+import json
+import os
+import platform
+import re
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import costs
+import dev
+import flood
+import losses
+import typer
+from load import Figures, Load
+from rig import Setting
+
+import host
+import settings
+
+PARTS = losses.PARTS | costs.PARTS
+
+
+def about(seed: int) -> Figures:
+    """Where and of what the figures are."""
+
+    def git(*words: str) -> str:
+        argv = ["git", "-C", str(dev.ROOT), *words]
+        return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
+
+    found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": {"cpu": found[1] if found else platform.processor(), "cpus": os.cpu_count()},
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "commit": git("rev-parse", "--short=10", "HEAD") or None,
+        "dirty": bool(git("status", "--porcelain")),
+        "command": shlex.join(["scripts/bench.py", *sys.argv[1:]]),
+        "seed": seed,
+    }
+
+
+def limit(seconds: float) -> int:
+    """Round trips a second that Load makes with nobody in between: more it cannot measure."""
+    with Load(1_000, spin=True) as load:
+        load.towards("127.0.0.1", load.port)
+        load.begin(2e6, seconds)
+        start = time.monotonic()
+        load.run(seconds)
+        account = load.settle()
+        return int(account.returned / (time.monotonic() - start))
+
+
+def lines(figures: Any, indent: str = "") -> Iterator[str]:
+    """Figures for people: a line each, lists of alike ones as a table."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield f"{indent}{name}"
+            yield from lines(value, indent + "  ")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            yield f"{indent}{name}"
+            columns = list(dict.fromkeys(key for row in value for key in row))
+            cells = [columns, *([str(row.get(key, "")) for key in columns] for row in value)]
+            widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+            for row in cells:
+                padded = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+                yield f"{indent}  {'  '.join(padded)}"
+        else:
+            yield f"{indent}{name:<28} {value}"
+
+
+cli = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+
+@cli.callback()
+def _main() -> None:
+    """Repeatable measurements."""
+
+
+@cli.command("relay")
+def _relay(
+    as_json: Annotated[bool, typer.Option("--json", help="Figures as JSON.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"A part: {', '.join(PARTS)}.", metavar="NAME")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small: does it work?")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of all random moments.")] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COMMAND",
+            help="Another relay for `latency`: it listens at 127.0.0.1:3478 and forwards framed"
+            " datagrams to 127.0.0.1:9000. Ufrags are under the keys of config/bench.toml.",
+        ),
+    ] = None,
+) -> None:
+    """Measure the relay of this tree."""
+    chosen = only or list(PARTS)
+    if unknown := set(chosen) - PARTS.keys():
+        raise typer.BadParameter(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if wrong := [each for each in beside or () if "=" not in each]:
+        raise typer.BadParameter(f"{wrong[0]!r} is not NAME=COMMAND")
+    others = {name: command for name, _, command in (each.partition("=") for each in beside or ())}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupted)
+    found = measure(chosen, quick, secrets.randbits(32) if seed is None else seed, others)
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+    raise typer.Exit(1 if found["failures"] else 0)
+
+
+def _interrupted(number: int, _: object) -> None:
+    raise KeyboardInterrupt  # on its way up it ends all that was started
+
+
+def measure(chosen: Sequence[str], quick: bool, seed: int, beside: Mapping[str, str]) -> Figures:
+    """Run the parts, one after the other; a part that cannot be run says why."""
+    found = about(seed)
+    cpus = host.cpus()
+    load_cpu = cpus[-1]
+    host.pin(load_cpu)
+    found["cpus"] = {"load": load_cpu, "relay": cpus[:-1] or cpus}
+    gc.disable()  # its pauses would be in the figures; what parts leave behind is small
+    with tempfile.TemporaryDirectory(prefix="earshot-bench-") as folder:
+        flood.make_keys(Path(folder) / "keys")
+        setting = Setting(
+            folder=Path(folder),
+            keyring=settings.load_keys(Path(folder) / "keys"),
+            quick=quick,
+            seed=seed,
+            beside=beside,
+            relay_cpus=set(cpus[:-1] or cpus),
+            load_cpu=load_cpu,
+        )
+        setting.limit_per_s = found["load_limit_per_s"] = limit(0.1 if quick else 0.5)
+        setting.say(f"load alone: {setting.limit_per_s} round trips a second")
+        found["parts"] = {}
+        for name in chosen:
+            setting.part = name
+            started = time.monotonic()
+            try:
+                found["parts"][name] = PARTS[name](setting)
+            except (dev.StartError, OSError) as error:  # TimeoutError is one
+                setting.must(False, f"{type(error).__name__}: {error}")
+            setting.say(f"took {time.monotonic() - started:.1f} s")
+        found["failures"] = setting.failures
+    return found
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,470 @@
+"""Load: many clients and the transceiver that echoes their frames, and an exact account of both.
+
+For scripts that measure. One process, one thread, two sockets: the clients have an address each out
+of 127.0.0.0/8 (IP_PKTINFO, ip(7)) and share a port, so that a relay sees thousands and Load sends
+and receives them in batches. numpy does per batch what Python would do per datagram: some 300,000
+round trips a second on one CPU, where nobody else is in between.
+
+Rules that stay true:
+- Every datagram is accounted for by its number: back once, lost (on which way), more than once, or
+  later than `LATE_MS`; a changed or misdirected one is foreign.
+- The schedule is the clock's. A datagram that leaves late because Load was late is delayed from the
+  moment it was meant to leave, so that no stall hides ("coordinated omission"); the moment it left
+  stands beside it.
+- It uses none of the code that it measures but the frame's layout.
+
+recvmmsg(2), sendmmsg(2), cmsg(3), ip(7) https://man7.org/linux/man-pages/
+"""
+
+import ctypes
+import ipaddress
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import frame
+
+Figures = dict[str, Any]
+Array = npt.NDArray[Any]
+
+LATE_MS = 100.0
+"""Round trip beyond which media is worth nothing: no jitter buffer waits for so long."""
+
+OCTETS = 172
+"""A datagram of Load: 12 octets of RTP and 160 of Opus."""
+
+PATIENCE_S = 30.0
+"""How long opening flows may take before it has failed."""
+
+QUIET_S = 1.0
+"""Nothing has come back for so long: what is not here by now is lost."""
+
+# --- datagrams in batches -------------------------------------------------------------------------
+
+BATCH = 64
+BUFFER_OCTETS = 16 << 20
+"""Kernel buffer of each of Load's sockets: what is lost must be the relay's loss."""
+
+# Layouts of 64-bit Linux: sendmmsg(2), cmsg(3), ip(7).
+_MMSGHDR = np.dtype(
+    {
+        "names": ["name", "name_len", "iov", "iov_len", "control", "control_len", "length"],
+        "formats": ["u8", "u4", "u8", "u8", "u8", "u8", "u4"],
+        "offsets": [0, 8, 16, 24, 32, 40, 56],
+        "itemsize": 64,
+    }
+)
+_IOVEC = np.dtype([("base", "u8"), ("length", "u8")])
+_NAME = np.dtype([("family", "u2"), ("port", ">u2"), ("address", ">u4"), ("zero", "u8")])
+_PKTINFO = np.dtype(
+    {
+        "names": ["length", "level", "type", "source", "address"],
+        "formats": ["u8", "i4", "i4", ">u4", ">u4"],
+        "offsets": [0, 8, 12, 20, 24],
+        "itemsize": 32,
+    }
+)
+_PKTINFO_OCTETS, _IP_PKTINFO = 28, 8
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_libc = ctypes.PyDLL(None, use_errno=True)
+
+
+class Datagrams:
+    """Room for a batch that recvmmsg(2) fills or sendmmsg(2) empties, in columns."""
+
+    def __init__(self, octets: Array, names: Array, control: Array | None = None) -> None:
+        """`octets` has a row a datagram; two objects may share it, one to receive, one to send."""
+        self._keep = octets, names, control
+        iovecs, headers = np.zeros(BATCH, _IOVEC), np.zeros(BATCH, _MMSGHDR)
+        rows = np.arange(BATCH, dtype=np.uint64)
+        iovecs["base"] = octets.ctypes.data + rows * octets.strides[0]
+        iovecs["length"] = octets.shape[1]
+        headers["name"] = names.ctypes.data + rows * _NAME.itemsize
+        headers["iov"] = iovecs.ctypes.data + rows * _IOVEC.itemsize
+        headers["name_len"], headers["iov_len"] = _NAME.itemsize, 1
+        if control is not None:
+            headers["control"] = control.ctypes.data + rows * _PKTINFO.itemsize
+            headers["control_len"] = _PKTINFO.itemsize
+        self._control_octets = 0 if control is None else _PKTINFO.itemsize
+        self._headers, self._table = headers, ctypes.c_void_p(headers.ctypes.data)
+        self._rest = [ctypes.c_void_p(headers.ctypes.data + i * 64) for i in range(BATCH)]
+        self.to_send: Array = iovecs["length"]
+        self.received: Array = headers["length"]
+        self._name_len, self._control_len = headers["name_len"], headers["control_len"]
+
+    def receive(self, fd: int) -> int:
+        """Take what waits; 0 if nothing does."""
+        n: int = _libc.recvmmsg(fd, self._table, BATCH, socket.MSG_DONTWAIT, None)
+        if n > 0:
+            self._name_len[:n] = _NAME.itemsize
+            self._control_len[:n] = self._control_octets
+        return max(n, 0)
+
+    def send(self, fd: int, n: int) -> None:
+        """Send the first n, all of them, waiting where a buffer is full."""
+        sent = 0
+        while sent < n:
+            done: int = _libc.sendmmsg(fd, self._rest[sent], n - sent, 0)
+            if done < 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            sent += done
+
+
+def _udp(address: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    for force, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, force, BUFFER_OCTETS)
+        except OSError:  # only CAP_NET_ADMIN may go beyond net.core.rmem_max
+            sock.setsockopt(socket.SOL_SOCKET, plain, BUFFER_OCTETS)
+    sock.bind((address, port))
+    return sock
+
+
+# --- the load -------------------------------------------------------------------------------------
+
+CLIENTS_AT = int(ipaddress.IPv4Address("127.1.0.1"))
+"""The first client's address; client i has the ith after it, all with one port and one socket."""
+
+TICK_S = 0.001
+"""How often Load wakes up where it does not spin: a batch of 20 at 20,000 a second."""
+
+_HEAD = np.dtype(
+    {
+        "names": ["first", "run", "number", "seal"],
+        "formats": ["u1", "u4", "u8", "u8"],
+        "offsets": [0, 4, 8, 16],
+        "itemsize": 24,
+    }
+)
+_HEAD_OCTETS = _HEAD.itemsize
+_RTP_FIRST = 0x80
+_SEAL = np.uint64(0x9E3779B97F4A7C15)
+_CLIENT_AT = frame.HEADER_OCTETS - 8  # the last four octets of a v4-mapped address in a header
+
+
+def _seals(numbers: Array, run: int) -> Array:
+    return numbers * _SEAL + np.uint64(run)
+
+
+class _Log:
+    """What arrived, in order: who for, which datagram, how long, when."""
+
+    def __init__(self, room: int) -> None:
+        self.n = 0
+        self.heads = np.zeros((room, _HEAD_OCTETS), np.uint8)
+        self.clients = np.zeros(room, ">u4")
+        self.lengths = np.zeros(room, np.uint32)
+        self.at = np.zeros(room, np.int64)
+
+    def add(self, n: int, heads: Array, clients: Array, lengths: Array, now: int) -> None:
+        start, end = self.n, self.n + n
+        if end > len(self.at):
+            raise RuntimeError("far more came back than was sent")
+        self.heads[start:end] = heads
+        self.clients[start:end] = clients
+        self.lengths[start:end] = lengths
+        self.at[start:end] = now
+        self.n = end
+
+
+@dataclass
+class Account:
+    """What became of the datagrams of one run."""
+
+    sent: int
+    crossed: int
+    """Different ones that reached the transceiver."""
+    returned: int
+    """Different ones that came back."""
+    duplicated_inbound: int
+    duplicated: int
+    """Copies beyond the first, at the transceiver and at the client."""
+    foreign: int
+    """Arrivals, on either side, that are changed, of the wrong length or at the wrong client."""
+    reordered: int
+    """Arrivals at a client after one with a higher number."""
+    intended_at: Array
+    sent_at: Array
+    back_at: Array
+    """By number, nanoseconds of CLOCK_MONOTONIC: meant to leave, left, first came back (or 0)."""
+
+    @property
+    def lost(self) -> int:
+        """Sent and never back."""
+        return self.sent - self.returned
+
+    def trips_us(self, since: Array | None = None) -> Array:
+        """Round trips of what came back, from when it was meant to leave (or from `since`)."""
+        back = self.back_at > 0
+        start = self.intended_at if since is None else since
+        return (self.back_at[back] - start[back]) / 1000
+
+    @property
+    def late(self) -> int:
+        """Came back, but later than LATE_MS after it was sent."""
+        return int((self.trips_us(self.sent_at) > LATE_MS * 1000).sum())
+
+    @property
+    def lag_ms(self) -> float:
+        """How far Load itself was behind the clock at worst."""
+        return float((self.sent_at - self.intended_at).max(initial=0)) / 1e6
+
+    def held_ms(self, since: int = 0, until: int = 1 << 62) -> float:
+        """The longest round trip of what was sent between two moments: it was held up so long."""
+        chosen = (self.back_at > 0) & (self.sent_at >= since) & (self.sent_at < until)
+        return float((self.back_at[chosen] - self.sent_at[chosen]).max(initial=0)) / 1e6
+
+    def silence_ms(self) -> float:
+        """The longest time in which nothing at all came back."""
+        return float(np.diff(np.sort(self.back_at[self.back_at > 0])).max(initial=0)) / 1e6
+
+    def figures(self) -> Figures:
+        """What every part says about its datagrams."""
+        return {
+            "sent": self.sent,
+            "lost": self.lost,
+            "lost_inbound": self.sent - self.crossed,
+            "lost_outbound": self.crossed - self.returned,
+            "duplicated": self.duplicated,
+            "duplicated_inbound": self.duplicated_inbound,
+            "foreign": self.foreign,
+            "reordered": self.reordered,
+            "late": self.late,
+            "held_ms_max": round(self.held_ms(), 1),
+            "silence_ms_max": round(self.silence_ms(), 1),
+            "load_behind_ms_max": round(self.lag_ms, 1),
+        }
+
+
+class Load:
+    """Many clients, each with an address of its own, and the transceiver that echoes their frames.
+
+    One thread does both, so that nothing but the relay has a say in what is received when. Use:
+    `open` flows, `begin` a schedule, `run` it in as many pieces as wanted, `settle`.
+    """
+
+    def __init__(self, clients: int, port: int = 0, spin: bool = False) -> None:
+        """The transceiver listens at 127.0.0.1:`port` (0: any). With `spin` Load never sleeps: no
+        time of its own waking up is in its figures.
+
+        Clients take turns in an order that has nothing to do with the order of their arrival, since
+        theirs does not either: memory that is read in the order it was written looks too fast."""
+        self.clients, self._spin = clients, spin
+        self._client, self._transceiver = _udp("0.0.0.0", 0), _udp("127.0.0.1", port)
+        self._client.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+        self.port: int = self._transceiver.getsockname()[1]
+        self.ports = {self._client.getsockname()[1], self.port}
+        self._fds = self._client.fileno(), self._transceiver.fileno()
+        self.datagrams = 0
+        """All that clients ever sent."""
+        self._run, self._count, self._room = 0, 0, 0
+        room = OCTETS + frame.HEADER_OCTETS + 32
+        self._out_octets = np.full((BATCH, 256), 0x5A, np.uint8)
+        self._names = np.zeros(BATCH, _NAME)
+        control = np.zeros(BATCH, _PKTINFO)
+        control["length"], control["type"] = _PKTINFO_OCTETS, _IP_PKTINFO
+        self._sources = control["source"]
+        self._out = Datagrams(self._out_octets, self._names, control)
+        self._in_octets, self._in_control = np.zeros((BATCH, room), np.uint8), control.copy()
+        self._in = Datagrams(self._in_octets, np.zeros(BATCH, _NAME), self._in_control)
+        self._echo_octets, names = np.zeros((BATCH, room), np.uint8), np.zeros(BATCH, _NAME)
+        self._echo_in = Datagrams(self._echo_octets, names)
+        self._echo_out = Datagrams(self._echo_octets, names)
+        # Longer than the clients are many by a batch: the next n of them are always one slice.
+        turns = np.random.default_rng(clients).permutation(clients)
+        self._addresses = (CLIENTS_AT + np.resize(turns, clients + BATCH)).astype(">u4")
+        self._framed = True
+        self._log_in, self._log_out = _Log(0), _Log(0)
+
+    def __enter__(self) -> "Load":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+        self._transceiver.close()
+
+    def towards(self, address: str, port: int) -> None:
+        """From now on all clients send to this address."""
+        self._names["family"] = socket.AF_INET
+        self._names["address"], self._names["port"] = int(ipaddress.IPv4Address(address)), port
+        self._framed = port != self.port
+
+    def open(self, firsts: Sequence[bytes]) -> None:
+        """Send each client's first datagram until it is answered, then one of media each, so that
+        every flow is assured. Raises TimeoutError."""
+        waiting = set(range(self.clients))
+        deadline = time.monotonic() + PATIENCE_S
+        while waiting:
+            todo = sorted(waiting)
+            for at in range(0, len(todo), BATCH):
+                self._send_firsts(todo[at : at + BATCH], firsts)
+                until = time.monotonic() + 0.05
+                while len(waiting) > len(todo) - at - BATCH and time.monotonic() < until:
+                    self._echo()
+                    self._hear_firsts(waiting)
+            if waiting and time.monotonic() > deadline:
+                raise TimeoutError(f"{len(waiting)} of {self.clients} clients got no answer")
+        pace = 20_000
+        self.begin(pace, self.clients / pace + 1)
+        self.run(self.clients / pace + 0.05)
+        account = self.settle()
+        if account.lost:
+            raise TimeoutError(f"{account.lost} of {account.sent} first datagrams are lost")
+
+    def _send_firsts(self, who: Sequence[int], firsts: Sequence[bytes]) -> None:
+        for slot, client in enumerate(who):
+            first = firsts[client]
+            self._out_octets[slot, : len(first)] = np.frombuffer(first, np.uint8)
+            self._out.to_send[slot] = len(first)
+            self._sources[slot] = CLIENTS_AT + client
+        self._out.send(self._fds[0], len(who))
+        self.datagrams += len(who)
+
+    def _hear_firsts(self, waiting: set[int]) -> None:
+        while n := self._in.receive(self._fds[0]):
+            waiting.difference_update((self._in_control["address"][:n] - CLIENTS_AT).tolist())
+
+    def begin(self, rate: float, seconds: float) -> None:
+        """Start a schedule of `rate` datagrams a second, over all clients in turn, that has room
+        for so many seconds. Its clock starts with the first `run`."""
+        self._run += 1
+        self._rate, self._count, self._started = rate, 0, 0
+        self._room = room = int(rate * seconds) + BATCH
+        heads = np.zeros(room, _HEAD)
+        heads["first"], heads["run"] = _RTP_FIRST, self._run
+        heads["number"] = np.arange(room)
+        heads["seal"] = _seals(heads["number"], self._run)
+        self._heads = heads.view(np.uint8).reshape(-1, _HEAD_OCTETS)
+        self._sent_at = np.zeros(room, np.int64)
+        self._log_in, self._log_out = _Log(room + room // 4), _Log(room + room // 4)
+        self._out_octets[:] = 0x5A
+        self._out.to_send[:] = OCTETS
+
+    def run(self, seconds: float, until: Callable[[], bool] | None = None) -> bool:
+        """Keep to the schedule for so long, or until something is true; returns whether it is."""
+        start = now = time.monotonic_ns()
+        self._started = self._started or start
+        end, tick, asked = start + int(seconds * 1e9), int(TICK_S * 1e9), start
+        while now < end:
+            if until is not None and now - asked >= tick:
+                asked = now
+                if until():
+                    return True
+            self._turn(now)
+            spent = time.monotonic_ns() - now
+            if not self._spin and spent < tick:
+                time.sleep((tick - spent) * 1e-9)
+            now = time.monotonic_ns()
+        return until is not None and until()
+
+    @property
+    def outstanding(self) -> int:
+        """Sent and not back, for now."""
+        return self._count - self._log_out.n
+
+    def _turn(self, now: int) -> None:
+        """Send what is due, echo what has crossed, take what came back."""
+        due = min(int((now - self._started) * self._rate * 1e-9) + 1, self._room)
+        for _ in range(16):  # then look at the other sockets, however far behind
+            n = min(due - self._count, BATCH)
+            if n <= 0:
+                break
+            self._send(n)
+            self._echo()
+        self._echo()
+        self._take()
+
+    def burst(self, n: int = BATCH) -> None:
+        """Send n datagrams ahead of the schedule, at once, and look at nothing."""
+        self._send(min(n, self._room - self._count))
+
+    def _send(self, n: int) -> None:
+        start = self._count
+        self._out_octets[:n, :_HEAD_OCTETS] = self._heads[start : start + n]
+        client = start % self.clients
+        self._sources[:n] = self._addresses[client : client + n]
+        self._sent_at[start : start + n] = time.monotonic_ns()
+        self._out.send(self._fds[0], n)
+        self._count += n
+        self.datagrams += n
+
+    def _echo(self) -> None:
+        while n := self._echo_in.receive(self._fds[1]):
+            self._echo_out.to_send[:n] = self._echo_in.received[:n]
+            self._echo_out.send(self._fds[1], n)
+            if self._framed and self._room:
+                octets = self._echo_octets[:n]
+                heads = octets[:, frame.HEADER_OCTETS : frame.HEADER_OCTETS + _HEAD_OCTETS]
+                clients = octets[:, _CLIENT_AT : _CLIENT_AT + 4].copy().view(">u4")[:, 0]
+                lengths = self._echo_in.received[:n] - frame.HEADER_OCTETS
+                self._log_in.add(n, heads, clients, lengths, 0)
+            if n < BATCH:
+                return
+
+    def _take(self) -> None:
+        while n := self._in.receive(self._fds[0]):
+            now = time.monotonic_ns()
+            heads, clients = self._in_octets[:n, :_HEAD_OCTETS], self._in_control["address"][:n]
+            self._log_out.add(n, heads, clients, self._in.received[:n], now)
+            if n < BATCH:
+                return
+
+    def settle(self) -> Account:
+        """Send nothing more, wait until all is back or nothing comes any more, and account."""
+        seen, last = -1, time.monotonic()
+        while self._log_out.n < self._count and time.monotonic() - last < QUIET_S:
+            if self._log_out.n != seen:
+                seen, last = self._log_out.n, time.monotonic()
+            self._echo()
+            self._take()
+            time.sleep(TICK_S / 10)
+        until = time.monotonic() + 0.02  # for copies of what is here already
+        while time.monotonic() < until:
+            self._echo()
+            self._take()
+        return self._account()
+
+    def _account(self) -> Account:
+        sent = self._count
+        crossed, _, foreign_in, _ = self._judge(self._log_in)
+        returned, numbers, foreign_out, at = self._judge(self._log_out)
+        back_at = np.zeros(sent, np.int64)
+        back_at[numbers[::-1]] = at[::-1]  # of several the first
+        by_client = np.argsort(numbers % self.clients, kind="stable")
+        ordered = numbers[by_client]
+        same = np.diff(ordered % self.clients) == 0
+        intended = self._started + (np.arange(sent) * (1e9 / self._rate)).astype(np.int64)
+        return Account(
+            sent=sent,
+            crossed=int((crossed > 0).sum()) if self._framed else int((returned > 0).sum()),
+            returned=int((returned > 0).sum()),
+            duplicated_inbound=int((crossed - 1).clip(0).sum()),
+            duplicated=int((returned - 1).clip(0).sum()),
+            foreign=foreign_in + foreign_out,
+            reordered=int((same & (np.diff(ordered) < 0)).sum()),
+            intended_at=intended,
+            sent_at=self._sent_at[:sent],
+            back_at=back_at,
+        )
+
+    def _judge(self, log: _Log) -> tuple[Array, Array, int, Array]:
+        """How often each number arrived; the numbers in order; what was wrong; when."""
+        heads = log.heads[: log.n].reshape(-1).view(_HEAD)
+        # STUN and what is left of an earlier run belong to another account.
+        ours = (heads["first"] == _RTP_FIRST) & (heads["run"] == self._run)
+        numbers = heads["number"]
+        good = ours & (numbers < self._count) & (heads["seal"] == _seals(numbers, self._run))
+        good &= log.lengths[: log.n] == OCTETS
+        expected = self._addresses[(numbers % np.uint64(self.clients)).astype(np.int64)]
+        good &= log.clients[: log.n] == expected
+        earlier = (heads["first"] < 4) | (heads["run"] < self._run)
+        chosen = numbers[good].astype(np.int64)
+        counts = np.bincount(chosen, minlength=self._count)
+        return counts, chosen, int((~good & ~earlier).sum()), log.at[: log.n][good]

@@ -1,0 +1,302 @@
+"""What is measured, held as an operator would hold it: a relay's processes, seen from outside.
+
+For scripts that measure. A relay is started from its console program with a configuration of its
+own in a folder of its own; its log is a file, its counters and flows are read out of its shared
+memory, its processes out of /proc. Whatever is started ends with this process, however that ends.
+
+proc(5), prctl(2) https://man7.org/linux/man-pages/
+"""
+
+import ctypes
+import ipaddress
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import dev
+import flood
+from load import PATIENCE_S, Figures
+
+import flows
+import handover
+import host
+import settings
+import ufrag
+
+_libc = ctypes.PyDLL(None, use_errno=True)
+
+CONFIG = """[relay]
+public = "{address}:{public}"
+internal = "{address}:{internal}"
+workers = {workers}
+flows_max = {flows}
+flows_tentative_max = {flows}
+integrity_checks_per_s = 1000000
+drain_s = 0.0
+metrics = "127.0.0.1:0"
+state_dir = "."
+{more}
+[keys]
+file = "{keys}"
+
+[[cluster]]
+id = 1
+prefix = "127.0.0.0/8"
+ports = [1, 65535]
+{tables}
+"""
+CLUSTER = ufrag.Cluster(1, ipaddress.ip_network("127.0.0.0/8"), 1, 65535)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Setting:
+    """What all parts share: where, how long, how much, and what did not hold."""
+
+    folder: Path
+    keyring: ufrag.Keyring
+    quick: bool
+    seed: int
+    beside: Mapping[str, str]
+    relay_cpus: set[int]
+    load_cpu: int
+    limit_per_s: int = 0
+    """Round trips a second that Load manages with nobody between it and itself."""
+    part: str = ""
+    failures: list[str] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def rate(self) -> int:
+        """Datagrams a second each way under which nothing is to be lost."""
+        return 2_000 if self.quick else 20_000
+
+    @property
+    def clients(self) -> int:
+        """How many clients share them."""
+        return 100 if self.quick else 1_000
+
+    @property
+    def after_s(self) -> float:
+        """Media that is asserted beyond the last event."""
+        return 0.5 if self.quick else 30.0
+
+    def must(self, holds: bool, sentence: str) -> None:
+        """Note a failure."""
+        if not holds:
+            self.failures.append(f"{self.part}: {sentence}")
+            self.say(f"FAILED {sentence}")
+
+    def say(self, text: str) -> None:
+        """A line of progress."""
+        print(f"{self.part or 'bench'}: {text}", file=sys.stderr, flush=True)
+
+    def subfolder(self) -> Path:
+        """A new empty folder."""
+        path = self.folder / str(next(self._numbers))
+        path.mkdir()
+        return path
+
+    def firsts(self, clients: int, port: int, keyring: ufrag.Keyring | None = None) -> list[bytes]:
+        """First datagrams of so many clients, each of a session of its own at that port."""
+        at, keys = ipaddress.IPv4Address("127.0.0.1"), keyring or self.keyring
+        return [flood.check(keys, CLUSTER, at, port) for _ in range(clients)]
+
+
+def spawn(argv: Sequence[str | Path], cpus: set[int], log: Path) -> "subprocess.Popen[bytes]":
+    """Start a program on those CPUs, in a group of its own, that does not outlive this one."""
+
+    def settle_in() -> None:
+        os.sched_setaffinity(0, cpus)
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGINT)  # prctl(2)
+
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=settle_in,  # noqa: PLW1509  # one thread: nothing to deadlock
+        )
+
+
+def end(process: "subprocess.Popen[bytes]", first: signal.Signals = signal.SIGINT) -> int:
+    """Ask a program to stop; kill its group where it does not. Returns its exit status."""
+    if process.poll() is None:
+        process.send_signal(first)
+    try:
+        return process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+
+class Relay:
+    """A running relay, seen from outside: its log, its processes, its shared memory."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        workers: int = 1,
+        flows_max: int = 65_536,
+        address: str = "127.0.0.1",
+        ports: tuple[int, int] | None = None,
+        more: str = "",
+        tables: str = "",
+    ) -> None:
+        """Started and ready. `ports` are public and internal; `more` and `tables` go into the
+        configuration. Raises dev.StartError."""
+        self._setting, self.address, self.workers = setting, address, workers
+        folder = setting.subfolder()
+        self.path, self.config = folder / "log", folder / "relay.toml"
+        if ports is None:
+            (public,) = dev.free_ports(1, socket.SOCK_DGRAM)
+            ports = public, dev.free_ports(workers, socket.SOCK_DGRAM)[0]
+        self.public, self.internal = ports
+        self.config.write_text(
+            CONFIG.format(
+                address=address,
+                public=self.public,
+                internal=self.internal,
+                workers=workers,
+                flows=flows_max,
+                keys=setting.folder / "keys",
+                more=more,
+                tables=tables,
+            )
+        )
+        self.process = self.start("run")
+        self._pids: list[int] = []
+        try:
+            self.wait_for(" ready: ")
+            self.attach()
+            setting.say(f"a relay serves with {workers} worker(s)")
+        except BaseException:
+            self.stop()
+            raise
+
+    def start(self, *words: str) -> "subprocess.Popen[bytes]":
+        """Start the relay's program with this configuration, its log after what stands there."""
+        argv = [sys.executable, "-P", "-m", "relay", *words, "--config", str(self.config)]
+        return spawn(argv, self._setting.relay_cpus, self.path)
+
+    def __enter__(self) -> "Relay":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._setting.say(f"the relay's log ends with:\n{self.log()[-2000:]}")
+        self.stop()
+
+    def log(self) -> str:
+        """All that it has said."""
+        return self.path.read_text(errors="replace")
+
+    def wait_for(self, part: str, times: int = 1) -> None:
+        """Wait until it has said something. Raises dev.StartError with the end of its log."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.log().count(part) < times:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise dev.StartError(f"no {part!r} from the relay: {self.log()[-2000:]}")
+            time.sleep(0.01)
+
+    def attach(self) -> None:
+        """Look into its memory; what is seen stays readable after its end."""
+        table = settings.load(self.config, settings.Relay).relay
+        self.memories = host.attach(handover.state_file(table), handover.LAYOUT, handover.MEMORY)
+
+    def worker_pids(self) -> list[int]:
+        """The workers' processes by number. Ask again after each that was replaced."""
+        alive = children(self.process.pid)
+        fresh = sorted(set(alive) - set(self._pids))
+        if not self._pids:
+            self._pids, fresh = fresh[: self.workers], []
+        for number, pid in enumerate(self._pids):
+            if pid not in alive and fresh:
+                self._pids[number] = fresh.pop(0)
+        return self._pids
+
+    def flows(self) -> dict[bytes, tuple[bytes, bytes, float]]:
+        """Its flows: client to transceiver, ufrag and time of birth."""
+        found = (
+            flow for memory in self.memories for flow in flows.read_all(memory.section("flows"))
+        )
+        return {flow.header: (flow.hop, flow.ufrag, flow.opened_at) for flow in found}
+
+    def law(self) -> Figures:
+        """The counters of all workers: what clients' datagrams were received, how many of either
+        way are in no counter that says what became of them, and what was dropped."""
+        received, missing, drops = 0, 0, Counter[str]()
+        for inbound, outbound in map(handover.counters_in, self.memories):
+            received += inbound[inbound.kinds["RECEIVED"]]
+            missing += abs(inbound.missing()) + abs(outbound.missing())
+            drops.update(inbound.drops())
+            drops.update(outbound.drops())
+        return {"received": received, "missing": missing, "drops": dict(drops)}
+
+    def kernel_drops(self) -> int:
+        """Datagrams that the kernel dropped since a socket of its ports was full."""
+        return kernel_drops({self.public, *range(self.internal, self.internal + self.workers)})
+
+    def stop(self) -> int:
+        """End it; returns its exit status."""
+        return end(self.process)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that this one forked and that live."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    pids = [pid]
+    for parent in pids:
+        pids += children(parent)
+    return pids
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time that the scheduler accounted to a process: nanoseconds, where ticks say nothing."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) * 1e-9
+
+
+def kernel_drops(ports: set[int]) -> int:
+    """What the sockets of these ports could not hold: the last column of /proc/net/udp."""
+    found = 0
+    for name in ("udp", "udp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            columns = line.split()
+            if int(columns[1].rpartition(":")[2], 16) in ports:
+                found += int(columns[-1])
+    return found
+
+
+def listens(port: int) -> bool:
+    """True once a UDP socket has this port."""
+    wanted = f":{port:04X}"
+    tables = (Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("udp", "udp6"))
+    return any(line.split()[1].endswith(wanted) for lines in tables for line in lines)
+
+
+def memfds(pid: int) -> list[str]:
+    """The relay's shared memories, as paths that can be looked at."""
+    links = Path(f"/proc/{pid}/fd").iterdir()
+    return [str(link) for link in links if f"memfd:{handover.MEMORY}" in os.readlink(link)]
+
+
+def private_octets(pid: int) -> int:
+    """Memory that is this process's alone, its unique set size. proc_pid_smaps(5)"""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(kib) for kib in re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.M)) * 1024
