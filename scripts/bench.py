@@ -38,7 +38,7 @@ import flood
 import losses
 import typer
 from load import Figures, Load
-from rig import Setting
+from rig import Setting, Skip
 
 import host
 import settings
@@ -167,6 +167,8 @@ def measure(chosen: Sequence[str], quick: bool, seed: int, beside: Mapping[str, 
             started = time.monotonic()
             try:
                 found["parts"][name] = PARTS[name](setting)
+            except Skip as reason:
+                found["parts"][name] = {"skipped": str(reason)}
             except (dev.StartError, OSError) as error:  # TimeoutError is one
                 setting.must(False, f"{type(error).__name__}: {error}")
             setting.say(f"took {time.monotonic() - started:.1f} s")

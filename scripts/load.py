@@ -365,6 +365,11 @@ class Load:
         return until is not None and until()
 
     @property
+    def count(self) -> int:
+        """Sent in this run: the number of the next datagram."""
+        return self._count
+
+    @property
     def outstanding(self) -> int:
         """Sent and not back, for now."""
         return self._count - self._log_out.n

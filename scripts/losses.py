@@ -5,16 +5,24 @@ For bench.py. Each part runs media both ways, does its worst to the relay while 
 """
 
 import contextlib
+import importlib.util
 import os
 import random
 import re
 import signal
+import socket
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import dev
+import numpy as np
+import numpy.typing as npt
 from load import PATIENCE_S, Account, Figures, Load
-from rig import Relay, Setting, kernel_drops
+from rig import READY_LINE, Relay, Setting, Skip, children, end, kernel_drops, spawn
 
 # --- media, before, during and after --------------------------------------------------------------
 
@@ -55,10 +63,10 @@ def media(setting: Setting, relay: Relay, seconds: float) -> Iterator[Scene]:
         load.open(setting.firsts(setting.clients, load.port))
         before = relay.flows()
         load.begin(setting.rate, seconds + setting.after_s + PATIENCE_S)
-        load.run(0.5)
+        load.run(0.5, relay.service)
         scene = Scene(load, figures)
         yield scene
-        load.run(setting.after_s)
+        load.run(setting.after_s, relay.service)
         scene.account = account = load.settle()
         after, law = relay.flows(), relay.law()
         figures |= account.figures()
@@ -141,5 +149,215 @@ def _served(relay: Relay) -> list[tuple[str, str]]:
     return _SERVES_AGAIN.findall(relay.log())
 
 
-PARTS: dict[str, Callable[[Setting], Figures]] = {"kill": kill}
+# --- reload, handover, restart --------------------------------------------------------------------
+
+TIMES, PAUSE_S = 5, 2.0
+"""How often each of them is done, and the media in between."""
+
+
+def reload(setting: Setting) -> Figures:
+    """SIGHUP: keys and settings are read anew, the workers replaced one after the other."""
+    refused = "nothing here can be reloaded"
+    with Relay(setting, workers=2) as relay:
+
+        def once(scene: Scene) -> bool:
+            before = set(relay.worker_pids())
+            scene.happens()
+            relay.process.send_signal(signal.SIGHUP)
+            scene.load.run(PATIENCE_S, lambda: _replaced(relay, before) or refused in relay.log())
+            if refused in relay.log():
+                raise Skip("this relay reloads nothing")
+            return _replaced(relay, before)
+
+        return _several(setting, relay, once)
+
+
+def _replaced(relay: Relay, before: set[int]) -> bool:
+    """True when other processes do the work of those before."""
+    if before & set(children(relay.process.pid)):  # asked every millisecond: the cheap one first
+        return False
+    return len(relay.workers_now()) == relay.workers
+
+
+def handover(setting: Setting) -> Figures:
+    """`relay handover`: another process takes sockets and memory from the one that runs."""
+    with Relay(setting, workers=2) as relay:
+        asked = subprocess.run(
+            [sys.executable, "-P", "-m", "relay", "handover", "--help"],
+            capture_output=True,
+            check=False,
+        )
+        if asked.returncode:
+            raise Skip("this relay has no command handover")
+        return _several(setting, relay, lambda scene: _succeeded(relay, scene, "handover"))
+
+
+def restart(setting: Setting) -> Figures:
+    """What `systemctl restart` does, with a stand-in that keeps descriptors as systemd does."""
+    with Relay(setting, workers=2, with_store=True) as relay:
+        relay.service()
+        assert relay.store is not None
+        if not relay.store.held:
+            raise Skip("this relay stores no descriptors")
+
+        def once(scene: Scene) -> bool:
+            scene.happens()
+            relay.process.send_signal(RESTART_SIGNAL)
+            over = scene.load.run(PATIENCE_S, lambda: relay.service() or relay.ended())
+            return over and _succeeded(relay, scene, "run")
+
+        figures = _several(setting, relay, once)
+        figures["descriptors_stored"] = len(relay.store.held)
+        return figures
+
+
+RESTART_SIGNAL = signal.SIGTERM
+"""What systemd sends. The relay measured here has drain_s = 0: it stops, it does not drain."""
+
+
+def _succeeded(relay: Relay, scene: Scene, command: str) -> bool:
+    """Start a successor; True once it is ready and its predecessor has ended."""
+    if command == "handover":
+        scene.happens()
+    times, before = relay.log().count(READY_LINE), relay.process
+    relay.process = relay.start(command)
+    ready = scene.load.run(
+        PATIENCE_S,
+        lambda: (
+            relay.service() or (relay.log().count(READY_LINE) > times and before.poll() is not None)
+        ),
+    )
+    end(before)
+    if ready:
+        relay.attach()
+    return ready
+
+
+def _several(setting: Setting, relay: Relay, once: Callable[[Scene], bool]) -> Figures:
+    """Do something several times under load; `once` says whether it has been done."""
+    times, pause_s = (1, 0.3) if setting.quick else (TIMES, PAUSE_S)
+    with media(setting, relay, times * (pause_s + PATIENCE_S)) as scene:
+        for _ in range(times):
+            setting.must(once(scene), "it was not done in time: see the log above")
+            scene.load.run(pause_s, relay.service)
+    figures, held = scene.figures, scene.held_ms()
+    figures["gaps_ms"] = held
+    setting.say(f"{times} times: {figures['lost']} lost of {figures['sent']}, gaps {held} ms")
+    return figures
+
+
+# --- recovery -------------------------------------------------------------------------------------
+
+RECOVERY_CLIENTS, RECOVERY_ROUNDS = 200, 5
+PER_S = 50
+"""Datagrams of a live flow in a second."""
+
+
+def recovery(setting: Setting) -> Figures:
+    """All clients of one relay arrive at another one, which has never heard of them, at a random
+    moment, and send no STUN: time from a client's first datagram to the first that comes back."""
+    if importlib.util.find_spec("keeper") is None:
+        raise Skip("this relay has no keeper")
+    binary = dev.redis_binary()
+    if binary is None:
+        raise Skip("there is no redis-server")
+    clients, rounds = (20, 1) if setting.quick else (RECOVERY_CLIENTS, RECOVERY_ROUNDS)
+    chance, waits, total = random.Random(setting.seed), [], Counter[str]()
+    with redis(setting, binary) as (url, flows_written):
+        for turn in range(1, rounds + 1):
+            after_s = setting.after_s if turn == rounds else 2.0
+            with two_relays(setting, url) as (first, second), Load(clients) as load:
+                load.towards(first.address, first.public)
+                load.open(setting.firsts(clients, load.port))
+                load.begin(clients * PER_S, after_s + PATIENCE_S)
+                wanted = clients * turn
+                load.run(PATIENCE_S / 2, lambda n=wanted: flows_written() >= n)  # type: ignore[misc]
+                found = flows_written()
+                setting.must(found >= wanted, f"{found} flows are in Redis, not {wanted}")
+                load.run(chance.uniform(0.1, 0.5))
+                switched = load.count
+                load.towards(second.address, second.public)
+                load.run(after_s)
+                account = load.settle()
+                waits.append(_waits_ms(account, switched, clients))
+                total.update(_recovered(setting, load, account, first, second))
+    ms = np.concatenate(waits)
+    figures: Figures = {"clients": clients, "rounds": rounds, "rate_a_client_per_s": PER_S}
+    p50, p99, most = (round(float(np.percentile(ms, each)), 1) for each in (50, 99, 100))
+    figures["first_back_ms"] = {"p50": p50, "p99": p99, "max": most, "of": len(ms)}
+    setting.must(bool(np.isfinite(ms).all()), "clients got nothing back from the second relay")
+    setting.say(f"first back after p50 {p50}, p99 {p99}, at most {most} ms; lost {total['lost']}")
+    return figures | dict(total)
+
+
+@contextlib.contextmanager
+def two_relays(setting: Setting, url: str) -> Iterator[tuple[Relay, Relay]]:
+    """On two addresses of one port: to a client that changes from one to the other it is as if the
+    network had chosen another way."""
+    tables = f'[redis]\nurl = "{url}"\n'
+    with Relay(setting, tables=tables) as first:
+        ports = first.public, first.internal
+        with Relay(setting, tables=tables, address="127.0.0.2", ports=ports) as second:
+            yield first, second
+
+
+def _waits_ms(account: Account, switched: int, clients: int) -> npt.NDArray[np.float64]:
+    """A client each: from its first datagram with a number from `switched` on, to the first of
+    those that came back, or infinity."""
+    rows = (account.sent - switched) // clients
+    shape, chosen = (rows, clients), slice(switched, switched + rows * clients)
+    back = account.back_at[chosen].reshape(shape).astype(np.float64)
+    back[back == 0] = np.inf
+    waits: npt.NDArray[np.float64] = (back.min(axis=0) - account.sent_at[chosen][:clients]) / 1e6
+    return waits
+
+
+def _recovered(
+    setting: Setting, load: Load, account: Account, first: Relay, second: Relay
+) -> dict[str, int]:
+    """Judge one round; returns counts that add up over rounds."""
+    laws = first.law(), second.law()
+    received = sum(law["received"] for law in laws)
+    setting.must(received == load.datagrams, f"{received} of {load.datagrams} sent are received")
+    setting.must(not any(law["missing"] for law in laws), "datagrams are in no counter")
+    setting.must(not account.duplicated, f"{account.duplicated} datagrams came twice")
+    setting.must(not account.foreign, f"{account.foreign} datagrams are not as they were sent")
+    flows = len(second.flows())
+    setting.must(flows == load.clients, f"{flows} of {load.clients} flows at the second relay")
+    counts = {"sent": account.sent, "lost": account.lost, "late": account.late}
+    counts["kernel_drops"] = first.kernel_drops() + second.kernel_drops()
+    return counts | {f"second_dropped_{name}": n for name, n in laws[1]["drops"].items()}
+
+
+@contextlib.contextmanager
+def redis(setting: Setting, binary: str) -> Iterator[tuple[str, Callable[[], int]]]:
+    """A server of its own: its URL, and what tells how many keys it has."""
+    (port,) = dev.free_ports(1, socket.SOCK_STREAM)
+    folder = setting.subfolder()
+    argv = [binary, "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"]
+    argv += ["--dir", str(folder), "--daemonize", "no"]
+    process = spawn(argv, {setting.load_cpu}, folder / "log")
+    with contextlib.ExitStack() as stack:
+        stack.callback(end, process, signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE_S
+        while b"eady to accept connections" not in (folder / "log").read_bytes():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise dev.StartError((folder / "log").read_text()[-2000:])
+            time.sleep(0.01)
+        link = stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE_S))
+
+        def keys() -> int:
+            link.sendall(b"DBSIZE\r\n")
+            return int(link.recv(64).strip(b":\r\n"))
+
+        yield f"redis://127.0.0.1:{port}/0", keys
+
+
+PARTS: dict[str, Callable[[Setting], Figures]] = {
+    "kill": kill,
+    "reload": reload,
+    "handover": handover,
+    "restart": restart,
+    "recovery": recovery,
+}
 """By the name that the command line knows them by."""

@@ -8,6 +8,7 @@ proc(5), prctl(2) https://man7.org/linux/man-pages/
 """
 
 import ctypes
+import fcntl
 import ipaddress
 import itertools
 import os
@@ -54,6 +55,8 @@ prefix = "127.0.0.0/8"
 ports = [1, 65535]
 {tables}
 """
+READY_LINE = " ready: "
+"""In the log of a relay, once it serves."""
 CLUSTER = ufrag.Cluster(1, ipaddress.ip_network("127.0.0.0/8"), 1, 65535)
 _PR_SET_PDEATHSIG = 1
 
@@ -112,22 +115,102 @@ class Setting:
         return [flood.check(keys, CLUSTER, at, port) for _ in range(clients)]
 
 
-def spawn(argv: Sequence[str | Path], cpus: set[int], log: Path) -> "subprocess.Popen[bytes]":
-    """Start a program on those CPUs, in a group of its own, that does not outlive this one."""
+class Skip(Exception):
+    """This part cannot be measured here; the message says why."""
+
+
+def spawn(
+    argv: Sequence[str | Path], cpus: set[int], log: Path, store: "Store | None" = None
+) -> "subprocess.Popen[bytes]":
+    """Start a program on those CPUs, in a group of its own, that does not outlive this one, with
+    what systemd would give it out of its descriptor store."""
+    held = list(store.held.items()) if store else []
 
     def settle_in() -> None:
         os.sched_setaffinity(0, cpus)
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGINT)  # prctl(2)
+        if store:
+            os.environ["NOTIFY_SOCKET"] = str(store.path)
+        if held:  # sd_listen_fds(3)
+            for target, (_, fd) in enumerate(held, LISTEN_FDS_START):
+                os.dup2(fd, target)
+            os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"] = str(os.getpid()), str(len(held))
+            os.environ["LISTEN_FDNAMES"] = ":".join(name for (name, _), _ in held)
 
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-            preexec_fn=settle_in,  # noqa: PLW1509  # one thread: nothing to deadlock
-        )
+    # The numbers that the descriptors get in the child must not be those of subprocess' own pipe.
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(len(held) + LISTEN_FDS_START)]
+    try:
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                close_fds=not held,  # Python's own are not inherited anyhow
+                preexec_fn=settle_in,  # noqa: PLW1509  # one thread: nothing to deadlock
+            )
+    finally:
+        for fd in taken:
+            os.close(fd)
+
+
+LISTEN_FDS_START = 3
+_STORED_FROM = 512
+"""Stored descriptors have numbers from here on, not those that they get in a child."""
+
+
+class Store:
+    """What systemd does for a service with FileDescriptorStoreMax: a stand-in for one service.
+
+    It keeps the descriptors that are sent with FDSTORE=1 under their FDNAME, once each, forgets
+    those of an FDSTOREREMOVE=1, and remembers what else it was told. `take` has to be called often.
+    sd_pid_notify_with_fds(3), systemd.service(5)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "notify"
+        self.held: dict[tuple[str, tuple[int, int]], int] = {}
+        """Descriptors by name and what they are (device and inode)."""
+        self.told: list[str] = []
+        """All assignments in the order they came, without descriptors' ones."""
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sock.bind(str(self.path))
+        self._sock.setblocking(False)
+
+    def take(self) -> bool:
+        """Hear what was said; always False, as an `until` that never ends anything."""
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._sock, 65_536, 253)
+            except BlockingIOError:
+                return False
+            lines = data.decode().splitlines()
+            said = dict(line.split("=", 1) for line in lines if "=" in line)
+            if said.get("FDSTORE") == "1":
+                self._keep(said.get("FDNAME", "stored"), fds)
+            elif said.get("FDSTOREREMOVE") == "1":
+                self._forget(said.get("FDNAME", "stored"))
+            self.told += [line for line in lines if not line.startswith("FD")]
+            for fd in fds:
+                os.close(fd)
+
+    def _keep(self, name: str, fds: Sequence[int]) -> None:
+        for fd in fds:
+            status = os.fstat(fd)
+            key = name, (status.st_dev, status.st_ino)
+            if key not in self.held:
+                self.held[key] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _STORED_FROM)
+
+    def _forget(self, name: str) -> None:
+        for key in [key for key in self.held if key[0] == name]:
+            os.close(self.held.pop(key))
+
+    def close(self) -> None:
+        """Let go of all."""
+        for name, _ in list(self.held):
+            self._forget(name)
+        self._sock.close()
 
 
 def end(process: "subprocess.Popen[bytes]", first: signal.Signals = signal.SIGINT) -> int:
@@ -153,11 +236,13 @@ class Relay:
         ports: tuple[int, int] | None = None,
         more: str = "",
         tables: str = "",
+        with_store: bool = False,
     ) -> None:
         """Started and ready. `ports` are public and internal; `more` and `tables` go into the
-        configuration. Raises dev.StartError."""
+        configuration; `with_store` gives it a service manager. Raises dev.StartError."""
         self._setting, self.address, self.workers = setting, address, workers
         folder = setting.subfolder()
+        self.store = Store(folder) if with_store else None
         self.path, self.config = folder / "log", folder / "relay.toml"
         if ports is None:
             (public,) = dev.free_ports(1, socket.SOCK_DGRAM)
@@ -176,9 +261,8 @@ class Relay:
             )
         )
         self.process = self.start("run")
-        self._pids: list[int] = []
         try:
-            self.wait_for(" ready: ")
+            self.wait_for(READY_LINE)
             self.attach()
             setting.say(f"a relay serves with {workers} worker(s)")
         except BaseException:
@@ -188,13 +272,17 @@ class Relay:
     def start(self, *words: str) -> "subprocess.Popen[bytes]":
         """Start the relay's program with this configuration, its log after what stands there."""
         argv = [sys.executable, "-P", "-m", "relay", *words, "--config", str(self.config)]
-        return spawn(argv, self._setting.relay_cpus, self.path)
+        return spawn(argv, self._setting.relay_cpus, self.path, self.store)
+
+    def service(self) -> bool:
+        """What a service manager does meanwhile. Always False."""
+        return self.store.take() if self.store else False
 
     def __enter__(self) -> "Relay":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
+        if kind not in (None, Skip):
             self._setting.say(f"the relay's log ends with:\n{self.log()[-2000:]}")
         self.stop()
 
@@ -202,10 +290,15 @@ class Relay:
         """All that it has said."""
         return self.path.read_text(errors="replace")
 
+    def ended(self) -> bool:
+        """True once its process is no more."""
+        return self.process.poll() is not None
+
     def wait_for(self, part: str, times: int = 1) -> None:
         """Wait until it has said something. Raises dev.StartError with the end of its log."""
         deadline = time.monotonic() + PATIENCE_S
         while self.log().count(part) < times:
+            self.service()
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise dev.StartError(f"no {part!r} from the relay: {self.log()[-2000:]}")
             time.sleep(0.01)
@@ -215,16 +308,27 @@ class Relay:
         table = settings.load(self.config, settings.Relay).relay
         self.memories = host.attach(handover.state_file(table), handover.LAYOUT, handover.MEMORY)
 
+    def workers_now(self) -> dict[int, int]:
+        """Process ids of the workers by their number: a worker is who waits for the internal socket
+        of that number, whatever else the relay has started."""
+        inodes = {}
+        for _, port, inode, _ in sockets():
+            if 0 <= port - self.internal < self.workers:
+                inodes[inode] = port - self.internal
+        found = {}
+        for pid in children(self.process.pid):
+            for inode in inodes.keys() & polled(pid):
+                found[inodes[inode]] = pid
+        return found
+
     def worker_pids(self) -> list[int]:
-        """The workers' processes by number. Ask again after each that was replaced."""
-        alive = children(self.process.pid)
-        fresh = sorted(set(alive) - set(self._pids))
-        if not self._pids:
-            self._pids, fresh = fresh[: self.workers], []
-        for number, pid in enumerate(self._pids):
-            if pid not in alive and fresh:
-                self._pids[number] = fresh.pop(0)
-        return self._pids
+        """The same once all of them are there. Raises dev.StartError if they do not come."""
+        deadline = time.monotonic() + PATIENCE_S
+        while len(found := self.workers_now()) < self.workers:
+            if time.monotonic() > deadline:
+                raise dev.StartError(f"of {self.workers} workers there are {sorted(found)}")
+            time.sleep(0.001)
+        return [found[number] for number in range(self.workers)]
 
     def flows(self) -> dict[bytes, tuple[bytes, bytes, float]]:
         """Its flows: client to transceiver, ufrag and time of birth."""
@@ -250,7 +354,10 @@ class Relay:
 
     def stop(self) -> int:
         """End it; returns its exit status."""
-        return end(self.process)
+        status = end(self.process)
+        if self.store:
+            self.store.close()
+        return status
 
 
 def children(pid: int) -> list[int]:
@@ -272,22 +379,35 @@ def cpu_s(pid: int) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) * 1e-9
 
 
-def kernel_drops(ports: set[int]) -> int:
-    """What the sockets of these ports could not hold: the last column of /proc/net/udp."""
-    found = 0
-    for name in ("udp", "udp6"):
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+def sockets() -> Iterator[tuple[str, int, int, int]]:
+    """All UDP sockets: family ("udp", "udp6"), port, inode, datagrams that did not fit."""
+    for family in ("udp", "udp6"):
+        for line in Path(f"/proc/net/{family}").read_text().splitlines()[1:]:
             columns = line.split()
-            if int(columns[1].rpartition(":")[2], 16) in ports:
-                found += int(columns[-1])
-    return found
+            port = int(columns[1].rpartition(":")[2], 16)
+            yield family, port, int(columns[9]), int(columns[-1])
+
+
+def kernel_drops(ports: set[int]) -> int:
+    """Datagrams that the sockets of these ports could not hold."""
+    return sum(drops for _, port, _, drops in sockets() if port in ports)
 
 
 def listens(port: int) -> bool:
     """True once a UDP socket has this port."""
-    wanted = f":{port:04X}"
-    tables = (Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("udp", "udp6"))
-    return any(line.split()[1].endswith(wanted) for lines in tables for line in lines)
+    return any(port == taken for _, taken, _, _ in sockets())
+
+
+def polled(pid: int) -> set[int]:
+    """Inodes of what a process waits for by epoll(7); empty for one that has ended."""
+    found = set()
+    try:
+        for info in Path(f"/proc/{pid}/fdinfo").iterdir():
+            for inode in re.findall(r"^tfd:.* ino:([0-9a-f]+)", info.read_text(), re.M):
+                found.add(int(inode, 16))
+    except OSError:  # gone meanwhile
+        return set()
+    return found
 
 
 def memfds(pid: int) -> list[str]:

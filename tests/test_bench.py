@@ -227,6 +227,76 @@ def children(pid):
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
+# A service that stores a socket and some memory when it has none, and says what it was given.
+SERVICE = """
+import os, socket, sys
+names = os.environ.get("LISTEN_FDNAMES", "")
+if names:
+    assert os.environ["LISTEN_PID"] == str(os.getpid())
+    at = {name: fd for fd, name in enumerate(names.split(":"), 3)}
+    assert len(at) == int(os.environ["LISTEN_FDS"])
+    print(sorted(at), os.pread(at["memory"], 5, 0), socket.socket(fileno=at["inner"]).getsockname())
+else:
+    inner, memory = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), os.memfd_create("x")
+    inner.bind(("127.0.0.1", 0))
+    os.write(memory, b"words")
+    print(inner.getsockname())
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.connect(os.environ["NOTIFY_SOCKET"])
+    for name, fd in (("inner", inner.fileno()), ("memory", memory), ("inner", inner.fileno())):
+        socket.send_fds(manager, [f"FDSTORE=1\\nFDNAME={name}".encode()], [fd])
+    socket.send_fds(manager, [b"FDSTORE=1\\nFDNAME=gone"], [0])
+    manager.send(b"FDSTOREREMOVE=1\\nFDNAME=gone")
+    manager.send(b"READY=1\\nSTATUS=serving")
+"""
+MANAGER = """
+import sys
+sys.path.insert(0, {scripts!r})
+from pathlib import Path
+import rig
+store = rig.Store(Path({folder!r}))
+for _ in range(2):
+    log = Path({folder!r}) / "log"
+    assert rig.spawn([sys.executable, "-c", {service!r}], {{0}}, log, store).wait() == 0
+    store.take()
+    print(sorted(name for name, _ in store.held), store.told)
+store.close()
+print(log.read_text(), end="")
+"""
+
+
+def test_the_stand_in_keeps_descriptors_as_systemd_does(tmp_path):
+    program = MANAGER.format(scripts=str(SCRIPTS), folder=str(tmp_path), service=SERVICE)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    told = "['inner', 'memory'] ['READY=1', 'STATUS=serving']"
+    first, second, address, given = done.stdout.splitlines()
+    assert (first, second) == (told, told)
+    assert given == f"['inner', 'memory'] b'words' {address}"
+
+
+@pytest.mark.parametrize("part", ["reload", "handover", "restart"])
+def test_nothing_is_lost(figures, part):
+    account = figures["parts"][part]
+    if "skipped" in account:
+        pytest.skip(account["skipped"])
+    nothing_lost(account)
+    assert len(account["gaps_ms"]) == 1
+
+
+def test_recovery(figures):
+    part = figures["parts"]["recovery"]
+    if "skipped" in part:
+        pytest.skip(part["skipped"])
+    assert part["first_back_ms"]["of"] == part["clients"] == 20
+    assert part["lost"] == 0 and part["kernel_drops"] == 0
+
+
 def test_the_layout_of_a_header_is_the_frames(load):
     header = frame.header("127.9.8.7", 5)
     at = load._CLIENT_AT
