@@ -1,0 +1,275 @@
+"""Virtual addresses, in network namespaces that the tests make for themselves."""
+
+import asyncio
+import contextlib
+import ctypes
+import ipaddress
+import os
+import socket
+import sys
+import traceback
+
+import pytest
+
+import host
+
+pyroute2 = pytest.importorskip("pyroute2", reason="needs pyroute2")
+
+PATIENCE_S = 20
+CLONE_NEWUSER, CLONE_NEWNET = 0x1000_0000, 0x4000_0000
+FOUR, SIX = ipaddress.ip_address("203.0.113.5"), ipaddress.ip_address("2001:db8::5")
+BOTH = [FOUR, SIX]
+PORT = 3478
+
+
+def unshare():
+    """Into a network namespace of this process's own; OSError where that is not allowed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = CLONE_NEWNET if os.geteuid() == 0 else CLONE_NEWNET | CLONE_NEWUSER
+    if libc.unshare(flags):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def child(work):
+    """Fork a process that does `work` and writes what went wrong; returns its pid and that pipe."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            os.close(reader)
+            work()
+            code = 0
+        except BaseException:
+            os.write(writer, traceback.format_exc().encode()[-60_000:])
+        finally:
+            os._exit(code)
+    os.close(writer)
+    return pid, reader
+
+
+def joined(pid, reader):
+    with open(reader) as pipe:
+        said = pipe.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
+
+
+def may_unshare():
+    if sys.platform != "linux":
+        return "needs Linux"
+    try:
+        joined(*child(unshare))
+    except AssertionError as error:
+        return f"may not make a network namespace: {str(error).splitlines()[-2:]}"
+    return ""
+
+
+REASON = may_unshare()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+
+def inside(work):
+    """Run the coroutine function `work` where there is nothing but a loopback interface."""
+
+    def alone():
+        unshare()
+        asyncio.run(prepared(work))
+
+    joined(*child(alone))
+
+
+async def prepared(work):
+    async with pyroute2.AsyncIPRoute() as routes:
+        await routes.link("set", index=1, state="up")
+        await work(routes)
+
+
+async def addresses(routes):
+    return {entry.get("address") async for entry in await routes.addr("dump", index=1)}
+
+
+async def marked_routes(routes):
+    return {
+        entry.get("dst")
+        async for entry in await routes.route("dump", table=255)
+        if entry.get("proto") == host.ADDRESS_MARK
+    }
+
+
+def test_it_comes_and_goes():
+    async def work(routes):
+        before = await addresses(routes)
+        assert await host.announce(BOTH, "lo") == BOTH
+        assert await addresses(routes) == before | set(map(str, BOTH))
+        assert await marked_routes(routes) == set(map(str, BOTH))
+        assert await host.announce(BOTH, "lo") == []
+        assert await host.withdraw(BOTH, "lo") == BOTH
+        assert await host.withdraw(BOTH, "lo") == []
+        assert await addresses(routes) == before
+        assert await marked_routes(routes) == set(map(str, BOTH)), "what arrives is still served"
+        assert await host.announce([FOUR], "lo") == [FOUR]
+        await host.release(BOTH, "lo")
+        await host.release(BOTH, "lo")
+        assert await addresses(routes) == before
+        assert await marked_routes(routes) == set()
+
+    inside(work)
+
+
+def test_what_somebody_else_added_stays():
+    async def work(routes):
+        await routes.addr("add", index=1, address=str(FOUR), prefixlen=32)
+        assert await host.announce(BOTH, "lo") == [SIX]
+        assert await host.withdraw(BOTH, "lo") == [SIX]
+        await host.release(BOTH, "lo")
+        assert str(FOUR) in await addresses(routes)
+
+    inside(work)
+
+
+def test_the_next_process_knows_whose_it_is():
+    async def work(routes):
+        joined(*child(lambda: asyncio.run(host.announce(BOTH, "lo"))))
+        assert await host.withdraw(BOTH, "lo") == BOTH
+
+    inside(work)
+
+
+def test_an_ipv6_address_is_no_source_of_other_connections():
+    async def work(routes):
+        await host.announce(BOTH, "lo")
+        (entry,) = [
+            each
+            async for each in await routes.addr("dump", index=1)
+            if each.get("address") == str(SIX)
+        ]
+        assert entry.get("cacheinfo")["ifa_preferred"] == 0
+
+    inside(work)
+
+
+def test_an_interface_that_is_not_there():
+    async def work(routes):
+        with pytest.raises(OSError, match="there is no interface dummy7"):
+            await host.announce(BOTH, "dummy7")
+
+    inside(work)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give its rights up")
+def test_without_the_right_to_it():
+    async def work(routes):
+        os.setuid(65534)
+        with pytest.raises(PermissionError):
+            await host.announce(BOTH, "lo")
+
+    inside(work)
+
+
+def bound(address):
+    """A relay's public socket, bound before its address is there."""
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.setsockopt(socket.IPPROTO_IP, 15, 1)  # IP_FREEBIND
+    sock.setsockopt(socket.IPPROTO_IPV6, 78, 1)  # IPV6_FREEBIND
+    sock.bind((str(address) if address.version == 6 else f"::ffff:{address}", PORT))
+    sock.settimeout(PATIENCE_S)
+    return sock
+
+
+def client_of(commands, answers):
+    """Another host: for each address on `commands`, one datagram there, and who answered."""
+    unshare()
+    os.write(answers, b"+")
+    os.read(commands, 1)  # the link is here
+    with pyroute2.IPRoute() as routes:
+        (index,) = routes.link_lookup(ifname="client")
+        routes.addr("add", index=index, address="10.9.0.1", prefixlen=24)
+        routes.addr("add", index=index, address="fd09::1", prefixlen=64, flags=2)
+        routes.link("set", index=index, state="up")
+        routes.route("add", dst=f"{FOUR}/32", gateway="10.9.0.2")
+        routes.route("add", dst=f"{SIX}/128", gateway="fd09::2", family=socket.AF_INET6)
+    os.write(answers, b"+")
+    socks = {
+        b"4": socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+        b"6": socket.socket(socket.AF_INET6, socket.SOCK_DGRAM),
+    }
+    while (wanted := os.read(commands, 1)) in socks:
+        sock, to = socks[wanted], str(FOUR if wanted == b"4" else SIX)
+        sock.settimeout(0.2)
+        heard = None
+        for _ in range(100):  # a new link drops what comes before it has found its neighbour
+            sock.sendto(b"hello", (to, PORT))
+            with contextlib.suppress(TimeoutError):
+                heard = sock.recvfrom(64)
+                break
+        assert heard is not None, f"{to} does not answer"
+        assert heard[0] == b"HELLO" and heard[1][:2] == (to, PORT)
+        with contextlib.suppress(BlockingIOError):  # answers to repetitions
+            sock.setblocking(False)
+            while sock.recv(64):
+                pass
+        os.write(answers, b"+")
+
+
+def test_flows_are_served_after_the_address_has_gone():
+    async def work(routes):
+        commands, command = os.pipe()
+        answer, answers = os.pipe()
+
+        def other_host():
+            os.close(command)  # so that it ends with this process, whatever happens
+            client_of(commands, answers)
+
+        pid, said = child(other_host)
+        os.close(commands)
+        os.close(answers)
+
+        async def heard():
+            loop = asyncio.get_running_loop()
+            ready = loop.create_future()
+            loop.add_reader(answer, lambda: ready.done() or ready.set_result(os.read(answer, 1)))
+            async with asyncio.timeout(PATIENCE_S):
+                octet = await ready
+            loop.remove_reader(answer)
+            if not octet:
+                joined(pid, said)
+            assert octet == b"+"
+
+        await heard()
+        await routes.link(
+            "add",
+            ifname="relay",
+            kind="veth",
+            peer={"ifname": "client", "net_ns_pid": pid},
+        )
+        (index,) = await routes.link_lookup(ifname="relay")
+        await routes.addr("add", index=index, address="10.9.0.2", prefixlen=24)
+        await routes.addr("add", index=index, address="fd09::2", prefixlen=64, flags=2)
+        await routes.link("set", index=index, state="up")
+        os.write(command, b"+")
+        await heard()
+        socks = {b"4": bound(FOUR), b"6": bound(SIX)}
+        loop = asyncio.get_running_loop()
+        for sock in socks.values():
+            loop.add_reader(sock, lambda sock=sock: echo(sock))
+
+        async def answered():
+            for family in socks:
+                os.write(command, family)
+                await heard()
+
+        await host.announce(BOTH, "lo")
+        await answered()
+        assert await host.withdraw(BOTH, "lo") == BOTH
+        await answered()
+        await host.announce(BOTH, "lo")
+        await answered()
+        os.close(command)
+        joined(pid, said)
+
+    def echo(sock):
+        datagram, client = sock.recvfrom(64)
+        sock.sendto(datagram.upper(), client)
+
+    inside(work)
