@@ -237,7 +237,7 @@ def _memory_in_use(setting: Setting, relay: Relay, load: Load, many: int) -> Fig
     load.open(setting.firsts(many, load.port))
     opened, peak = private_octets(worker), 0
     pieces = 1 if setting.quick else int(IN_USE_S)
-    load.begin(setting.rate, pieces + 1)
+    load.begin(setting.rate, pieces + PATIENCE_S)
     for _ in range(pieces):
         load.run(1.0)
         peak = max(peak, private_octets(worker))

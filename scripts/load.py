@@ -376,7 +376,9 @@ class Load:
 
     def _turn(self, now: int) -> None:
         """Send what is due, echo what has crossed, take what came back."""
-        due = min(int((now - self._started) * self._rate * 1e-9) + 1, self._room)
+        due = int((now - self._started) * self._rate * 1e-9) + 1
+        if due > self._room:  # media would end unnoticed
+            raise RuntimeError("the schedule is over: begin a longer one")
         for _ in range(16):  # then look at the other sockets, however far behind
             n = min(due - self._count, BATCH)
             if n <= 0:

@@ -238,7 +238,8 @@ def _several(setting: Setting, relay: Relay, once: Callable[[Scene], bool]) -> F
     times, pause_s = (1, 0.3) if setting.quick else (TIMES, PAUSE_S)
     with media(setting, relay, times * (pause_s + PATIENCE_S)) as scene:
         for _ in range(times):
-            setting.must(once(scene), "it was not done in time: see the log above")
+            if not once(scene):
+                raise dev.StartError(f"it was not done in time: {relay.log()[-2000:]}")
             scene.load.run(pause_s, relay.service)
     figures, held = scene.figures, scene.held_ms()
     figures["gaps_ms"] = held

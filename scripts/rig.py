@@ -284,7 +284,8 @@ class Relay:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind not in (None, Skip):
             self._setting.say(f"the relay's log ends with:\n{self.log()[-2000:]}")
-        self.stop()
+        status = self.stop()
+        self._setting.must(status == 0, f"the relay ended with status {status}")
 
     def log(self) -> str:
         """All that it has said."""
