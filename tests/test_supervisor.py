@@ -197,10 +197,5 @@ def test_readiness_is_announced(programs, tmp_path, abstract):
         program = programs(NOTIFY_SOCKET="@" + name if abstract else name)
         assert sock.recv(100).startswith(b"READY=1\n")
         program.kill(signal.SIGTERM)
-        assert sock.recv(100) == b"STOPPING=1"
+        assert sock.recv(100).startswith(b"STOPPING=1\n")
         program.line("end 0")
-
-
-def test_a_notify_socket_that_is_gone_is_no_reason_to_stop(monkeypatch):
-    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere/notify")
-    supervisor.notify("READY=1")
