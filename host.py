@@ -8,15 +8,17 @@ sched_setaffinity(2), memfd_create(2) https://man7.org/linux/man-pages/
 
 import contextlib
 import errno
+import fcntl
 import ipaddress
 import json
 import mmap
 import os
 import socket
+import struct
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -31,9 +33,10 @@ def cpus() -> list[int]:
 
 def pin(cpu: int) -> bool:
     """Keep this process on one CPU; False where the system cannot or does not allow it."""
-    process = psutil.Process()
     try:
-        process.cpu_affinity([cpu])
+        # Not psutil's way, which reads half a dozen files of /proc first: a worker that takes over
+        # is waited for.
+        os.sched_setaffinity(0, [cpu])
     except (AttributeError, OSError, ValueError):
         return False
     return True
@@ -42,37 +45,61 @@ def pin(cpu: int) -> bool:
 class Memory:
     """A block of memory with named sections, each on pages of its own."""
 
-    __slots__ = ("_sections", "_whole")
+    __slots__ = ("_whole", "layout", "parameters", "sections")
 
-    def __init__(self, whole: memoryview, sections: Mapping[str, tuple[int, int]]) -> None:
-        """`sections` are offset and octets by name."""
-        self._whole, self._sections = whole, dict(sections)
+    sections: dict[str, tuple[int, int]]
+    """Offset and octets by name."""
+    layout: int
+    """Version of what stands in the sections; its owner says what it means."""
+    parameters: dict[str, int]
+    """What its owner made it for: another reason than the layout why it may not fit."""
+
+    def __init__(
+        self,
+        whole: memoryview,
+        sections: Mapping[str, Sequence[int]],
+        layout: int = 0,
+        parameters: Mapping[str, int] | None = None,
+    ) -> None:
+        """`sections` are offset and octets by name. Raises ValueError if they lie outside."""
+        self._whole, self.layout, self.parameters = whole, layout, dict(parameters or {})
+        self.sections = {name: (at, octets) for name, (at, octets) in sections.items()}
+        if not all(0 <= at <= at + octets <= len(whole) for at, octets in self.sections.values()):
+            raise ValueError("its sections lie outside of it")
 
     def section(self, name: str) -> memoryview:
         """A view of one section; KeyError if there is none of that name."""
-        at, octets = self._sections[name]
+        at, octets = self.sections[name]
         return self._whole[at : at + octets]
 
 
 class SharedMemory(Memory):
-    """Zeroed memory that forked processes share, and that others may read through its descriptor.
+    """Memory that processes share by fork or by its descriptor, and that describes itself.
 
     It lives as long as a descriptor or a mapping of it does. Processes forked after it was made
-    have it at the same address, so pointers into it hold for all of them.
+    have it at the same address, so pointers into it hold for all of them. Its first page says what
+    the rest is, so that a descriptor is all that another process needs:
+
+        MEMORY_MAGIC | octets of text, 32 bits | JSON: layout, sections, parameters
     """
 
-    __slots__ = ("fd", "sections")
+    __slots__ = ("fd",)
 
     fd: int
     """Its descriptor, not inherited by exec."""
-    sections: dict[str, tuple[int, int]]
-    """Offset and octets by name."""
 
-    def __init__(self, name: str, sizes: Mapping[str, int]) -> None:
-        """`name` shows in /proc; `sizes` are octets a section. Raises OSError if none is left."""
-        self.sections, end = {}, 0
+    def __init__(
+        self,
+        name: str,
+        sizes: Mapping[str, int],
+        layout: int = 0,
+        parameters: Mapping[str, int] | None = None,
+    ) -> None:
+        """Zeroed memory. `name` shows in /proc; `sizes` are octets a section. Raises OSError if
+        none is left."""
+        sections, end = {}, mmap.PAGESIZE
         for section, octets in sizes.items():
-            self.sections[section] = end, octets
+            sections[section] = end, octets
             end += -(-octets // mmap.PAGESIZE) * mmap.PAGESIZE
         if hasattr(os, "memfd_create"):
             self.fd = os.memfd_create(name)
@@ -80,7 +107,58 @@ class SharedMemory(Memory):
             with tempfile.TemporaryFile() as file:
                 self.fd = os.dup(file.fileno())
         os.ftruncate(self.fd, end)
-        super().__init__(memoryview(mmap.mmap(self.fd, end)), self.sections)
+        super().__init__(memoryview(mmap.mmap(self.fd, end)), sections, layout, parameters)
+        described = {"layout": layout, "sections": sections, "parameters": self.parameters}
+        text = json.dumps(described).encode()
+        _MEMORY_HEADER.pack_into(self._whole, 0, MEMORY_MAGIC, len(text))
+        self._whole[_MEMORY_HEADER.size : _MEMORY_HEADER.size + len(text)] = text
+
+    @classmethod
+    def adopt(cls, fd: int) -> Self:
+        """The memory behind a descriptor, which is its own from now on, with all that is in it.
+
+        Raises ValueError with the reason if it is none; the descriptor stays the caller's then.
+        """
+        found = cls.__new__(cls)
+        found.fd = fd
+        try:
+            whole = memoryview(mmap.mmap(fd, 0))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"it cannot be mapped: {error}") from error
+        Memory.__init__(found, whole, *described(whole))
+        return found
+
+    def claim(self) -> None:
+        """Wait until no other process claims this memory, and claim it until the end of this one.
+
+        A process that works in a memory has to be the only one, also where those who start such
+        processes know nothing of one another. The system gives it back, whatever kills its owner:
+        flock(2), on a file description of this process's own.
+        """
+        if os.path.exists(f"/proc/self/fd/{self.fd}"):
+            fcntl.flock(os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR), fcntl.LOCK_EX)
+
+
+MEMORY_MAGIC = b"earshot\n"
+_MEMORY_HEADER = struct.Struct("=8sI")
+
+
+def described(whole: memoryview) -> tuple[dict[str, tuple[int, int]], int, dict[str, int]]:
+    """Sections, layout and parameters, as the first page of a `SharedMemory` has them.
+
+    Raises ValueError with the reason if it is none.
+    """
+    if len(whole) < mmap.PAGESIZE or bytes(whole[: len(MEMORY_MAGIC)]) != MEMORY_MAGIC:
+        raise ValueError("it does not describe itself")
+    _, octets = _MEMORY_HEADER.unpack_from(whole)
+    end = min(_MEMORY_HEADER.size + octets, mmap.PAGESIZE)
+    try:
+        record = json.loads(bytes(whole[_MEMORY_HEADER.size : end]))
+        sections = {name: (int(at), int(size)) for name, (at, size) in record["sections"].items()}
+        parameters = {name: int(value) for name, value in record["parameters"].items()}
+        return sections, int(record["layout"]), parameters
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its description is broken: {error}") from error
 
 
 def publish(path: Path, layout: int, memories: Sequence[SharedMemory]) -> None:
@@ -94,6 +172,13 @@ def publish(path: Path, layout: int, memories: Sequence[SharedMemory]) -> None:
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps(record))
     fresh.replace(path)  # whoever reads it reads all of it
+
+
+def unpublish(path: Path) -> None:
+    """Take back what this process published, but not what its successor has put there since."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if json.loads(path.read_text())["pid"] == os.getpid():
+            path.unlink()
 
 
 def attach(path: Path, layout: int, name: str) -> list[Memory]:
@@ -114,7 +199,7 @@ def attach(path: Path, layout: int, name: str) -> list[Memory]:
             whole = memoryview(mmap.mmap(opened, 0, access=mmap.ACCESS_READ))
         finally:
             os.close(opened)
-        found.append(Memory(whole, sections))
+        found.append(Memory(whole, sections, layout))
     return found
 
 
@@ -150,7 +235,7 @@ _IFA_F_NODAD = 2
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-async def announce(addresses: Iterable[IPAddress], interface: str) -> list[IPAddress]:
+async def announce_addresses(addresses: Iterable[IPAddress], interface: str) -> list[IPAddress]:
     """Let this host have `addresses` on `interface`; returns those it did not have before.
 
     One that is there already stays as it is, and whose it is. Raises OSError, also on kernels that
@@ -180,8 +265,8 @@ async def announce(addresses: Iterable[IPAddress], interface: str) -> list[IPAdd
     return missing
 
 
-async def withdraw(addresses: Iterable[IPAddress], interface: str) -> list[IPAddress]:
-    """Take those of `addresses` that `announce` added from `interface`; returns them.
+async def withdraw_addresses(addresses: Iterable[IPAddress], interface: str) -> list[IPAddress]:
+    """Take those of `addresses` that `announce_addresses` added from `interface`; returns them.
 
     Their local routes stay: sockets go on serving what still arrives. Raises OSError.
     """
@@ -193,9 +278,9 @@ async def withdraw(addresses: Iterable[IPAddress], interface: str) -> list[IPAdd
     return ours
 
 
-async def release(addresses: Iterable[IPAddress], interface: str) -> None:
-    """As `withdraw`, and the local routes go too: nobody serves these addresses here any more."""
-    await withdraw(addresses, interface)
+async def release_addresses(addresses: Iterable[IPAddress], interface: str) -> None:
+    """As `withdraw_addresses`, and the local routes go too: nobody serves these addresses here any more."""
+    await withdraw_addresses(addresses, interface)
     async with _routes() as routes:
         for address in addresses:
             await _agreed(routes.route("del", **_local_route(address)), errno.ESRCH)
