@@ -279,7 +279,7 @@ async def withdraw_addresses(addresses: Iterable[IPAddress], interface: str) -> 
 
 
 async def release_addresses(addresses: Iterable[IPAddress], interface: str) -> None:
-    """As `withdraw_addresses`, and the local routes go too: nobody serves these addresses here any more."""
+    """As `withdraw_addresses`, and their local routes go too: nobody serves them here any more."""
     await withdraw_addresses(addresses, interface)
     async with _routes() as routes:
         for address in addresses:

@@ -99,17 +99,17 @@ async def marked_routes(routes):
 def test_it_comes_and_goes():
     async def work(routes):
         before = await addresses(routes)
-        assert await host.announce(BOTH, "lo") == BOTH
+        assert await host.announce_addresses(BOTH, "lo") == BOTH
         assert await addresses(routes) == before | set(map(str, BOTH))
         assert await marked_routes(routes) == set(map(str, BOTH))
-        assert await host.announce(BOTH, "lo") == []
-        assert await host.withdraw(BOTH, "lo") == BOTH
-        assert await host.withdraw(BOTH, "lo") == []
+        assert await host.announce_addresses(BOTH, "lo") == []
+        assert await host.withdraw_addresses(BOTH, "lo") == BOTH
+        assert await host.withdraw_addresses(BOTH, "lo") == []
         assert await addresses(routes) == before
         assert await marked_routes(routes) == set(map(str, BOTH)), "what arrives is still served"
-        assert await host.announce([FOUR], "lo") == [FOUR]
-        await host.release(BOTH, "lo")
-        await host.release(BOTH, "lo")
+        assert await host.announce_addresses([FOUR], "lo") == [FOUR]
+        await host.release_addresses(BOTH, "lo")
+        await host.release_addresses(BOTH, "lo")
         assert await addresses(routes) == before
         assert await marked_routes(routes) == set()
 
@@ -119,9 +119,9 @@ def test_it_comes_and_goes():
 def test_what_somebody_else_added_stays():
     async def work(routes):
         await routes.addr("add", index=1, address=str(FOUR), prefixlen=32)
-        assert await host.announce(BOTH, "lo") == [SIX]
-        assert await host.withdraw(BOTH, "lo") == [SIX]
-        await host.release(BOTH, "lo")
+        assert await host.announce_addresses(BOTH, "lo") == [SIX]
+        assert await host.withdraw_addresses(BOTH, "lo") == [SIX]
+        await host.release_addresses(BOTH, "lo")
         assert str(FOUR) in await addresses(routes)
 
     inside(work)
@@ -129,15 +129,15 @@ def test_what_somebody_else_added_stays():
 
 def test_the_next_process_knows_whose_it_is():
     async def work(routes):
-        joined(*child(lambda: asyncio.run(host.announce(BOTH, "lo"))))
-        assert await host.withdraw(BOTH, "lo") == BOTH
+        joined(*child(lambda: asyncio.run(host.announce_addresses(BOTH, "lo"))))
+        assert await host.withdraw_addresses(BOTH, "lo") == BOTH
 
     inside(work)
 
 
 def test_an_ipv6_address_is_no_source_of_other_connections():
     async def work(routes):
-        await host.announce(BOTH, "lo")
+        await host.announce_addresses(BOTH, "lo")
         (entry,) = [
             each
             async for each in await routes.addr("dump", index=1)
@@ -151,7 +151,7 @@ def test_an_ipv6_address_is_no_source_of_other_connections():
 def test_an_interface_that_is_not_there():
     async def work(routes):
         with pytest.raises(OSError, match="there is no interface dummy7"):
-            await host.announce(BOTH, "dummy7")
+            await host.announce_addresses(BOTH, "dummy7")
 
     inside(work)
 
@@ -161,7 +161,7 @@ def test_without_the_right_to_it():
     async def work(routes):
         os.setuid(65534)
         with pytest.raises(PermissionError):
-            await host.announce(BOTH, "lo")
+            await host.announce_addresses(BOTH, "lo")
 
     inside(work)
 
@@ -259,11 +259,11 @@ def test_flows_are_served_after_the_address_has_gone():
                 os.write(command, family)
                 await heard()
 
-        await host.announce(BOTH, "lo")
+        await host.announce_addresses(BOTH, "lo")
         await answered()
-        assert await host.withdraw(BOTH, "lo") == BOTH
+        assert await host.withdraw_addresses(BOTH, "lo") == BOTH
         await answered()
-        await host.announce(BOTH, "lo")
+        await host.announce_addresses(BOTH, "lo")
         await answered()
         os.close(command)
         joined(pid, said)
