@@ -2,69 +2,23 @@
 
 import asyncio
 import contextlib
-import ctypes
 import ipaddress
 import os
 import socket
-import sys
-import traceback
 
 import pytest
 
 import host
 
+from .alone import REASON, child, joined, unshare
+
 pyroute2 = pytest.importorskip("pyroute2", reason="needs pyroute2")
 
 PATIENCE_S = 20
-CLONE_NEWUSER, CLONE_NEWNET = 0x1000_0000, 0x4000_0000
 FOUR, SIX = ipaddress.ip_address("203.0.113.5"), ipaddress.ip_address("2001:db8::5")
 BOTH = [FOUR, SIX]
 PORT = 3478
 
-
-def unshare():
-    """Into a network namespace of this process's own; OSError where that is not allowed."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    flags = CLONE_NEWNET if os.geteuid() == 0 else CLONE_NEWNET | CLONE_NEWUSER
-    if libc.unshare(flags):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def child(work):
-    """Fork a process that does `work` and writes what went wrong; returns its pid and that pipe."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            os.close(reader)
-            work()
-            code = 0
-        except BaseException:
-            os.write(writer, traceback.format_exc().encode()[-60_000:])
-        finally:
-            os._exit(code)
-    os.close(writer)
-    return pid, reader
-
-
-def joined(pid, reader):
-    with open(reader) as pipe:
-        said = pipe.read()
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
-
-
-def may_unshare():
-    if sys.platform != "linux":
-        return "needs Linux"
-    try:
-        joined(*child(unshare))
-    except AssertionError as error:
-        return f"may not make a network namespace: {str(error).splitlines()[-2:]}"
-    return ""
-
-
-REASON = may_unshare()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 
