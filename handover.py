@@ -8,17 +8,29 @@ them is forked and kept open to the end, so that nothing of it is lost with a pr
     the relay      the pairs of sockets between workers and keeper; a memory with the counters of
                    the supervisor and the keeper
 
+All of it may outlive the process: what an earlier one left (legacy.py) is taken where it fits, and
+what is here is offered to a later one, by descriptors with names.
+
 Rules that stay true:
 - Each section of a memory has one process that writes it. Any process may read all of it.
 - `LAYOUT` changes with every change to the sections, to what stands in them or to the counters.
 """
 
+import dataclasses
 import enum
+import itertools
+import logging
 import socket
+import time
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import flows
+import frame
 import host
+import legacy
+import manager
 import metrics
 import settings
 import udp
@@ -30,6 +42,14 @@ MEMORY = "earshot-relay"
 """Name of the shared memory, as /proc shows it."""
 
 
+_RELAY_SECTIONS = {
+    "supervisor": metrics.octets(metrics.Supervisor),
+    "keeper": metrics.octets(metrics.Keeper),
+}
+
+_log = logging.getLogger("handover")
+
+
 class Control(enum.IntEnum):
     """The 64-bit words of a worker's section "control"."""
 
@@ -38,30 +58,133 @@ class Control(enum.IntEnum):
 
 
 class Shared:
-    """Sockets and memory of all workers, made before the first is forked, kept until the end."""
+    """Sockets and memory of all workers, there before the first is forked, kept until the end."""
 
-    def __init__(self, found: settings.Relay) -> None:
-        """Raises OSError naming the address if a socket cannot be opened."""
+    def __init__(self, found: settings.Relay, estate: legacy.Estate | None = None) -> None:
+        """What fits of an estate, by default of what the service manager kept, and the rest new.
+
+        Raises OSError naming the address if a socket cannot be opened.
+        """
         table = found.relay
-        numbers, size = range(workers(table)), table.receive_buffer_octets
-        at, inner = table.public, table.internal
-        self.public = [udp.open_public(at.host, at.port, size) for _ in numbers]
-        self.internal = [
-            udp.open_internal(inner.host, inner.port + number, size) for number in numbers
-        ]
+        numbers = range(workers(table))
+        self._estate = estate = legacy.Estate.of_manager() if estate is None else estate
+        self.public = [_public(estate, table, number) for number in numbers]
+        self.internal = [_internal(estate, table, number) for number in numbers]
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in numbers]
         for end in (end for pair in pairs for end in pair):
             end.setblocking(False)
         self.asks = pairs
-        sizes = sections(found, self.internal[0].family)
-        self.memories = [host.SharedMemory(MEMORY, sizes) for _ in numbers]
-        self.relay = host.SharedMemory(
-            MEMORY,
-            {
-                "supervisor": metrics.octets(metrics.Supervisor),
-                "keeper": metrics.octets(metrics.Keeper),
-            },
+        self._limits, self._family = limits(table), self.internal[0].family
+        shape = sections(found, self._family), parameters(table, self._family)
+        left = estate.memories
+        taken = [estate.take_memory(f"memory-{number}", LAYOUT, *shape) for number in numbers]
+        self.memories = [
+            each or host.SharedMemory(MEMORY, shape[0], LAYOUT, shape[1]) for each in taken
+        ]
+        # With another number of workers the kernel spreads all clients anew over the sockets:
+        # anybody's flow may be asked for anywhere. Those that are not, expire.
+        self._all_to_all = bool(left) and len(left) != len(numbers)
+        self._fresh = {number for number in numbers if taken[number] is None} if left else set()
+        shape = _RELAY_SECTIONS, {"counters": _names(metrics.Supervisor, metrics.Keeper)}
+        self.relay = estate.take_memory("relay", LAYOUT, *shape) or host.SharedMemory(
+            MEMORY, shape[0], LAYOUT, shape[1]
         )
+        self.relay.section("supervisor").cast("Q")[metrics.Supervisor.DRAINING_UNTIL] = 0
+        if left:
+            whole = len(numbers) - len(self._fresh)
+            _log.info("%d of %d workers' memories are taken over as they are", whole, len(numbers))
+        if not estate.live:
+            self.settle()
+
+    def settle(self) -> None:
+        """Bring over the flows of memories that did not fit, and let go of what nobody took.
+
+        Of a relay that is still at work: once its workers have stopped, before ours start. Then
+        it counts, for flows that were opened in between.
+        """
+        estate = self._estate
+        if self._fresh or self._all_to_all:
+            # What is adopted lies here and not in the estate any more.
+            ours = {
+                number: list(flows.read_all(memory.section("flows")))
+                for number, memory in enumerate(self.memories)
+                if number not in self._fresh
+            }
+            left = ours | {number: list(estate.read_flows(number)) for number in estate.memories}
+            for number, memory in enumerate(self.memories):
+                offered = left.get(number, []) if number in self._fresh else []
+                if self._all_to_all:
+                    others = (each for other, each in left.items() if other != number)
+                    offered = [*offered, *itertools.chain.from_iterable(others)]
+                carried, refused = _carry(offered, memory, self._limits, self._family)
+                _log.info(
+                    "worker %d: %d flows brought over, %d found no room", number, carried, refused
+                )
+        estate.close()
+
+    def descriptors(self) -> list[tuple[str, int]]:
+        """All that the next relay may want, with names (legacy.py)."""
+        return [
+            *((f"public-{number}", sock.fileno()) for number, sock in enumerate(self.public)),
+            *((f"internal-{number}", sock.fileno()) for number, sock in enumerate(self.internal)),
+            *((f"memory-{number}", memory.fd) for number, memory in enumerate(self.memories)),
+            ("relay", self.relay.fd),
+        ]
+
+    def store(self) -> None:
+        """Have the service manager, if there is one, keep all of it for the next start."""
+        kept = [manager.keep(name, fd) for name, fd in self.descriptors()]
+        if any(kept) and not all(kept):
+            _log.warning("the service manager did not take all descriptors: a restart would lose")
+
+
+def _public(estate: legacy.Estate, table: settings.RelayTable, number: int) -> socket.socket:
+    at, octets = table.public, table.receive_buffer_octets
+    mapped = at.host if at.address.version == 6 else f"::ffff:{at.host}"
+    found = estate.take_socket(f"public-{number}", socket.AF_INET6, mapped, at.port)
+    if found is None:
+        return udp.open_public(at.host, at.port, octets)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # others may be opened beside
+    udp._prepare(found, octets)
+    return found
+
+
+def _internal(estate: legacy.Estate, table: settings.RelayTable, number: int) -> socket.socket:
+    at, octets = table.internal, table.receive_buffer_octets
+    port = at.port + number
+    found = estate.take_socket(f"internal-{number}", internal_family(table), at.host, port)
+    if found is None:
+        return udp.open_internal(at.host, port, octets)
+    udp._prepare(found, octets)
+    return found
+
+
+def _carry(
+    offered: Iterable[flows.Flow], memory: host.Memory, limits: flows.Limits, family: int
+) -> tuple[int, int]:
+    """Write flows into a worker's table; returns how many found room there, and how many did not.
+
+    Assured ones first: they are calls.
+    """
+    # What was admitted once is admitted again; only the table's size counts.
+    roomy = dataclasses.replace(limits, tentative=limits.flows, addresses=limits.flows)
+    table = flows.Table(memory.section("flows"), roomy, time.monotonic())
+    carried = refused = 0
+    for flow in sorted(offered, key=lambda flow: flow.state is not flows.State.ASSURED):
+        if flow.header in table.hops:
+            continue
+        try:
+            hop = frame.name(*frame.endpoint(flow.hop), family)
+        except ValueError:  # an IPv6 transceiver, and the sockets are IPv4 now
+            refused += 1
+            continue
+        if table.open(flow.header, hop, flow.ufrag, flow.opened_at) is not None:
+            refused += 1
+            continue
+        if flow.state is flows.State.ASSURED:
+            table.answered([flow.header], flow.assured_at)
+        carried += 1
+    return carried, refused
 
 
 def sections(found: settings.Relay, family: int) -> dict[str, int]:
@@ -76,6 +199,22 @@ def sections(found: settings.Relay, family: int) -> dict[str, int]:
         "batch_in": batch,
         "batch_out": batch,
     }
+
+
+def parameters(table: settings.RelayTable, family: int) -> dict[str, int]:
+    """What a worker's memory is made for, beside the sizes of its sections."""
+    return {
+        "batch_size": table.batch_size,
+        "datagram_octets_max": table.datagram_octets_max,
+        "flows": limits(table).flows,
+        "family": family,
+        "counters": _names(metrics.Inbound, metrics.Outbound),
+    }
+
+
+def _names(*kinds: type[metrics.Kinds]) -> int:
+    """A number for the names and the order of counters."""
+    return zlib.crc32(" ".join(name for kind in kinds for name in kind.__members__).encode())
 
 
 def limits(table: settings.RelayTable) -> flows.Limits:

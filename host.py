@@ -67,6 +67,15 @@ class Memory:
         if not all(0 <= at <= at + octets <= len(whole) for at, octets in self.sections.values()):
             raise ValueError("its sections lie outside of it")
 
+    @classmethod
+    def over(cls, fd: int, sections: Mapping[str, Sequence[int]], layout: int) -> "Memory":
+        """All that is behind a descriptor, to read. Raises ValueError with the reason."""
+        try:
+            whole = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"it cannot be mapped: {error}") from error
+        return Memory(memoryview(whole), sections, layout)
+
     def section(self, name: str) -> memoryview:
         """A view of one section; KeyError if there is none of that name."""
         at, octets = self.sections[name]
@@ -196,10 +205,9 @@ def attach(path: Path, layout: int, name: str) -> list[Memory]:
             # The number of a process that has gone may be another's by now.
             if f"memfd:{name} " not in os.readlink(f"/proc/self/fd/{opened}") + " ":
                 raise FileNotFoundError(f"process {record['pid']} is another program")
-            whole = memoryview(mmap.mmap(opened, 0, access=mmap.ACCESS_READ))
+            found.append(Memory.over(opened, sections, layout))
         finally:
             os.close(opened)
-        found.append(Memory(whole, sections, layout))
     return found
 
 

@@ -91,6 +91,8 @@ class Exit(enum.IntEnum):
     """A socket could not be opened: the address is not this host's, or taken (EX_UNAVAILABLE)."""
     WORKER = 70
     """A worker could not start `START_FAILURES_MAX` times in a row (EX_SOFTWARE)."""
+    SUCCESSION = 75
+    """It could not take over from the relay that runs, which goes on (EX_TEMPFAIL)."""
     CONFIGURATION = 78
     """The configuration or the key file is wrong (EX_CONFIG)."""
 
@@ -209,6 +211,18 @@ class Supervisor:
             for number, handler in zip(_SIGNALS, handlers, strict=True):
                 signal.signal(number, handler)
         return self._code
+
+    @property
+    def busy(self) -> str:
+        """What it is at, in a word; empty while all of it serves and nothing else goes on."""
+        words = {
+            "ending": self._ending,
+            "handing over": self._suspended is not None,
+            "draining": self._draining,
+            "reloading": self._reloading,
+            "starting": not self._announced,
+        }
+        return next((word for word, holds in words.items() if holds), "")
 
     def _take_signals(self) -> None:
         act: dict[int, Callable[[], object]] = {
@@ -354,11 +368,10 @@ class Supervisor:
     def _kill_all(self) -> None:
         """The end of patience."""
         self._ending = True
-        for child in self._children:
-            if child.pid:
-                self._kill(child, "does not stop")
-                os.waitpid(child.pid, 0)
-                self._bury(child)
+        for child in [child for child in self._children if child.pid]:
+            self._kill(child, "does not stop")
+            os.waitpid(child.pid, 0)
+            self._bury(child)
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -366,8 +379,7 @@ class Supervisor:
         """Kill the workers that stand still."""
         now = time.monotonic()
         # Where this process did not run either, all of them had no chance to: they have one now.
-        late = now - due > BEAT_CHECK_S
-        again = now + BEAT_CHECK_S
+        late, again = now - due > BEAT_CHECK_S, now + BEAT_CHECK_S
         self.loop.call_at("beats", again, lambda: self._look_at_beats(again))
         for child in self._children:
             if not late and self._is_still(child, now):
