@@ -41,10 +41,9 @@ class Watch:
     def __init__(self, memory: memoryview) -> None:
         """Nothing was seen yet: the first look finds all that there is."""
         self.memory = memory
-        states = memory[flows._STATE_AT :: flows.SLOT_OCTETS]
         assurances = memory.cast("Q")[flows._ASSURED_AT_AT // 8 :: flows.SLOT_OCTETS // 8]
-        self._views = states, assurances
-        self.states, self._assured = bytes(len(states)), bytes(8 * len(states))
+        self._views = states(memory), assurances
+        self.states, self._assured = bytes(len(assurances)), bytes(8 * len(assurances))
 
     def look(self) -> set[int]:
         """The slots that have changed since: another state, or another flow that is assured.
@@ -52,12 +51,12 @@ class Watch:
         Two strided copies and a comparison, whatever the number of flows.
         """
         # In this order: a slot's state is written after what it vouches for.
-        states, assured = (view.tobytes() for view in self._views)
+        fresh, assured = (view.tobytes() for view in self._views)
         changed = {
-            *_differences(self.states, states, "B"),
+            *_differences(self.states, fresh, "B"),
             *_differences(self._assured, assured, "Q"),
         }
-        self.states, self._assured = states, assured
+        self.states, self._assured = fresh, assured
         return changed
 
 
@@ -156,5 +155,14 @@ class Index:
 
     def count(self) -> list[tuple[int, int]]:
         """Tentative and assured flows of each worker, at the last look."""
-        states = [watch.states for watch in self._watches]
-        return [(of.count(flows.State.TENTATIVE), of.count(flows.State.ASSURED)) for of in states]
+        return [count(watch.states) for watch in self._watches]
+
+
+def states(memory: memoryview) -> memoryview:
+    """The state of every slot of a flow table, an octet each: a view."""
+    return memory[flows._STATE_AT :: flows.SLOT_OCTETS]
+
+
+def count(of: bytes) -> tuple[int, int]:
+    """How many of those states are tentative, and how many assured."""
+    return of.count(flows.State.TENTATIVE), of.count(flows.State.ASSURED)
