@@ -140,13 +140,27 @@ class Testator:
             refusal = f"this relay is {self._supervisor.busy}"
         if refusal:
             _log.warning("process %d does not take over: %s", pid, refusal)
-            with contextlib.suppress(OSError):
-                _say(peer, "refused", why=refusal)
-            peer.close()
+            self._refuse(peer, refusal)
             return
         self._peer, self._pid = peer, pid
         self._loop.watch(peer, self._hear)
         self._expect("hand over", ANSWER_S_MAX)
+
+    def _refuse(self, peer: socket.socket, refusal: str) -> None:
+        """Closed only when its request was read: else the kernel would take our answer back."""
+        name = f"refused {peer.fileno()}"
+
+        def close() -> None:
+            self._loop.cancel(name)
+            self._loop.unwatch(peer)
+            with contextlib.suppress(OSError):
+                peer.recv(_MESSAGE_OCTETS_MAX)
+            peer.close()
+
+        with contextlib.suppress(OSError):
+            _say(peer, "refused", why=refusal)
+        self._loop.watch(peer, close)
+        self._loop.call_at(name, time.monotonic() + ANSWER_S_MAX, close)
 
     def _expect(self, word: str, patience_s: float) -> None:
         self._expected = word
