@@ -29,13 +29,14 @@ from pathlib import Path
 import flows
 import frame
 import host
+import ledger
 import legacy
 import manager
 import metrics
 import settings
 import udp
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the memory: any change to its sections, slots or counters is a new one."""
 
 MEMORY = "earshot-relay"
@@ -43,8 +44,8 @@ MEMORY = "earshot-relay"
 
 
 _RELAY_SECTIONS = {
-    "supervisor": metrics.octets(metrics.Supervisor),
-    "keeper": metrics.octets(metrics.Keeper),
+    "supervisor": ledger.octets(metrics.Supervisor),
+    "keeper": ledger.octets(metrics.Keeper),
 }
 
 _log = logging.getLogger("handover")
@@ -193,8 +194,8 @@ def sections(found: settings.Relay, family: int) -> dict[str, int]:
     batch = udp.octets(table.batch_size, table.datagram_octets_max, family)
     return {
         "control": 8 * len(Control),
-        "inbound": metrics.octets(metrics.Inbound),
-        "outbound": metrics.octets(metrics.Outbound),
+        "inbound": ledger.ledger_octets(metrics.Inbound),
+        "outbound": ledger.ledger_octets(metrics.Outbound),
         "flows": flows.octets(limits(table).flows),
         "batch_in": batch,
         "batch_out": batch,
@@ -212,7 +213,7 @@ def parameters(table: settings.RelayTable, family: int) -> dict[str, int]:
     }
 
 
-def _names(*kinds: type[metrics.Kinds]) -> int:
+def _names(*kinds: type[ledger.Kinds]) -> int:
     """A number for the names and the order of counters."""
     return zlib.crc32(" ".join(name for kind in kinds for name in kind.__members__).encode())
 
@@ -239,11 +240,11 @@ def internal_family(table: settings.RelayTable) -> int:
     return socket.AF_INET if table.internal.address.version == 4 else socket.AF_INET6
 
 
-def counters_in(memory: host.Memory) -> tuple[metrics.Counters, metrics.Counters]:
+def counters_in(memory: host.Memory) -> tuple[ledger.Ledger, ledger.Ledger]:
     """A worker's counters, inbound and outbound, in its memory."""
     return (
-        metrics.Counters(metrics.Inbound, memory.section("inbound")),
-        metrics.Counters(metrics.Outbound, memory.section("outbound")),
+        ledger.Ledger(metrics.Inbound, memory.section("inbound")),
+        ledger.Ledger(metrics.Outbound, memory.section("outbound")),
     )
 
 

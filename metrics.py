@@ -1,62 +1,30 @@
-"""Counters: a catalogue of all that is counted, the memory it is counted in, its exposition.
+"""Metrics: a catalogue of all that is counted, and its exposition.
 
 What it owns: for each program an enumeration of what it counts (name, unit, help, what a non-zero
-value means), `Counters` over plain or shared memory, and Prometheus' text of them.
-
-Rules that stay true:
-- Counting costs one increment of a number in memory; reading, summing and printing happen
-  elsewhere, by whoever asks, without a lock: one process writes a block of counters, any may read.
-- Within a stage each datagram ends in exactly one counter: for every enumeration that has them,
-  RECEIVED equals FORWARDED plus the sum of all DROPPED_* whenever no datagram is in hand
-  (`Counters.missing` is 0). Tests assert it after everything they do.
-- The order of members is the layout in memory: a version of its own stands where memory outlives a
-  process (`relay.py`).
+value means) and Prometheus' text of counters. The numbers themselves are ledger.py's.
 
 It samples nothing, serves nothing, knows no socket.
 
 https://prometheus.io/docs/instrumenting/exposition_formats/
 """
 
-import enum
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Self
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-COUNTER_OCTETS = 8
-"""An unsigned 64-bit number each: at a million a second it lasts half a million years."""
-
-_DROPPED = "DROPPED_"
+import ledger
 
 
-class Kinds(enum.IntEnum):
-    """Base of the catalogues: a member is `NAME = unit, help[, meaning[, gauge]]`."""
-
-    unit: str
-    """What is counted: datagrams, octets, sessions."""
-    help: str
-    """One sentence: what happened when it was counted."""
-    meaning: str
-    """What a value above zero tells an operator; empty where it is the normal case."""
-    gauge: bool
-    """True for a value that goes up and down."""
-
-    def __new__(cls, unit: str, help: str, meaning: str = "", gauge: bool = False) -> Self:
-        value = len(cls.__members__)
-        member = int.__new__(cls, value)
-        member._value_ = value
-        member.unit, member.help, member.meaning, member.gauge = unit, help, meaning, gauge
-        return member
-
-
-class Inbound(Kinds):
+class Inbound(ledger.Kinds):
     """The relay, from clients to transceivers."""
 
     RECEIVED = "datagrams", "Taken from the public socket."
     FORWARDED = "datagrams", "Sent on to a transceiver."
     OCTETS = "octets", "Payload of what was forwarded, without the frame's header."
+    RECOVERED = "datagrams", "Sent on to a transceiver once Redis had named the client's session."
+    WAITING = "datagrams", "Waiting for Redis to name their client's session.", "", True
     DROPPED_OVERSIZED = (
         "datagrams",
         "Larger than datagram_octets_max.",
@@ -64,8 +32,33 @@ class Inbound(Kinds):
     )
     DROPPED_UNKNOWN_CLIENT = (
         "datagrams",
-        "Not STUN, from an address without a flow.",
+        "Not STUN, from an address without a flow, which Redis does not know either.",
         "Garbage, or media of a flow that has expired; its next STUN brings the flow back.",
+    )
+    DROPPED_LOOKUP_LIMIT = (
+        "datagrams",
+        "The same, without a look-up: lookups_per_s, or what may wait for one, was reached.",
+        "A flood of garbage, or a whole relay's clients arriving at once.",
+    )
+    DROPPED_LOOKUP_FAILED = (
+        "datagrams",
+        "The same, and Redis did not answer in time.",
+        "Redis is down or slow: clients that come from a lost relay wait for their next STUN.",
+    )
+    DROPPED_RECOVERED_INVALID = (
+        "datagrams",
+        "The same, and what Redis has for the client opens no flow.",
+        "A key was retired, a limit was reached, or others than relays write to Redis.",
+    )
+    DROPPED_OVERLOADED = (
+        "datagrams",
+        "From an address without a flow, while the socket did not run dry.",
+        "A flood beyond what a CPU can judge: live flows are served before new ones.",
+    )
+    DROPPED_DRAINING = (
+        "datagrams",
+        "First checks of new sessions while the relay drains.",
+        "Signaling still names this relay.",
     )
     DROPPED_STUN_TRUNCATED = (
         "datagrams",
@@ -144,7 +137,7 @@ class Inbound(Kinds):
     )
 
 
-class Outbound(Kinds):
+class Outbound(ledger.Kinds):
     """The relay, from transceivers to clients."""
 
     RECEIVED = "datagrams", "Taken from the internal socket."
@@ -182,7 +175,7 @@ class Outbound(Kinds):
     )
 
 
-class Transceiver(Kinds):
+class Transceiver(ledger.Kinds):
     """The transceiver: its media socket and its sessions."""
 
     RECEIVED = "datagrams", "Taken from the media socket."
@@ -279,7 +272,7 @@ class Transceiver(Kinds):
     SESSIONS = "sessions", "Sessions now.", "", True
 
 
-class Signaling(Kinds):
+class Signaling(ledger.Kinds):
     """Signaling: its requests, by how they ended."""
 
     OFFERS = "requests", "Offers received."
@@ -302,7 +295,7 @@ class Signaling(Kinds):
     HUNG_UP = "requests", "Calls ended by a request."
 
 
-class Supervisor(Kinds):
+class Supervisor(ledger.Kinds):
     """The relay's supervisor."""
 
     DRAINING_UNTIL = (
@@ -324,77 +317,69 @@ class Supervisor(Kinds):
     RELOADED = "times", "Configurations and keys read again by SIGHUP."
 
 
-class Keeper(Kinds):
+class Keeper(ledger.Kinds):
     """The relay's keeper: Redis, health, virtual addresses."""
 
     REDIS_UP = "state", "1 while Redis answers.", "", True
     DRAINED = "state", "1 when a relay that drains has no assured flow left.", "", True
     FLOWS_LEFT = "flows", "Flows of all workers when it was last looked.", "", True
+    VIP_ANNOUNCED = "state", "1 while this host announces its virtual addresses.", "", True
+    STORED = "flows", "Written to Redis, for the first time or again."
+    STORE_DUE = (
+        "flows",
+        "Waiting to be written to Redis.",
+        "Redis is down or slow: these clients would wait for their next STUN at another relay.",
+        True,
+    )
+    STORE_FAILED = "batches", "Of flows that Redis did not take; tried again.", "Redis is down."
+    LOOKUPS = "clients", "That workers asked about."
+    LOOKUPS_HERE = "clients", "Asked about, and found in another worker's table."
+    LOOKUPS_FOUND = "clients", "Asked about, and found in Redis."
+    LOOKUPS_UNKNOWN = "clients", "Asked about, and found nowhere."
+    LOOKUPS_FAILED = (
+        "clients",
+        "Asked about, while Redis was down, slow, or asked for more than it could answer.",
+        "Redis is down or slow, or somebody floods the relay.",
+    )
+    ANSWERS_LOST = (
+        "clients",
+        "Whose answer found no room in the worker's socket.",
+        "A worker that stands still: the log of the supervisor has more.",
+    )
 
 
-class Counters:
-    """The counters of one enumeration, as numbers in memory."""
+class Worker(ledger.Kinds):
+    """A worker of the relay, seen from the keeper."""
 
-    __slots__ = ("kinds", "values")
-
-    kinds: type[Kinds]
-    """The enumeration whose members index `values`."""
-    values: memoryview
-    """Unsigned 64-bit numbers: `counters.values[Inbound.RECEIVED] += n`."""
-
-    def __init__(self, kinds: type[Kinds], memory: memoryview | None = None) -> None:
-        """Count in `memory`, of at least `octets(kinds)` octets, and go on from what stands there.
-
-        Without it the counters live in this process and start at zero. The view keeps `memory`
-        from being closed as long as the counters exist.
-        """
-        self.kinds = kinds
-        block = memoryview(bytearray(octets(kinds))) if memory is None else memory
-        self.values = block[: octets(kinds)].cast("Q")
-
-    def __getitem__(self, kind: Kinds) -> int:
-        """The present value of one counter."""
-        return int(self.values[kind])
-
-    def __str__(self) -> str:
-        """What is not zero, for a log line."""
-        counted = [f"{kind.name.lower()} {self[kind]}" for kind in self.kinds if self[kind]]
-        return f"{self.kinds.__name__.lower()}: {', '.join(counted) or 'nothing'}"
-
-    def drops(self) -> dict[str, int]:
-        """The DROPPED_* counters that are not zero, by name without the prefix, in lower case."""
-        return {
-            kind.name.removeprefix(_DROPPED).lower(): self[kind]
-            for kind in self.kinds
-            if kind.name.startswith(_DROPPED) and self[kind]
-        }
-
-    def missing(self) -> int:
-        """Datagrams received that are neither forwarded nor dropped: those in hand, else 0.
-
-        Raises KeyError for an enumeration without RECEIVED and FORWARDED.
-        """
-        received, forwarded = self.kinds["RECEIVED"], self.kinds["FORWARDED"]
-        return self[received] - self[forwarded] - sum(self.drops().values())
+    FLOWS_TENTATIVE = "flows", "Whose transceiver has only answered checks yet.", "", True
+    FLOWS_ASSURED = "flows", "Whose transceiver has finished ICE with its client.", "", True
+    HEARD_AGO = (
+        "milliseconds",
+        "Since it last woke up; it does every second.",
+        "Above a few thousand: it hangs, or the machine stood still.",
+        True,
+    )
+    CPU = "milliseconds", "Of processor time that its present process has used."
 
 
-def octets(kinds: type[Kinds]) -> int:
-    """Memory that the counters of an enumeration take."""
-    return COUNTER_OCTETS * len(kinds)
+class Socket(ledger.Kinds):
+    """A socket of the relay: a worker's, towards clients or towards transceivers."""
 
-
-def total(rows: Sequence[Counters]) -> Counters:
-    """The sum of several counters of one enumeration, in memory of its own."""
-    summed = Counters(rows[0].kinds)
-    for kind in summed.kinds:
-        summed.values[kind] = sum(row[kind] for row in rows)
-    return summed
+    DROPPED = (
+        "datagrams",
+        "Dropped by the kernel before anybody could take them.",
+        "The worker's CPU is exhausted, or receive_buffer_octets is too small for bursts.",
+    )
+    BUFFER_USED = "octets", "Waiting in the receive buffer, as the kernel counts it.", "", True
+    BUFFER = "octets", "The receive buffer's size, as the kernel counts it.", "", True
 
 
 class _Rows(Collector):
     """What prometheus-client asks for when it prints: no global registry, no copy kept."""
 
-    def __init__(self, name: str, rows: Sequence[tuple[Mapping[str, str], Counters]]) -> None:
+    def __init__(
+        self, name: str, rows: Sequence[tuple[Mapping[str, str], ledger.Counters]]
+    ) -> None:
         self._name, self._rows = name, rows
 
     def collect(self) -> Iterable[Metric]:
@@ -410,7 +395,7 @@ class _Rows(Collector):
             yield family
 
 
-def exposition(name: str, rows: Sequence[tuple[Mapping[str, str], Counters]]) -> bytes:
+def exposition(name: str, rows: Sequence[tuple[Mapping[str, str], ledger.Counters]]) -> bytes:
     """Prometheus' text of counters: a family `name_kind` a member, a line a row.
 
     All rows are of one enumeration and carry the same labels. Texts of different names may be

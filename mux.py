@@ -27,6 +27,7 @@ from functools import lru_cache
 
 import frame
 import ice
+import ledger
 import metrics
 import sdp
 import stun
@@ -56,7 +57,7 @@ class Mux:
         self,
         sock: socket.socket,
         trusts: Callable[[str], bool],
-        counters: metrics.Counters,
+        counters: ledger.Counters,
         clock: Callable[[], float],
     ) -> None:
         """Serve a bound, non-blocking UDP socket from the running event loop, and own it.

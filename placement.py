@@ -24,6 +24,7 @@ from typing import Any
 import aiohttp
 import orjson
 
+import ledger
 import metrics
 import settings
 import ufrag
@@ -97,7 +98,7 @@ class Placement:
     """Places calls on transceivers, and finds the transceiver of a call."""
 
     def __init__(
-        self, config: settings.Signaling, counters: metrics.Counters, rng: random.Random
+        self, config: settings.Signaling, counters: ledger.Counters, rng: random.Random
     ) -> None:
         """Opens nothing: `connected` does.
 

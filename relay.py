@@ -26,7 +26,6 @@ RFC 8445 (ICE), RFC 7983 (telling STUN from the rest by the first octet)
 
 import contextlib
 import gc
-import ipaddress
 import itertools
 import logging
 import operator
@@ -34,7 +33,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -42,8 +41,10 @@ import typer
 
 import flows
 import frame
+import gate
 import handover
 import host
+import ledger
 import metrics
 import settings
 import stun
@@ -57,17 +58,14 @@ ROUNDS_MAX = 64
 """Full batches from each side between two looks at the clock and at the supervisor: at most a few
 tens of milliseconds, and only while both sockets never run dry."""
 
-POLL_MS = 1000
+POLL_S = 1.0
 """Longest sleep of an idle worker: how late a sweep may be."""
 
-_MALFORMED = dict.fromkeys(stun.Malformed, metrics.Inbound.DROPPED_STUN_MALFORMED) | {
-    stun.Malformed.TRUNCATED: metrics.Inbound.DROPPED_STUN_TRUNCATED,
-    stun.Malformed.NOT_REQUEST: metrics.Inbound.DROPPED_STUN_NOT_REQUEST,
-}
-_REJECTED = {why: metrics.Inbound[f"DROPPED_UFRAG_{why.name}"] for why in ufrag.Reject}
-_REFUSED = {why: metrics.Inbound[f"DROPPED_{why.name}"] for why in flows.Refusal}
-# Alike in both catalogues, and plain numbers: an enumeration's member costs more than the count.
-_RECEIVED, _FORWARDED, _OCTETS = range(3)
+JUDGED_MAX = 8
+"""Datagrams of unknown clients judged in a batch while the public socket does not run dry. A judged
+one costs some ten times what a known client's does; the rest of them are dropped unread, so that a
+flood costs little more than its receipt. More of them let fewer live datagrams through, fewer make
+honest newcomers try longer."""
 
 
 class Worker:
@@ -87,31 +85,53 @@ class Worker:
         self._family = self._internal.family
         self._octets_max, self._size = table.datagram_octets_max, table.batch_size
         self._coalesce_s = table.coalesce_us * 1e-6
-        self._keyring, self._clusters = keyring, settings.clusters(found.cluster)
-        self.inbound_counters, self.outbound_counters = handover.counters_in(memory)
+        self.inbound_ledger, self.outbound_ledger = handover.counters_in(memory)
+        self._beat = memory.section("control").cast("Q")[handover.Control.BEAT :]
+        self._supervisor = ledger.Counters(
+            metrics.Supervisor, shared.relay.section("supervisor")
+        ).values
         self.flows = flows.Table(memory.section("flows"), handover.limits(table), now)
+        self._gate = gate.Gate(
+            keyring,
+            settings.clusters(found.cluster),
+            self.flows,
+            self._family,
+            table.datagram_octets_max,
+            table.integrity_checks_per_s,
+            now,
+        )
         batch = udp.best()
         shape = table.batch_size, table.datagram_octets_max
         ends = self._public, self._internal
         self._inbound = batch(memory.section("batch_in"), udp.Way.INBOUND, *shape, *ends)
         self._outbound = batch(memory.section("batch_out"), udp.Way.OUTBOUND, *shape, *ends[::-1])
-        self._checks_per_s = self._checks_left = table.integrity_checks_per_s
-        self._checks_renewed_at = now
         self._nowhere = bytes(frame.name_octets(self._family))
+        self._overloaded = False
+
+    def take_over(self) -> int:
+        """Finish what the process before had received and not yet counted; returns how many."""
+        inbound, outbound = self._inbound, self._outbound
+        n = inbound.in_hand(self.inbound_ledger.mark)
+        if n:
+            self._pass_inbound(n, inbound.sent(n))
+        m = outbound.in_hand(self.outbound_ledger.mark)
+        if m:
+            self._pass_outbound(m, outbound.sent(m))
+        return n + m
 
     def serve(self, link: socket.socket) -> None:
         """Relay until `link` becomes readable."""
-        poll = select.poll()
+        poll = select.epoll()
         for sock in (self._public, self._internal, link):
-            poll.register(sock, select.POLLIN)
-        public, stop = self._public.fileno(), link.fileno()
+            poll.register(sock, select.EPOLLIN)
+        public, internal, stop = self._public.fileno(), self._internal.fileno(), link.fileno()
         while True:
-            ready = [fd for fd, _ in poll.poll(POLL_MS)]
+            ready = dict(poll.poll(POLL_S))
             if stop in ready:
                 return
             if self._coalesce_s and ready:
                 time.sleep(self._coalesce_s)
-            from_clients, from_transceivers = public in ready, self._internal.fileno() in ready
+            from_clients, from_transceivers = public in ready, internal in ready
             # In turns, so that neither way starves while the other never runs dry; until a batch
             # comes back short, since waking up costs more than anything done with a datagram.
             for _ in range(ROUNDS_MAX):
@@ -121,34 +141,44 @@ class Worker:
                     from_transceivers = self.outbound()
                 if not (from_clients or from_transceivers):
                     break
-            self.flows.sweep(time.monotonic())
+            self._overloaded = from_clients
+            now_ns = time.monotonic_ns()
+            self._beat[0] = now_ns
+            self.flows.sweep(now_ns * 1e-9)
 
     def inbound(self) -> bool:
         """A batch from clients to transceivers; True if more may be waiting."""
+        n = self._inbound.receive()
+        if n:
+            self._pass_inbound(n)
+        return n == self._size
+
+    def _pass_inbound(self, n: int, sent: Sequence[int] = ()) -> None:
+        """Send n datagrams on, but for those that were `sent` already, and count all of them."""
         batch, table = self._inbound, self.flows
-        n = batch.receive()
-        if not n:
-            return False
         headers, lengths, kinds = batch.read(n)
         hops: list[bytes | None] = list(map(table.hops.get, headers))
         to_judge = kinds.translate(stun.STUN_TABLE)
         # Media of clients that are known: nearly always all of the batch.
         if all(hops) and 1 not in to_judge and max(lengths) <= self._octets_max:
-            holes: list[int] = []
+            holes = _NONE
             table.active.update(headers)
         else:
-            holes = self._judge_inbound(headers, lengths, hops, to_judge)
+            holes = self._judge_inbound(headers, lengths, hops, to_judge, sent)
         batch.direct(n, hops)  # type: ignore[arg-type]  # judged: no None is left
-        refused = batch.send(n, holes)
-        _count(self.inbound_counters, lengths, 0, holes, refused)
-        return n == self._size
+        refused = batch.send(n, _skipped(holes, sent))
+        _book(self.inbound_ledger, batch.number, lengths, 0, holes, refused)
 
     def outbound(self) -> bool:
         """A batch from transceivers to clients; True if more may be waiting."""
+        n = self._outbound.receive()
+        if n:
+            self._pass_outbound(n)
+        return n == self._size
+
+    def _pass_outbound(self, n: int, sent: Sequence[int] = ()) -> None:
+        """As `_pass_inbound`, the other way."""
         batch, table = self._outbound, self.flows
-        n = batch.receive()
-        if not n:
-            return False
         headers, lengths, kinds = batch.read(n)
         sources = batch.sources(n)
         # Each frame comes from the transceiver that its client's flow leads to.
@@ -157,14 +187,13 @@ class Worker:
             and min(lengths) >= frame.HEADER_OCTETS
             and max(lengths) <= self._octets_max + frame.HEADER_OCTETS
         ):
-            holes: list[int] = []
+            holes = _NONE
         else:
-            holes = self._judge_outbound(headers, lengths, sources)
+            holes = self._judge_outbound(headers, lengths, sources, sent)
         if not table.watched.isdisjoint(headers):
             self._note_answers(headers, lengths, kinds, holes)
-        refused = batch.send(n, holes)
-        _count(self.outbound_counters, lengths, frame.HEADER_OCTETS, holes, refused)
-        return n == self._size
+        refused = batch.send(n, _skipped(holes, sent))
+        _book(self.outbound_ledger, batch.number, lengths, frame.HEADER_OCTETS, holes, refused)
 
     # --- one by one: what misses, and STUN ------------------------------------------------------
 
@@ -174,101 +203,55 @@ class Worker:
         lengths: list[int],
         hops: list[bytes | None],
         stun_flags: bytes,
-    ) -> list[int]:
-        """Find the hops of all that is not media of a known client; returns what was dropped.
+        sent: Sequence[int],
+    ) -> dict[int, ledger.Kinds]:
+        """Find the hops of all that is not media of a known client; returns the holes: what goes
+        nowhere, and the counter for it.
 
         Afterwards there is a hop for everything, for a hole one that is never used.
         """
         numbers, large = range(len(headers)), self._octets_max
-        suspects = set(itertools.compress(numbers, map(operator.not_, hops)))
-        suspects.update(itertools.compress(numbers, stun_flags))
+        holes: dict[int, ledger.Kinds] = {}
+        unknown = list(itertools.compress(numbers, map(operator.not_, hops)))
+        if self._overloaded and len(unknown) > JUDGED_MAX:
+            holes = dict.fromkeys(unknown[JUDGED_MAX:], metrics.Inbound.DROPPED_OVERLOADED)
+            del unknown[JUDGED_MAX:]
+        suspects = {*unknown, *itertools.compress(numbers, stun_flags)} - holes.keys()
         if max(lengths) > large:
-            suspects.update(i for i in numbers if lengths[i] > large)
-        holes: list[int] = []
-        now, values = time.monotonic(), self.inbound_counters.values
+            suspects.update(i for i in numbers if lengths[i] > large and i not in holes)
+        suspects.difference_update(sent)
+        self._gate.draining = self._supervisor[metrics.Supervisor.DRAINING_UNTIL] > 0
+        now = time.monotonic()
         for i in sorted(suspects):
-            verdict = self._route(headers[i], i, lengths[i], now)
+            payload = self._inbound.payload(i, lengths[i])
+            verdict = self._gate.inbound(headers[i], payload, lengths[i], now)
             if isinstance(verdict, bytes):
                 hops[i] = verdict
             else:
-                values[verdict] += 1
+                holes[i] = metrics.Inbound.DROPPED_UNKNOWN_CLIENT if verdict is None else verdict
                 hops[i] = None
-                holes.append(i)
         self.flows.active.update(itertools.compress(headers, hops))
-        for i in holes:
+        for i in itertools.compress(numbers, map(operator.not_, hops)):
             hops[i] = self._nowhere
         return holes
 
-    def _route(self, header: bytes, i: int, length: int, now: float) -> bytes | metrics.Inbound:
-        """Where datagram i of the batch goes, or why it goes nowhere."""
-        if length > self._octets_max:
-            return metrics.Inbound.DROPPED_OVERSIZED
-        hop, payload = self.flows.hops.get(header), self._inbound.payload(i, length)
-        if not length or stun.kind(payload[0]) is not stun.Kind.STUN:
-            return metrics.Inbound.DROPPED_UNKNOWN_CLIENT if hop is None else hop
-        request = stun.read_request(payload)
-        if isinstance(request, stun.Malformed):
-            # A known client may send indications and answers; what is broken ends here.
-            if hop is not None and request is stun.Malformed.NOT_REQUEST:
-                return hop
-            return _MALFORMED[request]
-        if hop is not None and self.flows.ufrag(header) == request.ufrag:
-            return hop  # the transceiver checks its integrity
-        return self._admit(header, payload, request, now)
-
-    def _admit(
-        self, header: bytes, payload: memoryview, request: stun.Request, now: float
-    ) -> bytes | metrics.Inbound:
-        """A check for a ufrag that this address has no flow for: open one if it is genuine."""
-        hint = ufrag.parse(self._keyring, self._clusters, request.ufrag)
-        if isinstance(hint, ufrag.Reject):
-            return _REJECTED[hint]
-        if now - self._checks_renewed_at >= 1.0:
-            self._checks_renewed_at, self._checks_left = now, self._checks_per_s
-        if not self._checks_left:
-            return metrics.Inbound.DROPPED_INTEGRITY_LIMIT
-        self._checks_left -= 1
-        password = ufrag.password(self._keyring, request.ufrag)
-        if password is None or not stun.check_integrity(payload, request, password):
-            return metrics.Inbound.DROPPED_BAD_INTEGRITY
-        hop = frame.name(str(hint.address), hint.port, self._family)
-        refusal = self.flows.open(header, hop, request.ufrag, now)
-        return hop if refusal is None else _REFUSED[refusal]
-
     def _judge_outbound(
-        self, headers: tuple[bytes, ...], lengths: list[int], sources: tuple[bytes, ...]
-    ) -> list[int]:
-        """Count what must not be sent to a client; returns what was dropped."""
-        holes: list[int] = []
-        values = self.outbound_counters.values
+        self,
+        headers: tuple[bytes, ...],
+        lengths: list[int],
+        sources: tuple[bytes, ...],
+        sent: Sequence[int],
+    ) -> dict[int, ledger.Kinds]:
+        """What must not be sent to a client, and the counter for it."""
+        holes: dict[int, ledger.Kinds] = {}
         for i, (header, length, source) in enumerate(zip(headers, lengths, sources, strict=True)):
-            drop = self._objection(header, length, source)
-            if drop is not None:
-                values[drop] += 1
-                holes.append(i)
+            drop = self._gate.outbound(header, length, source)
+            if drop is not None and i not in sent:
+                holes[i] = drop
         return holes
 
-    def _objection(self, header: bytes, length: int, source: bytes) -> metrics.Outbound | None:
-        """Why a frame must not be sent to the client it names; None if it may."""
-        if length > self._octets_max + frame.HEADER_OCTETS:
-            return metrics.Outbound.DROPPED_OVERSIZED
-        owner = self.flows.hops.get(header)
-        if owner == source and length >= frame.HEADER_OCTETS:
-            return None
-        address, port = frame.endpoint(source)
-        at = ipaddress.ip_address(address)
-        if not any(cluster.contains(at, port) for cluster in self._clusters.values()):
-            return metrics.Outbound.DROPPED_NOT_TRANSCEIVER
-        if length < frame.HEADER_OCTETS or not frame.is_frame(header):
-            return metrics.Outbound.DROPPED_BAD_FRAME
-        return (
-            metrics.Outbound.DROPPED_UNKNOWN_CLIENT
-            if owner is None
-            else metrics.Outbound.DROPPED_WRONG_OWNER
-        )
-
     def _note_answers(
-        self, headers: tuple[bytes, ...], lengths: list[int], kinds: bytes, holes: list[int]
+        self, headers: tuple[bytes, ...], lengths: list[int], kinds: bytes, holes: Container[int]
     ) -> None:
         """A transceiver that sends something other than STUN has finished ICE with its client."""
         watched = self.flows.watched
@@ -283,22 +266,32 @@ class Worker:
         self.flows.answered(spoken, time.monotonic())
 
 
-def _count(
-    counters: metrics.Counters,
+_NONE: dict[int, ledger.Kinds] = {}
+"""The holes of a batch that has none. Nobody writes into it."""
+
+
+def _skipped(holes: Mapping[int, object], sent: Sequence[int]) -> Sequence[int]:
+    return sorted({*holes, *sent}) if holes or sent else ()
+
+
+def _book(
+    book: ledger.Ledger,
+    number: int,
     lengths: list[int],
     header: int,
-    holes: list[int],
-    refused: list[int],
+    holes: Mapping[int, ledger.Kinds],
+    refused: Sequence[int],
 ) -> None:
-    """Count a batch: all of it, and what went on. The holes are counted already, by reason."""
-    values, lost, octets = counters.values, len(holes) + len(refused), sum(lengths)
-    n = len(lengths)
-    if lost:
-        values[counters.kinds["DROPPED_SEND_FAILED"]] += len(refused)
-        octets -= sum(lengths[i] for i in (*holes, *refused))
-    values[_RECEIVED] += n
-    values[_FORWARDED] += n - lost
-    values[_OCTETS] += octets - header * (n - lost)
+    """Count a batch: all of it, what went on, and why the rest did not."""
+    n, octets = len(lengths), sum(lengths)
+    if not (holes or refused):
+        book.book(number, n, n, octets - header * n)
+        return
+    failed = book.kinds["DROPPED_SEND_FAILED"]
+    reasons = [*holes.values(), *(failed for _ in refused)]
+    octets -= sum(lengths[i] for i in (*holes, *refused))
+    passed = n - len(reasons)
+    book.book(number, n, passed, octets - header * passed, reasons)
 
 
 # --- the program ----------------------------------------------------------------------------------
@@ -334,6 +327,9 @@ def relay(found: settings.Relay, keyring: ufrag.Keyring) -> int:
 
     def work(number: int, link: socket.socket) -> int:
         worker = Worker(shared, number, found, keyring, time.monotonic())
+        left = worker.take_over()
+        if left:
+            _log.info("worker %d finished %d datagrams that its predecessor held", number, left)
         gc.freeze()
         link.send(supervisor.READY)
         worker.serve(link)
@@ -354,7 +350,7 @@ def relay(found: settings.Relay, keyring: ufrag.Keyring) -> int:
     finally:
         handover.state_file(table).unlink(missing_ok=True)
         for way in zip(*map(handover.counters_in, shared.memories), strict=True):
-            _log.info("stopped: %s", metrics.total(way))
+            _log.info("stopped: %s", ledger.total(way))
 
 
 cli = typer.Typer(

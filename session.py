@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import audio
 import backend
 import conversation
+import ledger
 import metrics
 import opus
 import realtime
@@ -60,7 +61,7 @@ class State(enum.Enum):
 class Owner(Protocol):
     """What a session needs of the process that it runs in."""
 
-    counters: metrics.Counters
+    counters: ledger.Counters
     limits: settings.TransceiverTable
 
     def clock(self) -> float:

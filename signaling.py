@@ -33,6 +33,7 @@ import orjson
 import typer
 from aiohttp import web
 
+import ledger
 import metrics
 import placement
 import settings
@@ -227,7 +228,7 @@ class Door:
 
     def __init__(self, config: settings.Signaling, rng: random.Random | None = None) -> None:
         """Raises SettingsError for a key file or a folder of the page that cannot be used."""
-        self.counters = metrics.Counters(metrics.Signaling)
+        self.counters = ledger.Counters(metrics.Signaling)
         self.placement = placement.Placement(config, self.counters, rng or random.SystemRandom())
         self._octets_max = config.signaling.offer_octets_max
         self._web_dir = config.signaling.web_dir

@@ -43,6 +43,7 @@ import typer
 from aiohttp import web
 
 import backend
+import ledger
 import metrics
 import sdp
 import settings
@@ -89,7 +90,7 @@ class Pacer:
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], float],
         play: Callable[[Session, float], None],
-        counters: metrics.Counters,
+        counters: ledger.Counters,
     ) -> None:
         self._loop, self._clock, self._play, self._values = loop, clock, play, counters.values
         self._heap: list[tuple[float, int, Session]] = []
@@ -150,7 +151,7 @@ class Transceiver:
     ) -> None:
         """Raises SettingsError if the keys or the backend cannot be used; binds nothing yet."""
         self.clock, self.unix = clock, unix
-        self.counters = metrics.Counters(metrics.Transceiver)
+        self.counters = ledger.Counters(metrics.Transceiver)
         self.sessions: dict[str, Session] = {}
         self.draining = False
         self._config, self.limits = config, config.transceiver

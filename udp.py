@@ -24,6 +24,10 @@ Rules that stay true:
 - The tables of pointers are written once. What changes a batch are the lengths, by strided
   assignment, and the next hops, as one piece.
 - What the methods return are copies, but for `payload`.
+- **A batch outlives the process that holds it.** Before a receive all lengths read as nothing; the
+  kernel writes `msg_len` itself, of each datagram as it is received and as it is sent. So whoever
+  finds the memory knows what was taken from the socket and what has gone on: a process can be
+  killed between any two instructions. Numbers tell one batch from the next.
 
 `PortableBatch` does the same with recvfrom_into and sendto where there is no recvmmsg. It knows
 nothing of flows, STUN or counters.
@@ -58,6 +62,7 @@ _MMSGHDR_WORDS = _MMSGHDR_OCTETS // _WORD_OCTETS
 _IOVEC_WORDS = _IOVEC.size // _WORD_OCTETS
 
 _NAME_AT = len(frame.MAGIC)
+_NOTHING = 0xFFFF_FFFF  # a length that no datagram has
 
 # Linux's names that Python's socket module does not have.
 _SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
@@ -137,6 +142,10 @@ class _View(NamedTuple):
     hops: memoryview
     sources: Callable[[memoryview], tuple[bytes, ...]]
     shift: int
+    to_receive_table: memoryview
+    to_send_table: memoryview
+    received_nothing: memoryview
+    sent_nothing: memoryview
 
 
 class Batch:
@@ -175,13 +184,24 @@ class Batch:
             for at in range(0, self._names_at, self._stride):
                 memory[at : at + _NAME_AT] = frame.MAGIC
         self._write_tables()
-        tables = memory[self._tables_at : octets(size, octets_max, self._family)].cast("I")
+        end = octets(size, octets_max, self._family)
+        self._number = memory[end - CACHE_LINE_OCTETS : end].cast("Q")
+        tables = memory[self._tables_at : end].cast("I")
         self._frames = memory[: self._names_at]
         self._names = memory[self._names_at : self._names_at + size * self._name]
         self._lengths = tables[_LENGTH_WORD : size * _MMSGHDR_WORDS : _MMSGHDR_WORDS]
+        sent = tables[size * _MMSGHDR_WORDS :]
+        self._sent = sent[_LENGTH_WORD : size * _MMSGHDR_WORDS : _MMSGHDR_WORDS]
         iovecs = tables[2 * size * _MMSGHDR_WORDS + size * _IOVEC_WORDS :]
         self._to_send = iovecs[2 : size * _IOVEC_WORDS : _IOVEC_WORDS]
+        table = size * _MMSGHDR_OCTETS
+        self._receive_octets = memory[self._tables_at : self._tables_at + table]
+        self._send_octets = memory[self._tables_at + table : self._tables_at + 2 * table]
+        self._receive_blank = _with_lengths(self._receive_octets, _NOTHING)
+        self._send_blank = _with_lengths(self._send_octets, _NOTHING)
         self._views = [self._view(n) for n in range(size + 1)]
+        self._taken = size
+        self.number = self._number[0]
 
     def _send_entry(self, i: int) -> int:
         """Address of datagram i's struct mmsghdr in the table to send."""
@@ -218,16 +238,45 @@ class Batch:
             hops=self._names[: n * self._name],
             sources=struct.Struct(f"{self._name}s" * n).unpack_from,
             shift=int.from_bytes(abs(self._shift).to_bytes(_WORD_OCTETS, "little") * n, "little"),
+            to_receive_table=self._receive_octets[: n * _MMSGHDR_OCTETS],
+            to_send_table=self._send_octets[: n * _MMSGHDR_OCTETS],
+            received_nothing=self._receive_blank[: n * _MMSGHDR_OCTETS],
+            sent_nothing=self._send_blank[: n * _MMSGHDR_OCTETS],
         )
 
     def receive(self) -> int:
         """Take what waits, up to `size` datagrams; 0 if there is none. Never blocks.
 
-        An error that the kernel kept for the socket reads as none waiting.
+        An error that the kernel kept for the socket reads as none waiting. The batch before is
+        forgotten: whoever counts batches has counted it by its `number`.
         """
+        self._begin()
         # MSG_TRUNC makes a length that of the datagram even where its end did not fit.
         n: int = _recvmmsg(self._source_fd, self._receive_table, self.size, _FLAGS, None)
-        return n if n > 0 else 0
+        self._taken = n = n if n > 0 else 0
+        return n
+
+    def _begin(self) -> None:
+        view = self._views[self._taken]
+        # Whole tables, though only lengths have changed: one copy of memory in one piece.
+        view.to_receive_table[:] = view.received_nothing
+        view.to_send_table[:] = view.sent_nothing
+        self._number[0] = self.number = self.number + 1
+
+    def in_hand(self, counted: int) -> int:
+        """How many datagrams a process that died had received, and not yet counted.
+
+        `counted` is the number of the last batch it counted. Read them like any batch.
+        """
+        if counted == self.number:
+            return 0
+        received = self._lengths.tolist()
+        self._taken = received.index(_NOTHING) if _NOTHING in received else self.size
+        return self._taken
+
+    def sent(self, n: int) -> list[int]:
+        """Those of the first n datagrams that the kernel has sent: it writes that down itself."""
+        return [i for i, octets in enumerate(self._sent[:n].tolist()) if octets != _NOTHING]
 
     def read(self, n: int) -> tuple[tuple[bytes, ...], list[int], bytes]:
         """Headers, lengths and first octets of the first n datagrams.
@@ -235,7 +284,7 @@ class Batch:
         The headers say who the clients are. Lengths are as received: on the way out they include
         the header. The first octet of an empty payload is whatever lay there before.
         """
-        headers, kinds, received, _, _, _, _ = self._views[n]
+        headers, kinds, received, *_ = self._views[n]
         return headers(self._frames), received.tolist(), kinds.tobytes()
 
     def sources(self, n: int) -> tuple[bytes, ...]:
@@ -256,14 +305,15 @@ class Batch:
 
         What is received with a header leaves without, and the other way round: all lengths change
         by 32 in one addition of big integers. No carry can happen, and no borrow, since every
-        length on the way out is at least 32, or its datagram is a hole and gets that length here.
+        length on the way out is at least 32, or its datagram is a hole and counts as so long here.
         """
-        for hole in holes:
-            self._lengths[hole] = frame.HEADER_OCTETS
-        _, _, received, to_send, _, _, shift = self._views[n]
-        lengths = int.from_bytes(received.tobytes(), "little")
+        view = self._views[n]
+        octets = view.received.tobytes()
+        if holes:
+            octets = _with_holes(octets, holes)
+        lengths, shift = int.from_bytes(octets, "little"), view.shift
         shifted = lengths + shift if self._shift > 0 else lengths - shift
-        to_send[:] = memoryview(shifted.to_bytes(n * _WORD_OCTETS, "little")).cast("I")
+        view.to_send[:] = memoryview(shifted.to_bytes(n * _WORD_OCTETS, "little")).cast("I")
         if not holes:
             sent: int = self._send_first(n)
             return [] if sent == n else self._send_run(max(sent, 0), n)
@@ -305,6 +355,8 @@ class PortableBatch(Batch):
     def receive(self) -> int:
         """As `Batch.receive`."""
         family = socket.AF_INET6 if self._way is Way.INBOUND else self._family
+        self._begin()
+        self._taken = 0
         for i in range(self.size):
             at = i * self._stride
             # One octet more than fits: a datagram that fills it was too large.
@@ -312,7 +364,7 @@ class PortableBatch(Batch):
                 at + self._receive_at : at + self.octets_max + frame.HEADER_OCTETS + 1
             ]
             try:
-                self._lengths[i], address = self.source.recvfrom_into(room)
+                length, address = self.source.recvfrom_into(room)
             except OSError:
                 return i
             peer = frame.name(address[0].partition("%")[0], address[1], family, *address[3:])
@@ -320,15 +372,17 @@ class PortableBatch(Batch):
                 self._frames[at + _NAME_AT : at + frame.HEADER_OCTETS] = peer
             else:
                 self._names[i * self._name : (i + 1) * self._name] = peer
+            self._lengths[i] = length
+            self._taken += 1
         return self.size
 
     def _send_first(self, n: int) -> int:
         return 0
 
     def _send_run(self, start: int, end: int) -> list[int]:
-        return [i for i in range(start, end) if not self._sent(i)]
+        return [i for i in range(start, end) if not self._send_one(i)]
 
-    def _sent(self, i: int) -> bool:
+    def _send_one(self, i: int) -> bool:
         at = i * self._stride
         if self._way is Way.INBOUND:
             peer = bytes(self._names[i * self._name : (i + 1) * self._name])
@@ -340,7 +394,8 @@ class PortableBatch(Batch):
         start = at + self._send_at
         for _ in range(2):
             try:
-                self.target.sendto(self._frames[start : start + self._to_send[i]], (host, port))
+                frame_ = self._frames[start : start + self._to_send[i]]
+                self._sent[i] = self.target.sendto(frame_, (host, port))
             except BlockingIOError:
                 _wait_until_writable(self.target)
             except OSError:
@@ -350,10 +405,26 @@ class PortableBatch(Batch):
         return False
 
 
+def _with_lengths(table: memoryview, length: int) -> memoryview:
+    """A copy of an array of struct mmsghdr in which every `msg_len` is `length`."""
+    copy = memoryview(bytearray(table))
+    for at in range(_MSGHDR.size, len(copy), _MMSGHDR_OCTETS):
+        copy[at : at + _WORD_OCTETS] = length.to_bytes(_WORD_OCTETS, "little")
+    return copy.toreadonly()
+
+
+def _with_holes(octets: bytes, holes: Iterable[int]) -> bytes:
+    lengths = memoryview(bytearray(octets)).cast("I")
+    for hole in holes:
+        lengths[hole] = frame.HEADER_OCTETS
+    return lengths.tobytes()
+
+
 def octets(size: int, octets_max: int, family: int) -> int:
-    """Memory that a batch takes."""
+    """Memory that a batch takes: frames, names, tables, and its number in a line of its own."""
     names_end = _aligned(size * (_stride(octets_max) + frame.name_octets(family)))
-    return names_end + 2 * size * (_MMSGHDR_OCTETS + _IOVEC.size)
+    tables_end = _aligned(names_end + 2 * size * (_MMSGHDR_OCTETS + _IOVEC.size))
+    return tables_end + CACHE_LINE_OCTETS
 
 
 def _stride(octets_max: int) -> int:

@@ -18,7 +18,10 @@ SANS_IO = {
     "ufrag",
     "stun",
     "flows",
+    "gate",
+    "recovery",
     "ice",
+    "ledger",
     "sdp",
     "rtp",
     "audio",
@@ -32,18 +35,36 @@ FUNCTION_LINES_MAX = 70
 MODULE_LINES_MAX = 500
 
 # Each outside dependency has the importers named here and no other.
+# fmt: off
 IMPORTERS = {
-    "aiohttp": {"transceiver", "signaling", "placement"},
+    "aiohttp": {"transceiver", "signaling", "placement", "keeper"},
     "aioice": set(),
     "aiortc": {"peer"},
-    "asyncio": {"mux", "peer", "transceiver", "signaling", "placement", "backend"},
+    "asyncio": {
+        "mux",
+        "peer",
+        "transceiver",
+        "signaling",
+        "placement",
+        "backend",
+        "keeper",
+        "registry",
+    },
     "av": {"opus"},
     "concurrent": set(),
     "cryptography": {"ufrag"},
     "ctypes": {"udp", "opus"},
     "msgspec": {"settings", "realtime"},
     "OpenSSL": {"peer"},
-    "orjson": {"conversation", "realtime", "transceiver", "signaling", "placement"},
+    "orjson": {
+        "conversation",
+        "keeper",
+        "realtime",
+        "transceiver",
+        "signaling",
+        "placement",
+        "top",
+    },
     "prometheus_client": {"metrics"},
     "psutil": {"host"},
     "pylibsrtp": {"peer"},
@@ -53,6 +74,7 @@ IMPORTERS = {
     "webrtcvad": {"turns"},
     "typer": {"ufrag", *PROGRAMS},
 }
+# fmt: on
 
 # What a sans-IO core never sees: sockets, clocks, chance, loggers, event loops, files.
 OUTSIDE_WORLD = {

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+import ledger
 import metrics
 
 ALL = [metrics.Inbound, metrics.Outbound, metrics.Transceiver, metrics.Signaling]
@@ -27,31 +28,8 @@ def test_each_says_what_it_is(kind):
         assert kind.unit == "datagrams"
 
 
-def test_counting_is_one_increment():
-    counters = metrics.Counters(metrics.Inbound)
-    counters.values[metrics.Inbound.RECEIVED] += 3
-    counters.values[metrics.Inbound.FORWARDED] += 1
-    counters.values[metrics.Inbound.DROPPED_OVERSIZED] += 1
-    assert counters[metrics.Inbound.RECEIVED] == 3
-    assert counters.drops() == {"oversized": 1}
-    assert counters.missing() == 1
-
-
-def test_shared_memory_goes_on_from_what_stands_there():
-    memory = memoryview(bytearray(metrics.octets(metrics.Outbound) + 100))
-    metrics.Counters(metrics.Outbound, memory).values[metrics.Outbound.RECEIVED] = 7
-    assert metrics.Counters(metrics.Outbound, memory)[metrics.Outbound.RECEIVED] == 7
-
-
-def test_total_sums_rows():
-    rows = [metrics.Counters(metrics.Outbound) for _ in range(3)]
-    for number, row in enumerate(rows):
-        row.values[metrics.Outbound.FORWARDED] = number
-    assert metrics.total(rows)[metrics.Outbound.FORWARDED] == 3
-
-
 def test_exposition_is_prometheus_text():
-    first, second = metrics.Counters(metrics.Inbound), metrics.Counters(metrics.Inbound)
+    first, second = ledger.Counters(metrics.Inbound), ledger.Counters(metrics.Inbound)
     first.values[metrics.Inbound.RECEIVED] = 5
     rows = [({"worker": "0"}, first), ({"worker": "1"}, second)]
     lines = metrics.exposition("earshot_relay_inbound", rows).decode().splitlines()
@@ -61,17 +39,6 @@ def test_exposition_is_prometheus_text():
 
 
 def test_a_gauge_is_a_gauge():
-    text = metrics.exposition("earshot", [({}, metrics.Counters(metrics.Transceiver))])
+    text = metrics.exposition("earshot", [({}, ledger.Counters(metrics.Transceiver))])
     assert b"# TYPE earshot_sessions gauge" in text
     assert b"earshot_sessions 0.0" in text
-
-
-def test_counters_print_what_is_not_zero():
-    counters = metrics.Counters(metrics.Outbound)
-    assert str(counters) == "outbound: nothing"
-    counters.values[metrics.Outbound.RECEIVED] = 2
-    assert str(counters) == "outbound: received 2"
-
-
-def test_no_rows_is_no_text():
-    assert metrics.exposition("earshot", []) == b""

@@ -16,6 +16,7 @@ import pytest
 import frame
 import handover
 import host
+import ledger
 import metrics
 import settings
 import stun
@@ -114,7 +115,7 @@ class Relay:
 
     def counters(self):
         rows = zip(*map(handover.counters_in, self.memories), strict=True)
-        return [metrics.total(way) for way in rows]
+        return [ledger.total(way) for way in rows]
 
     def settled(self, inbound, outbound):
         """Wait until so many are counted as forwarded: that is done after they have left."""

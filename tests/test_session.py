@@ -10,7 +10,7 @@ import pytest
 
 import backend
 import ice
-import metrics
+import ledger
 import opus
 import rtp
 import sdp
@@ -103,7 +103,7 @@ class Call:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, direction: str = "sendrecv") -> None:
         self.now = 1000.0
-        self.counters = metrics.Counters(Count)
+        self.counters = ledger.Counters(Count)
         self.limits = LIMITS
         self.peer = FakePeer()
         self.endings: list[str] = []

@@ -22,7 +22,7 @@ from aiortc.contrib.media import MediaPlayer
 from aiortc.mediastreams import AudioStreamTrack
 
 import backend
-import metrics
+import ledger
 import settings
 import stun
 import transceiver
@@ -502,7 +502,7 @@ def test_the_pacer_calls_in_time_and_forgets_what_is_withdrawn() -> None:
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        counters = metrics.Counters(Count)
+        counters = ledger.Counters(Count)
         played: list[tuple[Any, float]] = []
 
         def play(session: Any, now: float) -> None:

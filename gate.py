@@ -1,0 +1,140 @@
+"""The gate: judges one by one the datagrams that the hit path cannot pass by their address alone.
+
+What it owns: the decision where a datagram of an unknown client goes, or a known client's STUN, and
+whether a transceiver's frame may go to the client that it names. What may be passed has an address
+to go to, what may not has the counter that says why.
+
+Rules that stay true:
+- Nothing opens a flow but a Binding Request whose ufrag names a transceiver of a configured cluster
+  under one of the keys and whose MESSAGE-INTEGRITY shows that its sender was given that ufrag's
+  password; or a ufrag under the keys that Redis has for the client.
+- A known client's STUN with its flow's own ufrag passes unchecked: the transceiver checks it.
+- The dear steps are last, and the dearest, the integrity check, has a budget.
+- No exception, whatever a peer sends.
+
+Sans-IO: `now` is an argument, in seconds. RFC 7983 (the first octet), RFC 8489 (STUN), RFC 8445
+"""
+
+import ipaddress
+from collections.abc import Mapping
+
+import flows
+import frame
+import metrics
+import stun
+import ufrag
+
+_MALFORMED = dict.fromkeys(stun.Malformed, metrics.Inbound.DROPPED_STUN_MALFORMED) | {
+    stun.Malformed.TRUNCATED: metrics.Inbound.DROPPED_STUN_TRUNCATED,
+    stun.Malformed.NOT_REQUEST: metrics.Inbound.DROPPED_STUN_NOT_REQUEST,
+}
+_REJECTED = {why: metrics.Inbound[f"DROPPED_UFRAG_{why.name}"] for why in ufrag.Reject}
+_REFUSED = {why: metrics.Inbound[f"DROPPED_{why.name}"] for why in flows.Refusal}
+
+
+class Gate:
+    """The judgement of one worker."""
+
+    draining: bool
+    """True while no flow of a new session is to be opened. The worker sets it."""
+
+    def __init__(
+        self,
+        keyring: ufrag.Keyring,
+        clusters: Mapping[int, ufrag.Cluster],
+        table: flows.Table,
+        family: int,
+        octets_max: int,
+        checks_per_s: int,
+        now: float,
+    ) -> None:
+        """Judge by `table` and open its flows; hops are socket addresses of `family`."""
+        self._keyring, self._clusters, self._flows = keyring, clusters, table
+        self._family, self._octets_max = family, octets_max
+        self._checks_per_s = self._checks_left = checks_per_s
+        self._checks_renewed_at = now
+        self.draining = False
+
+    def inbound(
+        self, header: bytes, payload: memoryview, length: int, now: float
+    ) -> bytes | metrics.Inbound | None:
+        """Where a client's datagram goes, or why it goes nowhere.
+
+        None is media of a client without a flow: another relay may have known it.
+        """
+        if length > self._octets_max:
+            return metrics.Inbound.DROPPED_OVERSIZED
+        hop = self._flows.hops.get(header)
+        if not length or stun.kind(payload[0]) is not stun.Kind.STUN:
+            return hop
+        request = stun.read_request(payload)
+        if isinstance(request, stun.Malformed):
+            # A known client may send indications and answers; what is broken ends here.
+            if hop is not None and request is stun.Malformed.NOT_REQUEST:
+                return hop
+            return _MALFORMED[request]
+        if hop is not None and self._flows.ufrag(header) == request.ufrag:
+            return hop  # the transceiver checks its integrity
+        return self._admit(header, payload, request, now)
+
+    def _admit(
+        self, header: bytes, payload: memoryview, request: stun.Request, now: float
+    ) -> bytes | metrics.Inbound:
+        """A check for a ufrag that this address has no flow for: open one if it is genuine."""
+        hint = ufrag.parse(self._keyring, self._clusters, request.ufrag)
+        if isinstance(hint, ufrag.Reject):
+            return _REJECTED[hint]
+        if now - self._checks_renewed_at >= 1.0:
+            self._checks_renewed_at, self._checks_left = now, self._checks_per_s
+        if not self._checks_left:
+            return metrics.Inbound.DROPPED_INTEGRITY_LIMIT
+        self._checks_left -= 1
+        password = ufrag.password(self._keyring, request.ufrag)
+        if password is None or not stun.check_integrity(payload, request, password):
+            return metrics.Inbound.DROPPED_BAD_INTEGRITY
+        if self.draining and header not in self._flows.hops:
+            return metrics.Inbound.DROPPED_DRAINING
+        return self._open(header, hint, request.ufrag, now)
+
+    def recovered(self, header: bytes, text: bytes, now: float) -> bytes | metrics.Inbound:
+        """Redis says that the client at `header` was given this ufrag: where its datagrams go.
+
+        It is believed no further than the keys allow: the ufrag names a transceiver of ours, which
+        knows its clients. A flow that the client has by now stays as it is.
+        """
+        hop = self._flows.hops.get(header)
+        if hop is not None:
+            return hop
+        hint = ufrag.parse(self._keyring, self._clusters, text)
+        if isinstance(hint, ufrag.Reject):
+            return metrics.Inbound.DROPPED_RECOVERED_INVALID
+        opened = self._open(header, hint, text, now)
+        if isinstance(opened, bytes):
+            return opened
+        return metrics.Inbound.DROPPED_RECOVERED_INVALID
+
+    def _open(
+        self, header: bytes, hint: ufrag.Hint, text: bytes, now: float
+    ) -> bytes | metrics.Inbound:
+        hop = frame.name(hint.address, hint.port, self._family)
+        refusal = self._flows.open(header, hop, text, now)
+        return hop if refusal is None else _REFUSED[refusal]
+
+    def outbound(self, header: bytes, length: int, source: bytes) -> metrics.Outbound | None:
+        """Why a frame must not be sent to the client that it names; None if it may."""
+        if length > self._octets_max + frame.HEADER_OCTETS:
+            return metrics.Outbound.DROPPED_OVERSIZED
+        owner = self._flows.hops.get(header)
+        if owner == source and length >= frame.HEADER_OCTETS:
+            return None
+        address, port = frame.endpoint(source)
+        at = ipaddress.ip_address(address)
+        if not any(cluster.contains(at, port) for cluster in self._clusters.values()):
+            return metrics.Outbound.DROPPED_NOT_TRANSCEIVER
+        if length < frame.HEADER_OCTETS or not frame.is_frame(header):
+            return metrics.Outbound.DROPPED_BAD_FRAME
+        return (
+            metrics.Outbound.DROPPED_UNKNOWN_CLIENT
+            if owner is None
+            else metrics.Outbound.DROPPED_WRONG_OWNER
+        )
