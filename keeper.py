@@ -1,0 +1,467 @@
+"""The keeper: what a relay does beside its datagrams, in one process with an event loop.
+
+What it owns: Redis for the whole relay, the HTTP that monitoring reads, the virtual addresses, and
+the view of all workers' flows that these need.
+
+    flow tables         -- looked at -->  census  -- assured flows -->  Redis
+    clients without a flow, asked about by workers  -->  census, else Redis  -- ufrags -->  workers
+    counters, sockets   -->  /metrics  /healthz  /readyz
+    heartbeats, drain   -->  virtual addresses; how many flows are left
+
+Rules that stay true:
+- No worker waits for it. It reads their memory and answers what they asked; what has no room is
+  dropped and counted. Without it media goes on.
+- It has no keys and judges no ufrag: what Redis says is checked by the worker, like any other hint.
+- All that it holds is bounded by the slots of the flow tables or by a constant here, and a Redis
+  that hangs holds up nothing but the tasks that talk to it.
+- It ends as a whole: a mistake in one of its tasks is the supervisor's to answer, with a new one.
+
+It forwards nothing, starts nothing and kills nobody.
+
+Prometheus' text, SO_MEMINFO (socket(7), linux/sock_diag.h)
+"""
+
+import asyncio
+import logging
+import select
+import socket
+import struct
+import time
+from collections.abc import Iterator
+
+import orjson
+from aiohttp import web
+
+import census
+import frame
+import handover
+import host
+import ledger
+import metrics
+import registry
+import settings
+import supervisor
+
+LOOK_S = 0.5
+"""Between two looks at the flow tables. A flow reaches Redis so long after it was assured, in the
+mean half of it; a look at 100,000 slots costs a millisecond."""
+
+LOOK_IDLE_S = 5.0
+"""The same while no worker receives anything: then flows can only expire."""
+
+REFRESHES = 3
+"""How often a flow is written again in its time to live: two of them may be lost."""
+
+STORE_MAX = 1024
+"""Flows written at once: some 20 ms of work. More would make look-ups wait behind them."""
+
+STORE_RETRY_S = 1.0
+"""After a batch that Redis did not take."""
+
+LOOKUPS_AT_ONCE = 4
+"""Look-ups under way, each for all clients that were asked about by then. More would only be more
+connections to a Redis that is slow; fewer would let one slow answer hold up all others."""
+
+LOOKUP_KEYS_MAX = 512
+"""Clients in one look-up: what Redis answers in a millisecond."""
+
+ASKED_MAX = 4096
+"""Clients that wait for a look-up, over all workers: two seconds of one worker's budget at its
+default. Beyond it the answer is that Redis is not available."""
+
+MESSAGES_AT_ONCE = 32
+"""Questions read from one worker in a turn of the loop, so that none starves the rest."""
+
+ANSWER = struct.Struct("<32sB7x24s")
+"""A client's header, a status and the ufrag."""
+
+UNKNOWN, FOUND, UNAVAILABLE = range(3)
+
+ANSWERS_MAX = 64
+"""Answers in one message, and questions likewise."""
+
+HEARD_S_MAX = 3.0
+"""A worker that was heard of within it serves: it wakes up every second, a successor in 50 ms."""
+
+VIP_STEADY_S = 5.0
+"""How long all workers must have served again before virtual addresses that were withdrawn are
+announced again: routing daemons elsewhere punish a route that flaps."""
+
+VIP_CHECK_S = 10.0
+"""How often virtual addresses are compared with what the interface has: others change it too."""
+
+RETRY_S = 1.0
+"""After an address, or the port of /metrics, was refused."""
+
+SHUTDOWN_S = 0.1
+"""How long a request of monitoring may go on when the relay stops."""
+
+EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+STOP_S = 0.5
+"""How long the last flows may take to Redis when the relay stops."""
+
+_PID = handover.Control.__members__.get("PID")
+_SO_MEMINFO, _MEMINFO = 55, struct.Struct("=9I")  # linux/sock_diag.h: SK_MEMINFO_*
+_RMEM_ALLOC, _RCVBUF, _DROPS = 0, 1, 8
+
+
+class Keeper:
+    """One relay's keeper."""
+
+    def __init__(
+        self,
+        shared: handover.Shared,
+        found: settings.Relay,
+        log: logging.Logger,
+        redis: registry.Registry | None,
+    ) -> None:
+        """Over what the workers share; begins with `serve`."""
+        self._shared, self._found, self._log, self._redis = shared, found, log, redis
+        self.index = census.Index([memory.section("flows") for memory in shared.memories])
+        self.counters = ledger.Counters(metrics.Keeper, shared.relay.section("keeper"))
+        self._supervisor = ledger.Counters(metrics.Supervisor, shared.relay.section("supervisor"))
+        self._controls = [memory.section("control").cast("Q") for memory in shared.memories]
+        self._ways = [handover.counters_in(memory) for memory in shared.memories]
+        self._asked: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue(ASKED_MAX)
+        self._due = asyncio.Event()
+        self._received, self._refused = -1, False
+        self._looked_at = self._refreshed_at = time.monotonic()
+        self.ailments: list[str] = []
+
+    async def serve(self, link: socket.socket) -> None:
+        """Keep until `link` becomes readable."""
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+        def end() -> None:
+            loop.remove_reader(link)
+            stop.set()
+
+        loop.add_reader(link, end)
+        for number, (_, ours) in enumerate(self._shared.asks):
+            loop.add_reader(ours, self._hear, number, ours)
+        self._look(time.monotonic())
+        link.send(supervisor.READY)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._keep_looking()), group.create_task(self._serve_http())]
+            if self._found.vip:
+                tasks.append(group.create_task(self._keep_addresses(self._found.vip)))
+            if self._redis:
+                tasks.append(group.create_task(self._write(self._redis)))
+                tasks += [
+                    group.create_task(self._look_up(self._redis)) for _ in range(LOOKUPS_AT_ONCE)
+                ]
+            await stop.wait()
+            for task in tasks:
+                task.cancel()
+        if self._found.vip and _hung_up(link):
+            # Nobody is left who would do it, and the workers stop as well.
+            await self._change_addresses(self._found.vip, False)
+        if self._redis:
+            await self._write_the_last(self._redis)
+
+    # --- looking ----------------------------------------------------------------------------------
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self._look(time.monotonic())
+
+    def _look(self, now: float) -> None:
+        """One look at the workers, and what follows from it for others to read."""
+        received = sum(way.values[0] for ways in self._ways for way in ways)
+        draining = self._supervisor[metrics.Supervisor.DRAINING_UNTIL] > 0
+        # What has received nothing has assured nothing, and an idle relay costs nothing.
+        if received != self._received or draining or now - self._looked_at >= LOOK_IDLE_S:
+            self.index.look()
+            self._received, self._looked_at = received, now
+        values, counts = self.counters.values, self.index.count()
+        if self._redis and self._found.redis:
+            period = self._found.redis.ttl_s / REFRESHES
+            self.index.refresh((now - self._refreshed_at) / period)
+            self._refreshed_at = now
+            if self.index.due:
+                self._due.set()
+            values[metrics.Keeper.REDIS_UP] = self._redis.up
+            values[metrics.Keeper.STORE_DUE] = len(self.index.due)
+        values[metrics.Keeper.FLOWS_LEFT] = sum(map(sum, counts))
+        values[metrics.Keeper.DRAINED] = draining and not any(assured for _, assured in counts)
+        self._note_health(now, draining)
+
+    def _note_health(self, now: float, draining: bool) -> None:
+        ailments = ["it drains"] if draining else []
+        for number, control in enumerate(self._controls):
+            beat = control[handover.Control.BEAT]
+            if not beat:
+                ailments.append(f"worker {number} has not served yet")
+            elif now - beat * 1e-9 > HEARD_S_MAX:
+                ailments.append(f"worker {number} was not heard of for {HEARD_S_MAX:.0f} s")
+        if ailments != self.ailments:
+            self._log.info("not ready: %s", ", ".join(ailments)) if ailments else self._log.info(
+                "all workers serve"
+            )
+        self.ailments = ailments
+
+    # --- Redis ------------------------------------------------------------------------------------
+
+    async def _write(self, redis: registry.Registry) -> None:
+        """Write what is due, for ever."""
+        while True:
+            await self._due.wait()
+            if not await self._write_some(redis):
+                await asyncio.sleep(STORE_RETRY_S)
+            if not self.index.due:
+                self._due.clear()
+
+    async def _write_some(self, redis: registry.Registry) -> bool:
+        values = self.counters.values
+        numbers, entries = self.index.take(STORE_MAX)
+        try:
+            await redis.store(entries)
+        except registry.Unavailable:
+            self.index.put_back(numbers)
+            values[metrics.Keeper.STORE_FAILED] += 1
+            return False
+        values[metrics.Keeper.STORED] += len(entries)
+        return True
+
+    async def _write_the_last(self, redis: registry.Registry) -> None:
+        """What was assured since the last look: another relay may get these clients in a moment."""
+        self.index.look()
+        try:
+            async with asyncio.timeout(STOP_S):
+                while self.index.due and await self._write_some(redis):
+                    pass
+        except TimeoutError:
+            pass
+        await redis.close()
+
+    def _hear(self, worker: int, ours: socket.socket) -> None:
+        """Questions of a worker: answer what is known here, queue the rest."""
+        for _ in range(MESSAGES_AT_ONCE):
+            try:
+                message = ours.recv(ANSWERS_MAX * frame.HEADER_OCTETS)
+            except BlockingIOError:
+                return
+            except OSError:
+                message = b""
+            if not message:  # the other end is gone for good, and so will this process be
+                asyncio.get_running_loop().remove_reader(ours)
+                return
+            size = frame.HEADER_OCTETS
+            self._take(worker, [message[at : at + size] for at in range(0, len(message), size)])
+
+    def _take(self, worker: int, headers: list[bytes]) -> None:
+        values, answers = self.counters.values, []
+        values[metrics.Keeper.LOOKUPS] += len(headers)
+        for header in headers:
+            ufrag = self.index.find(frame.key(header))
+            if ufrag is not None:
+                answers.append(ANSWER.pack(header, FOUND, ufrag))
+                values[metrics.Keeper.LOOKUPS_HERE] += 1
+            elif self._redis is None:
+                answers.append(ANSWER.pack(header, UNKNOWN, b""))
+                values[metrics.Keeper.LOOKUPS_UNKNOWN] += 1
+            elif not self._redis.up or self._asked.full():
+                answers.append(ANSWER.pack(header, UNAVAILABLE, b""))
+                values[metrics.Keeper.LOOKUPS_FAILED] += 1
+            else:
+                self._asked.put_nowait((worker, header))
+        self._answer(worker, answers)
+
+    async def _look_up(self, redis: registry.Registry) -> None:
+        """Ask Redis, for ever: each time about all clients that were asked about by then."""
+        values = self.counters.values
+        while True:
+            asked = [await self._asked.get()]
+            while len(asked) < LOOKUP_KEYS_MAX and not self._asked.empty():
+                asked.append(self._asked.get_nowait())
+            answers: dict[int, list[bytes]] = {worker: [] for worker, _ in asked}
+            try:
+                ufrags = await redis.look_up([frame.key(header) for _, header in asked])
+            except registry.Unavailable:
+                values[metrics.Keeper.LOOKUPS_FAILED] += len(asked)
+                for worker, header in asked:
+                    answers[worker].append(ANSWER.pack(header, UNAVAILABLE, b""))
+            else:
+                found = sum(ufrag is not None for ufrag in ufrags)
+                values[metrics.Keeper.LOOKUPS_FOUND] += found
+                values[metrics.Keeper.LOOKUPS_UNKNOWN] += len(asked) - found
+                for (worker, header), ufrag in zip(asked, ufrags, strict=True):
+                    status = UNKNOWN if ufrag is None else FOUND
+                    answers[worker].append(ANSWER.pack(header, status, ufrag or b""))
+            for worker, packed in answers.items():
+                self._answer(worker, packed)
+
+    def _answer(self, worker: int, answers: list[bytes]) -> None:
+        _, ours = self._shared.asks[worker]
+        for at in range(0, len(answers), ANSWERS_MAX):
+            message = answers[at : at + ANSWERS_MAX]
+            try:
+                ours.send(b"".join(message))
+            except OSError:
+                self.counters.values[metrics.Keeper.ANSWERS_LOST] += len(message)
+
+    # --- virtual addresses ------------------------------------------------------------------------
+
+    async def _keep_addresses(self, vip: settings.Vip) -> None:
+        """Announce them while all workers serve, withdraw them while not, for ever."""
+        announced: bool | None = None
+        withdrawn_once = False
+        steady_at = check_at = 0.0
+        while True:
+            now = time.monotonic()
+            if self.ailments and (announced or withdrawn_once):
+                withdrawn_once, steady_at = True, now + VIP_STEADY_S
+            wanted = not self.ailments and now >= steady_at
+            if wanted != announced or now >= check_at:
+                done = await self._change_addresses(vip, wanted)
+                announced = wanted if done else None
+                check_at = now + VIP_CHECK_S
+            await asyncio.sleep(LOOK_S if announced is not None else RETRY_S)
+
+    async def _change_addresses(self, vip: settings.Vip, wanted: bool) -> bool:
+        """Announce or withdraw; False if the kernel does not let us."""
+        change = host.announce_addresses if wanted else host.withdraw_addresses
+        try:
+            changed = await change([each.address for each in vip.addresses], vip.interface)
+        except OSError as error:
+            if not self._refused:
+                self._log.error("virtual addresses on %s: %s", vip.interface, error.strerror)
+            self._refused = True
+            return False
+        self._refused = False
+        self.counters.values[metrics.Keeper.VIP_ANNOUNCED] = wanted
+        if changed:
+            what, listed = "announced" if wanted else "withdrawn", ", ".join(map(str, changed))
+            why = f": {', '.join(self.ailments)}" if self.ailments else ""
+            self._log.info("%s on %s: %s%s", what, vip.interface, listed, why)
+        return True
+
+    # --- HTTP -------------------------------------------------------------------------------------
+
+    async def _serve_http(self) -> None:
+        """Serve monitoring, for ever; a port that is taken is tried again."""
+        application = web.Application()
+        application.router.add_get("/metrics", self._metrics)
+        application.router.add_get("/healthz", self._healthz)
+        application.router.add_get("/readyz", self._readyz)
+        runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_S)
+        await runner.setup()
+        try:
+            sock = await self._http_socket()
+            await web.SockSite(runner, sock).start()
+            host_, port = sock.getsockname()[:2]
+            where = f"[{host_}]:{port}" if ":" in host_ else f"{host_}:{port}"
+            self._log.info("metrics at http://%s/metrics", where)
+            await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()
+
+    async def _http_socket(self) -> socket.socket:
+        at, refused = self._found.relay.metrics, False
+        family = socket.AF_INET if at.address.version == 4 else socket.AF_INET6
+        while True:
+            try:
+                return socket.create_server((at.host, at.port), family=family)
+            except OSError as error:
+                if not refused:
+                    self._log.warning("no metrics at %s for now: %s", at, error.strerror)
+                refused = True
+                await asyncio.sleep(RETRY_S)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.exposition(), headers={"Content-Type": EXPOSITION_TYPE})
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        self._look(time.monotonic())
+        body = {"ready": not self.ailments, "why": self.ailments}
+        return web.Response(
+            status=503 if self.ailments else 200,
+            body=orjson.dumps(body),
+            content_type="application/json",
+        )
+
+    def exposition(self) -> bytes:
+        """All that the relay counts, as Prometheus reads it."""
+        self._look(time.monotonic())
+        labels = [{"worker": str(number)} for number in range(len(self._ways))]
+        inbound, outbound = zip(*self._ways, strict=True)
+        return b"".join(
+            metrics.exposition(f"earshot_relay_{name}", rows)
+            for name, rows in (
+                ("inbound", list(zip(labels, inbound, strict=True))),
+                ("outbound", list(zip(labels, outbound, strict=True))),
+                ("worker", list(zip(labels, self._workers(), strict=True))),
+                ("socket", list(self._sockets())),
+                ("supervisor", [({}, self._supervisor)]),
+                ("keeper", [({}, self.counters)]),
+            )
+        )
+
+    def _workers(self) -> Iterator[ledger.Counters]:
+        kinds, now_ns = metrics.Worker, time.monotonic_ns()
+        for control, (tentative, assured) in zip(self._controls, self.index.count(), strict=True):
+            row = ledger.Counters(kinds)
+            row.values[kinds.FLOWS_TENTATIVE] = tentative
+            row.values[kinds.FLOWS_ASSURED] = assured
+            row.values[kinds.HEARD_AGO] = max(0, now_ns - control[handover.Control.BEAT]) // 10**6
+            used_s = host.cpu_seconds(control[_PID]) if _PID is not None else None
+            row.values[kinds.CPU] = int((used_s or 0) * 1000)
+            yield row
+
+    def _sockets(self) -> Iterator[tuple[dict[str, str], ledger.Counters]]:
+        sides = ("public", self._shared.public), ("internal", self._shared.internal)
+        for side, socks in sides:
+            for number, sock in enumerate(socks):
+                row = of_socket(sock)
+                if row is not None:
+                    yield {"worker": str(number), "socket": side}, row
+
+
+def of_socket(sock: socket.socket) -> ledger.Counters | None:
+    """What the kernel has for a socket, and has dropped; None where it does not say."""
+    try:
+        words = _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size))
+    except (OSError, struct.error):
+        return None
+    row, kinds = ledger.Counters(metrics.Socket), metrics.Socket
+    row.values[kinds.DROPPED] = words[_DROPS]
+    row.values[kinds.BUFFER_USED], row.values[kinds.BUFFER] = words[_RMEM_ALLOC], words[_RCVBUF]
+    return row
+
+
+def run(
+    link: socket.socket, shared: handover.Shared, found: settings.Relay, log: logging.Logger
+) -> int:
+    """Be the keeper until `link` becomes readable or breaks; returns the exit code."""
+
+    async def keep() -> None:
+        redis = registry.Registry(found.redis, log) if found.redis else None
+        await Keeper(shared, found, log, redis).serve(link)
+
+    asyncio.run(keep())
+    return supervisor.Exit.STOPPED
+
+
+def retire(vip: settings.Vip | None, log: logging.Logger) -> None:
+    """The relay ends and nobody takes over: virtual addresses and their local routes go.
+
+    For whoever outlives the keeper; does nothing without virtual addresses.
+    """
+    if vip is None:
+        return
+    try:
+        asyncio.run(host.release_addresses([each.address for each in vip.addresses], vip.interface))
+    except OSError as error:
+        log.warning("virtual addresses on %s stay: %s", vip.interface, error.strerror)
+
+
+def _hung_up(link: socket.socket) -> bool:
+    """True if nobody holds the link's other end any more, rather than having asked us to stop."""
+    poll = select.poll()
+    poll.register(link, 0)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
