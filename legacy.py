@@ -163,7 +163,7 @@ class Estate:
         """Let go of all that nobody took."""
         for name, fd in self._left:
             if _identity(fd) not in self._taken and name not in self._memories:
-                _log.warning("%s is left over: closed", name)
+                _log.warning("%s is left over: closed, with what waits in it", name)
             os.close(fd)
             if self._stored and _OURS.fullmatch(name):
                 manager.drop(name)

@@ -375,9 +375,9 @@ class Media:
                         number = int(data[2:])
                         self.back[number] = self.back.get(number, 0) + 1
 
-    def lost(self):
+    def lost(self, patience_s=PATIENCE_S):
         """Wait for what is on its way; returns how many did not come back exactly once."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + patience_s
         while len(self.back) < self.sent and time.monotonic() < deadline:
             self._pump(0.01)
         return self.sent - len(self.back) + sum(times - 1 for times in self.back.values())
