@@ -1,8 +1,13 @@
 """The flow table: limits, contests, expiry, and what a successor finds."""
 
+import dataclasses
+import itertools
 import random
 
+import hypothesis
 import pytest
+from hypothesis import stateful
+from hypothesis import strategies as some
 
 import flows
 import frame
@@ -20,9 +25,9 @@ def ufrag(number):
     return b"ufrag%018d" % number
 
 
-def table(limits=LIMITS, memory=None):
+def table(limits=LIMITS, memory=None, now=0.0):
     memory = memoryview(bytearray(flows.octets(limits.flows))) if memory is None else memory
-    return flows.Table(memory, limits, 0.0), memory
+    return flows.Table(memory, limits, now), memory
 
 
 def test_a_flow_opens_tentative_and_becomes_assured():
@@ -104,8 +109,7 @@ def test_contests_are_bounded_and_forgotten():
         refused = flow.open(client(number), B, ufrag(number + 5000), 1)
         assert refused is flows.Refusal.FLOW_HELD
     assert len(flow.watched) == flows.CONTESTED_MAX
-    flow.active.update(map(client, range(2000)))
-    flow.sweep(2 + flows.CONTEST_S_MAX)
+    assert not flow.sweep(2 + flows.CONTEST_S_MAX)
     assert not flow.watched
 
 
@@ -136,6 +140,54 @@ def test_a_flow_that_speaks_once_a_period_stays():
         assert not flow.sweep(now)
 
 
+def test_a_flow_confirmed_late_gets_a_whole_period():
+    """It changes hands: what one hand has just taken away, the other one must not miss."""
+    for confirmed_at in range(1, 15):
+        flow, _ = table()
+        flow.open(client(1), A, ufrag(1), 0)
+        gone_at = None
+        for now in range(200):
+            if now == confirmed_at:
+                flow.answered([client(1)], now)
+            if flow.sweep(now):
+                gone_at = now
+        assert confirmed_at + 60 <= gone_at <= confirmed_at + 120
+
+
+def test_a_sweep_is_short_however_many_flows_end():
+    size = 4000
+    flow, _ = table(flows.Limits(size, size, 1, 60.0, 15.0))
+    for number in range(size):
+        flow.open(client(number), A, ufrag(number), 0)
+    flow.answered(map(client, range(size)), 0)
+    now, longest = 0.0, 0
+    while len(flow):
+        now += 1.0  # four times as long as such a table needs
+        longest = max(longest, len(flow.sweep(now)))
+    assert 0 < longest <= flows.FLOWS_A_SWEEP
+    assert 60 <= now <= 140
+
+
+def test_sweeping_often_costs_nothing_and_changes_nothing():
+    flow, _ = table()
+    flow.open(client(1), A, ufrag(1), 0)
+    flow.answered([client(1)], 0)
+    now = 0.0
+    while not flow.sweep(now):
+        now += flows.SWEEP_S / 4
+    assert 60 <= now <= 120
+
+
+def test_a_process_that_stood_still_forgets_no_flow_for_it():
+    flow, _ = table()
+    flow.open(client(1), A, ufrag(1), 0)
+    flow.open(client(2), A, ufrag(2), 0)
+    flow.answered([client(1)], 0)
+    for now in (*range(12), *range(3600, 3603)):
+        assert not flow.sweep(now)
+    assert len(flow) == 2
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_successor_finds_the_same_flows(seed):
     random.seed(seed)
@@ -155,10 +207,27 @@ def test_a_successor_finds_the_same_flows(seed):
         assert set(flow.hops) == {copy.header for copy in flows.read_all(memory)}, f"seed {seed}"
     successor, _ = table(limits, memory)
     assert successor.hops == flow.hops
+    assert successor.watched == {
+        copy.header for copy in flows.read_all(memory) if copy.state is flows.State.TENTATIVE
+    }
     assert successor.tentative == flow.tentative <= limits.tentative
     assert all(successor.ufrag(header) == flow.ufrag(header) for header in flow.hops)
     assert len(successor._free) == len(flow._free) == limits.flows - len(flow)
     assert successor._addresses == flow._addresses
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 3000])
+def test_a_successor_indexes_tables_of_any_size(size):
+    limits = flows.Limits(size, size, 1, 60.0, 15.0)
+    flow, memory = table(limits)
+    for number in range(size):
+        flow.open(client(number), random.choice([A, B]), ufrag(number), number)
+    flow.answered(map(client, range(0, size, 3)), size)
+    flow.answered([client(size - 1)], size)
+    successor, _ = table(limits, memory)
+    assert successor.hops == flow.hops and successor.watched == flow.watched
+    assert all(successor.ufrag(client(number)) == ufrag(number) for number in range(size))
+    assert not successor._free
 
 
 def test_a_slot_half_written_is_free():
@@ -169,8 +238,267 @@ def test_a_slot_half_written_is_free():
     assert not successor.hops and successor.open(client(1), A, ufrag(1), 0) is None
 
 
+def test_flows_of_another_table_are_adopted_as_they_are():
+    before, memory = table()
+    for number in range(4):
+        before.open(client(number), A, ufrag(number), number)
+    before.answered([client(0), client(2)], 9)
+    larger = flows.Limits(100, 50, 2, 60.0, 15.0)
+    after, into = table(larger)
+    assert after.open(client(3), B, ufrag(7), 10) is None
+    assert after.adopt(flows.read_all(memory)) == 3
+    assert after.hops == {client(0): A, client(1): A, client(2): A, client(3): B}
+    assert after.watched == {client(1), client(3)} and after.tentative == 2
+    found = {copy.header: copy for copy in flows.read_all(into)}
+    assert found[client(2)] == flows.Flow(flows.State.ASSURED, client(2), A, ufrag(2), 2, 9)
+    assert table(larger, into)[0].hops == after.hops
+
+
+def test_limits_hold_for_adopted_flows():
+    before, memory = table(flows.Limits(20, 20, 20, 60.0, 15.0))
+    for number in range(20):
+        before.open(client(number), A, ufrag(number // 3), 0)
+    before.answered(map(client, range(10)), 0)
+    after, _ = table()  # 8 flows, 4 of them tentative, 2 addresses a ufrag
+    assert after.adopt(flows.read_all(memory)) == len(after) == 8
+    assert max(after._addresses.values()) == 2 and after.tentative <= 4
+
+
+# --- death at any moment --------------------------------------------------------------------------
+
+
+class Dead(BaseException):
+    pass
+
+
+class Mortal(bytearray):
+    """Memory whose writer dies in the midst of its n-th write from now."""
+
+    writes_left = None
+
+    def __setitem__(self, at, octets):
+        if self.writes_left is not None:
+            self.writes_left -= 1
+            if self.writes_left < 0:
+                # Up to eight octets are one store; of more, some may have been written.
+                if isinstance(at, slice) and len(octets) > 8:
+                    half = len(octets) // 2
+                    super().__setitem__(slice(at.start, at.start + half), octets[:half])
+                raise Dead
+        super().__setitem__(at, octets)
+
+
+def whole(copies):
+    """Flows by client; what an unconfirmed one says of its confirmation means nothing."""
+    return {
+        copy.header: copy._replace(assured_at=0) if copy.state is flows.State.TENTATIVE else copy
+        for copy in copies
+    }
+
+
+STEPS = {
+    "open": lambda flow: flow.open(client(9), A, ufrag(9), 5),
+    "ICE restart": lambda flow: flow.open(client(0), A, ufrag(9), 5),
+    "restart of a tentative flow": lambda flow: flow.open(client(1), A, ufrag(9), 5),
+    "move": lambda flow: flow.open(client(1), B, ufrag(9), 5),
+    "confirm": lambda flow: flow.answered([client(1)], 5),
+    "sweep": lambda flow: [flow.sweep(now) for now in range(40)],
+    "adopt": lambda flow: flow.adopt(
+        [flows.Flow(flows.State.ASSURED, client(9), B, ufrag(9), 1, 2)]
+    ),
+}
+
+
+SMALL = flows.Limits(flows=3, tentative=3, addresses=2, idle_s=20.0, tentative_idle_s=5.0)
+
+
+def inhabited(full):
+    """A table of an assured flow and one or two tentative ones, in memory that can die."""
+    memory = Mortal(flows.octets(SMALL.flows))
+    flow, _ = table(SMALL, memory)
+    for number in range(2 + full):
+        flow.open(client(number), A, ufrag(number), number)
+    flow.answered([client(0)], 4)
+    return flow, memory
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_whenever_the_process_dies_its_flows_are_whole(name, full):
+    flow, memory = inhabited(full)
+    before = whole(flows.read_all(memory))
+    STEPS[name](flow)
+    after = whole(flows.read_all(memory))
+    for writes in itertools.count():
+        flow, memory = inhabited(full)
+        memory.writes_left = writes
+        try:
+            STEPS[name](flow)
+        except Dead:
+            memory.writes_left = None
+        else:
+            break
+        successor, _ = table(SMALL, memory)
+        found = whole(flows.read_all(memory))
+        for header, copy in found.items():
+            assert copy in (before.get(header), after.get(header))
+        # No flow is lost that was not to end; a full table has no second slot to change to.
+        assert full or before.keys() & after.keys() <= found.keys()
+        assert successor.hops == {header: copy.hop for header, copy in found.items()}
+        assert len(successor._free) == SMALL.flows - len(found)
+        assert sum(successor._addresses.values()) == len(found)
+    assert writes or before == after
+
+
 def test_an_ipv6_hop_comes_back_whole():
     flow, memory = table()
     hop = frame.name("fd00:4::1", 9000, 10)
     flow.open(client(1), hop, ufrag(1), 0)
     assert table(memory=memory)[0].hops[client(1)] == hop
+
+
+# --- the table against a plain dictionary ---------------------------------------------------------
+
+CLIENTS, UFRAGS = 8, 5
+LATE_S = flows.LATE_S_MAX + 1.0
+"""How much earlier or later than its period a hand may come by, swept once a second."""
+
+
+@dataclasses.dataclass
+class Told:
+    """What the table was told of a client: its flow, and when it was last heard of."""
+
+    flow: flows.Flow
+    heard_at: float
+
+
+class Model(stateful.RuleBasedStateMachine):
+    """All that happens to a table, in any order, beside a dictionary that is told the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.limits = flows.Limits(6, 4, 3, idle_s=60.0, tentative_idle_s=15.0)
+        self.table, self.memory = table(self.limits)
+        self.told, self.contested, self.now = {}, {}, 0.0
+
+    def tentative(self):
+        return [t for t in self.told.values() if t.flow.state is flows.State.TENTATIVE]
+
+    def expected(self, header, hop, text):
+        """The flow that opening gives, or why there is none: the rules once more, plainly."""
+        told = self.told.get(header)
+        others = [t for h, t in self.told.items() if h != header]
+        fresh = flows.Flow(flows.State.TENTATIVE, header, hop, text, self.now, 0.0)
+        flow, tentative_others = fresh, [t for t in self.tentative() if t.flow.header != header]
+        if told is None:
+            if len(self.told) >= self.limits.flows:
+                return flows.Refusal.FLOWS_LIMIT
+        elif told.flow.hop == hop:
+            flow = told.flow._replace(ufrag=text)
+        elif told.flow.state is flows.State.ASSURED:
+            since = self.contested.setdefault(header, self.now)
+            if self.now - since < flows.FLOW_HELD_S:
+                return flows.Refusal.FLOW_HELD
+        earns = told is None or told.flow.state is not flow.state
+        if earns and len(tentative_others) >= self.limits.tentative:
+            return flows.Refusal.TENTATIVE_LIMIT
+        if sum(t.flow.ufrag == text for t in others) >= self.limits.addresses and (
+            told is None or told.flow.ufrag != text
+        ):
+            return flows.Refusal.ADDRESSES_LIMIT
+        return flow
+
+    @stateful.rule(
+        number=some.integers(0, CLIENTS - 1),
+        hop=some.sampled_from([A, B]),
+        text=some.integers(0, UFRAGS - 1).map(ufrag),
+    )
+    def open(self, number, hop, text):
+        header = client(number)
+        expected = self.expected(header, hop, text)
+        refusal = self.table.open(header, hop, text, self.now)
+        if isinstance(expected, flows.Flow):
+            assert refusal is None
+            self.told[header] = Told(expected, self.now)
+            self.contested.pop(header, None)
+        else:
+            assert refusal is expected
+
+    @stateful.rule(numbers=some.sets(some.integers(0, CLIENTS - 1)))
+    def answered(self, numbers):
+        headers = [client(number) for number in numbers]
+        self.table.answered(headers, self.now)
+        for header in headers:
+            self.contested.pop(header, None)
+            told = self.told.get(header)
+            if told and told.flow.state is flows.State.TENTATIVE:
+                flow = told.flow._replace(state=flows.State.ASSURED, assured_at=self.now)
+                self.told[header] = Told(flow, self.now)
+
+    @stateful.rule(numbers=some.sets(some.integers(0, CLIENTS - 1)))
+    def heard(self, numbers):
+        for header in map(client, numbers):
+            if header in self.told:
+                self.table.active.update([header])
+                self.told[header].heard_at = self.now
+
+    @stateful.rule(seconds=some.integers(1, 70))
+    def time_passes(self, seconds):
+        for _ in range(seconds):
+            self.now += 1.0
+            for header in self.table.sweep(self.now):
+                told = self.told.pop(header)
+                self.contested.pop(header, None)
+                assert self.now - told.heard_at >= self.period(told) - LATE_S
+            for header, told in self.told.items():
+                assert self.now - told.heard_at <= 2 * self.period(told) + LATE_S, header
+            for header, since in list(self.contested.items()):
+                if self.now - since > flows.CONTEST_S_MAX:
+                    del self.contested[header]
+
+    def period(self, told):
+        assured = told.flow.state is flows.State.ASSURED
+        return self.limits.idle_s if assured else self.limits.tentative_idle_s
+
+    @stateful.rule()
+    def the_process_dies(self):
+        self.table = flows.Table(self.memory, self.limits, self.now)
+        self.starts_again()
+
+    @stateful.rule(room=some.integers(4, 8))
+    def another_memory_takes_over(self, room):
+        self.limits = dataclasses.replace(self.limits, flows=room)
+        found = list(flows.read_all(self.memory))
+        self.table, self.memory = table(self.limits, now=self.now)
+        adopted = self.table.adopt(found)
+        assert adopted == min(len(found), room)
+        left = [copy.header for copy in found[room:]]
+        self.told = {header: told for header, told in self.told.items() if header not in left}
+        self.starts_again()
+
+    def starts_again(self):
+        """What the process before had heard is unknown to the next one."""
+        self.contested.clear()
+        for told in self.told.values():
+            told.heard_at = self.now
+
+    @stateful.invariant()
+    def the_table_is_as_told(self):
+        found = {copy.header: copy for copy in flows.read_all(self.memory)}
+        assert found == {header: told.flow for header, told in self.told.items()}
+        assert self.table.hops == {header: told.flow.hop for header, told in self.told.items()}
+        assert len(self.table) == len(self.told)
+        for number in range(CLIENTS):
+            told = self.told.get(client(number))
+            assert self.table.ufrag(client(number)) == (told and told.flow.ufrag)
+        tentative = {told.flow.header for told in self.tentative()}
+        assert self.table.tentative == len(tentative)
+        assert self.table.watched == tentative | self.contested.keys()
+        assert self.table.active <= self.told.keys()
+        assert len(self.table._free) + len(self.told) == self.limits.flows
+
+
+Model.TestCase.settings = hypothesis.settings(
+    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
+)
+TestModel = Model.TestCase
