@@ -33,6 +33,7 @@ import ledger
 import legacy
 import manager
 import metrics
+import recovery
 import settings
 import udp
 
@@ -56,6 +57,8 @@ class Control(enum.IntEnum):
 
     BEAT = 0
     """CLOCK_MONOTONIC in nanoseconds when the worker last woke up."""
+    PID = 1
+    """Its process."""
 
 
 class Shared:
@@ -199,6 +202,7 @@ def sections(found: settings.Relay, family: int) -> dict[str, int]:
         "flows": flows.octets(limits(table).flows),
         "batch_in": batch,
         "batch_out": batch,
+        "waiting": recovery.octets(waiting_limits(found).waiting, table.datagram_octets_max),
     }
 
 
@@ -227,6 +231,19 @@ def limits(table: settings.RelayTable) -> flows.Limits:
         addresses=table.addresses_per_ufrag_max,
         idle_s=table.flow_idle_s,
         tentative_idle_s=table.tentative_idle_s,
+    )
+
+
+def waiting_limits(found: settings.Relay) -> recovery.Limits:
+    """What one worker holds of clients that it does not know; nothing without Redis."""
+    if found.redis is None:
+        return recovery.Limits(0, 1.0, 0, 0, 1.0)
+    return recovery.Limits(
+        waiting=found.redis.waiting_max,
+        wait_s=found.redis.wait_s,
+        lookups_per_s=found.redis.lookups_per_s,
+        unknown=found.redis.unknown_max,
+        unknown_s=found.redis.unknown_s,
     )
 
 

@@ -307,7 +307,8 @@ class Relay:
     def attach(self) -> None:
         """Look into its memory; what is seen stays readable after its end."""
         table = settings.load(self.config, settings.Relay).relay
-        self.memories = host.attach(handover.state_file(table), handover.LAYOUT, handover.MEMORY)
+        found = host.attach(handover.state_file(table), handover.LAYOUT, handover.MEMORY)
+        self.memories = found[:-1]  # the last is the relay's own
 
     def workers_now(self) -> dict[int, int]:
         """Process ids of the workers by their number: a worker is who waits for the internal socket

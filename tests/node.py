@@ -24,12 +24,12 @@ import flows
 import frame
 import handover
 import host
-import relay
 import settings
 import stun
 import succession
 import supervisor
 import ufrag
+import worker
 
 PATIENCE_S = 20
 """How long anything may take before the test has failed; all of it takes milliseconds."""
@@ -77,12 +77,12 @@ def main(word, path):
         if fault == "worker":
             raise SystemError("it cannot start")
         shared.memories[number].claim()
-        worker = relay.Worker(shared, number, found, keyring, time.monotonic())
-        if hasattr(worker, "take_over"):
-            worker.take_over()
+        works = worker.Worker(shared, number, found, keyring, time.monotonic())
+        if hasattr(works, "take_over"):
+            works.take_over()
         gc.freeze()
         link.send(supervisor.READY)
-        worker.serve(link)
+        works.serve(link)
         return 0
 
     def ready():

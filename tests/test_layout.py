@@ -54,7 +54,7 @@ IMPORTERS = {
     "concurrent": set(),
     "cryptography": {"ufrag"},
     "ctypes": {"udp", "opus"},
-    "msgspec": {"settings", "realtime"},
+    "msgspec": {"settings", "realtime", "relay"},
     "OpenSSL": {"peer"},
     "orjson": {
         "conversation",

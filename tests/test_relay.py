@@ -32,6 +32,7 @@ public = "{host}:{public}"
 internal = "{host}:{internal}"
 workers = {workers}
 state_dir = "state"
+metrics = "{host}:0"
 {more}
 
 [keys]
@@ -90,7 +91,8 @@ class Relay:
         stack.callback(self._clean)
         self.line(" ready")
         table = settings.load(self.config, settings.Relay).relay
-        self.memories = host.attach(handover.state_file(table), handover.LAYOUT, handover.MEMORY)
+        found = host.attach(handover.state_file(table), handover.LAYOUT, handover.MEMORY)
+        self.memories = found[:-1]  # the last is the relay's own
 
     def _clean(self):
         with contextlib.suppress(ProcessLookupError):
@@ -127,7 +129,7 @@ class Relay:
 
     def stop(self):
         """Ask it to end; it must, in order, with nothing in hand and nothing uncounted."""
-        self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGINT)
         self.line("stopped: outbound")
         assert self.process.wait(PATIENCE_S) == 0
         ways = self.counters()

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import frame
 import handover
-import relay
 import settings
 import stun
 import ufrag
+import worker
 
 PATIENCE_S = 20
 
@@ -74,9 +74,9 @@ class Bench:
         assert not self.run(self.worker.outbound, self.shared.internal[0])
         self.client.recv(2048)
 
-    def successor(self) -> relay.Worker:
+    def successor(self) -> worker.Worker:
         """Another worker over the same sockets and memory."""
-        return relay.Worker(self.shared, 0, self.found, self.keyring, time.monotonic())
+        return worker.Worker(self.shared, 0, self.found, self.keyring, time.monotonic())
 
     def check(self, nonce: int) -> bytes:
         """A first check for a session of its own."""

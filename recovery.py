@@ -1,0 +1,183 @@
+"""Recovery: media of clients that this worker does not know, while somebody finds out who does.
+
+A client's datagrams arrive at another relay when the network chooses another way, or when the relay
+that knew the client is gone. They wait here while the keeper asks Redis for the client's ufrag, and
+go on once gate.py has judged it; the caller hears nothing of it.
+
+What it owns: the datagrams that wait, in shared memory, and the decision whom to ask about. Whoever
+sends garbage from addresses of his choice makes this work, so everything in it has a limit: how
+much waits, of all clients and of one; how many clients are asked about in a second; and about whom
+nothing is asked, since the answer was no a moment ago.
+
+Rules that stay true:
+- A slot's mark is written last when it fills and is all that is cleared when it empties: whenever
+  the process dies, every slot that has a mark is whole. Its successor asks again for all of them.
+- The mark is the number of the batch that the datagram came with. If that batch was not counted it
+  will be judged again, and what it left here is forgotten.
+- A slot is freed after what became of its datagram has been counted, never before.
+
+Sans-IO: `now` is an argument, in seconds.
+"""
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import frame
+import metrics
+
+CLIENT_MAX = 8
+"""Datagrams of one client that may wait: 160 ms of a call. More would let one client fill all."""
+
+ASK_MAX = 64
+"""Clients in one question to the keeper."""
+
+ANSWER = struct.Struct("<32sB7x24s")
+"""The keeper's answer about one client: header, status, ufrag."""
+
+UNKNOWN, FOUND, UNAVAILABLE = range(3)
+"""The status: nobody knows the client; here is its ufrag; nobody could be asked."""
+
+_SLOT = struct.Struct("<QI4x")  # mark, octets of the frame
+_MARK = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one worker holds and asks. The settings `[redis]` say what each is for."""
+
+    waiting: int
+    """Datagrams."""
+    wait_s: float
+    lookups_per_s: int
+    unknown: int
+    """Clients remembered as unknown."""
+    unknown_s: float
+
+
+class Recovery:
+    """The datagrams that wait in one worker."""
+
+    def __init__(
+        self, memory: memoryview, limits: Limits, octets_max: int, counted: int, now: float
+    ) -> None:
+        """Go on with what waits in `memory`, of `octets(...)` octets: zeros are nothing.
+
+        `octets_max` is the largest payload, `counted` the number of the last batch counted.
+        """
+        self._memory, self._limits, self._now = memory, limits, now
+        self._stride = _stride(octets_max)
+        self._slots: dict[bytes, list[int]] = {}
+        # By the time they were asked about, and so in the order in which they are overdue.
+        self._asked_at: dict[bytes, float] = {}
+        self._to_ask: list[bytes] = []
+        self._left, self._renewed_at = limits.lookups_per_s, now
+        self._unknown: tuple[set[bytes], set[bytes]] = set(), set()
+        self._turned_at = now
+        self._free = []
+        for slot in reversed(range(limits.waiting)):
+            (mark,) = _MARK.unpack_from(memory, slot * self._stride)
+            if mark > counted:
+                self.free([slot])
+            elif mark:
+                self._note(bytes(self.frame(slot)[: frame.HEADER_OCTETS]), slot, now)
+            else:
+                self._free.append(slot)
+
+    def __len__(self) -> int:
+        """How many datagrams wait."""
+        return self._limits.waiting - len(self._free)
+
+    def hold(
+        self, header: bytes, payload: memoryview, mark: int, now: float
+    ) -> metrics.Inbound | None:
+        """Let a datagram wait; returns why it cannot, or None if it does."""
+        self._renew(now)
+        if header in self._unknown[0] or header in self._unknown[1]:
+            return metrics.Inbound.DROPPED_UNKNOWN_CLIENT
+        slots = self._slots.get(header, ())
+        if len(slots) >= CLIENT_MAX or not self._free or not (slots or self._left):
+            return metrics.Inbound.DROPPED_LOOKUP_LIMIT
+        slot = self._free.pop()
+        at = slot * self._stride
+        start = at + _SLOT.size
+        self._memory[start : start + frame.HEADER_OCTETS] = header
+        end = start + frame.HEADER_OCTETS + len(payload)
+        self._memory[start + frame.HEADER_OCTETS : end] = payload
+        _SLOT.pack_into(self._memory, at, 0, end - start)
+        _MARK.pack_into(self._memory, at, mark)
+        self._note(header, slot, now)
+        return None
+
+    def _note(self, header: bytes, slot: int, now: float) -> None:
+        slots = self._slots.get(header)
+        if slots is None:
+            self._slots[header] = [slot]
+            self._asked_at[header] = now
+            self._to_ask.append(header)
+            self._left = max(0, self._left - 1)
+        else:
+            slots.append(slot)
+
+    def _renew(self, now: float) -> None:
+        """A new second's budget; a new generation of those who are unknown."""
+        if now - self._renewed_at >= 1.0:
+            self._renewed_at, self._left = now, self._limits.lookups_per_s
+        if now - self._turned_at >= self._limits.unknown_s / 2:
+            self._turn(now)
+
+    def _turn(self, now: float) -> None:
+        self._turned_at, self._unknown = now, (set(), self._unknown[0])
+
+    def asks(self) -> list[bytes]:
+        """Headers of clients to ask the keeper about now, at most `ASK_MAX`, or none.
+
+        Each is returned once: an answer that never comes is overdue some time.
+        """
+        asked, self._to_ask = self._to_ask[:ASK_MAX], self._to_ask[ASK_MAX:]
+        return asked
+
+    def take(self, header: bytes) -> list[int]:
+        """Somebody knows about this client: the slots that waited for it, no longer waiting.
+
+        They are the caller's to pass on, to count and to `free`.
+        """
+        self._asked_at.pop(header, None)
+        return self._slots.pop(header, [])
+
+    def unknown(self, header: bytes, now: float) -> None:
+        """Nobody knows this client: ask no more about it for a while."""
+        self._renew(now)
+        if len(self._unknown[0]) >= self._limits.unknown // 2:
+            self._turn(now)
+        self._unknown[0].add(header)
+
+    def overdue(self, now: float) -> list[bytes]:
+        """Headers of clients about whom nobody answered in time."""
+        late = []
+        for header, asked_at in self._asked_at.items():
+            if now - asked_at < self._limits.wait_s:
+                break
+            late.append(header)
+        return late
+
+    def frame(self, slot: int) -> memoryview:
+        """A slot's frame, valid until it is freed."""
+        at = slot * self._stride
+        _, length = _SLOT.unpack_from(self._memory, at)
+        return self._memory[at + _SLOT.size : at + _SLOT.size + length]
+
+    def free(self, slots: Iterable[int]) -> None:
+        """What became of these has been counted."""
+        for slot in slots:
+            _MARK.pack_into(self._memory, slot * self._stride, 0)
+            self._free.append(slot)
+
+
+def _stride(octets_max: int) -> int:
+    return -(-(_SLOT.size + frame.HEADER_OCTETS + octets_max) // 8) * 8
+
+
+def octets(waiting: int, octets_max: int) -> int:
+    """Memory of so many slots."""
+    return waiting * _stride(octets_max)

@@ -1,0 +1,377 @@
+"""A relay's worker: the life of a packet, from the clients to the transceivers and back.
+
+A worker's life is `Worker.serve`: wait, take a batch from the clients, send it to the transceivers,
+take a batch from the transceivers, send it to the clients. Read on from there, downward: first what
+nearly all datagrams go through, then what is judged one by one, then what waits for the keeper.
+
+Rules that stay true:
+- On the hit path there is no Python-level loop over the datagrams of a batch, no copy of a payload,
+  no exception and no log line. What misses, and STUN, is judged one by one (gate.py).
+- Every datagram ends in exactly one counter of its way, also when this process is killed: received
+  = forwarded + recovered + waiting + dropped.
+- Nothing blocks but the wait for the sockets. Redis is the keeper's; it is asked by a message.
+- Live flows come first: while the public socket does not run dry, unknown clients wait outside.
+
+It keeps no session, decrypts nothing and knows no Redis. DTLS, RTP and RTCP pass unread.
+
+RFC 8445 (ICE), RFC 7983 (telling STUN from the rest by the first octet)
+"""
+
+import itertools
+import operator
+import os
+import select
+import socket
+import time
+from collections.abc import Container, Mapping, Sequence
+
+import flows
+import frame
+import gate
+import handover
+import ledger
+import metrics
+import recovery
+import settings
+import stun
+import udp
+import ufrag
+
+ROUNDS_MAX = 64
+"""Full batches from each side between two looks at the clock and at the supervisor: at most a few
+tens of milliseconds, and only while both sockets never run dry."""
+
+POLL_S = 1.0
+"""Longest sleep of an idle worker: how late a sweep may be."""
+
+POLL_WAITING_S = 0.05
+"""The same while datagrams wait for the keeper: how late they may be found overdue."""
+
+JUDGED_MAX = 8
+"""Datagrams of unknown clients judged in a batch while the public socket does not run dry. A judged
+one costs some ten times what a known client's does; the rest of them are dropped unread, so that a
+flood costs little more than its receipt. More of them let fewer live datagrams through, fewer make
+honest newcomers try longer."""
+
+
+class Worker:
+    """One process's share of the clients."""
+
+    def __init__(
+        self,
+        shared: handover.Shared,
+        number: int,
+        found: settings.Relay,
+        keyring: ufrag.Keyring,
+        now: float,
+    ) -> None:
+        """Take over sockets, flows and counters of worker `number`, its first or a later one."""
+        table, memory = found.relay, shared.memories[number]
+        self._public, self._internal = shared.public[number], shared.internal[number]
+        self._family = self._internal.family
+        self._octets_max, self._size = table.datagram_octets_max, table.batch_size
+        self._coalesce_s = table.coalesce_us * 1e-6
+        self.inbound_ledger, self.outbound_ledger = handover.counters_in(memory)
+        self._control = memory.section("control").cast("Q")
+        self._control[handover.Control.PID] = os.getpid()
+        self._supervisor = ledger.Counters(
+            metrics.Supervisor, shared.relay.section("supervisor")
+        ).values
+        self.flows = flows.Table(memory.section("flows"), handover.limits(table), now)
+        self._gate = gate.Gate(
+            keyring,
+            settings.clusters(found.cluster),
+            self.flows,
+            self._family,
+            table.datagram_octets_max,
+            table.integrity_checks_per_s,
+            now,
+        )
+        batch = udp.best()
+        shape = table.batch_size, table.datagram_octets_max
+        ends = self._public, self._internal
+        self._inbound = batch(memory.section("batch_in"), udp.Way.INBOUND, *shape, *ends)
+        self._outbound = batch(memory.section("batch_out"), udp.Way.OUTBOUND, *shape, *ends[::-1])
+        self._nowhere = bytes(frame.name_octets(self._family))
+        self._overloaded = False
+        self._recovers = found.redis is not None
+        self._keeper, _ = shared.asks[number]
+        self._recovery = recovery.Recovery(
+            memory.section("waiting"),
+            handover.waiting_limits(found),
+            table.datagram_octets_max,
+            self.inbound_ledger.mark,
+            now,
+        )
+
+    def take_over(self) -> int:
+        """Finish what the process before had received and not yet counted; returns how many."""
+        inbound, outbound = self._inbound, self._outbound
+        self._agree_on_waiting()
+        n = inbound.in_hand(self.inbound_ledger.mark)
+        if n:
+            self._pass_inbound(n, inbound.sent(n))
+        m = outbound.in_hand(self.outbound_ledger.mark)
+        if m:
+            self._pass_outbound(m, outbound.sent(m))
+        self._ask()
+        return n + m
+
+    def _agree_on_waiting(self) -> None:
+        """What waits is what lies there: a slot that was counted and not freed goes again."""
+        book = self.inbound_ledger
+        more = len(self._recovery) - book[metrics.Inbound.WAITING]
+        if more > 0:
+            book.change({metrics.Inbound.WAITING: more, metrics.Inbound.RECOVERED: -more})
+        elif more < 0:  # there is no room for it any more: [redis] has gone from the settings
+            book.change(
+                {metrics.Inbound.WAITING: more, metrics.Inbound.DROPPED_LOOKUP_LIMIT: -more}
+            )
+
+    def serve(self, link: socket.socket) -> None:
+        """Relay until `link` becomes readable."""
+        poll = select.epoll()
+        for sock in (self._public, self._internal, self._keeper, link):
+            poll.register(sock, select.EPOLLIN)
+        public, internal, stop = self._public.fileno(), self._internal.fileno(), link.fileno()
+        keeper = self._keeper.fileno()
+        while True:
+            ready = dict(poll.poll(POLL_WAITING_S if self._recovery else POLL_S))
+            if stop in ready:
+                return
+            if self._coalesce_s and ready:
+                time.sleep(self._coalesce_s)
+            from_clients, from_transceivers = public in ready, internal in ready
+            # In turns, so that neither way starves while the other never runs dry; until a batch
+            # comes back short, since waking up costs more than anything done with a datagram.
+            for _ in range(ROUNDS_MAX):
+                if from_clients:
+                    from_clients = self.inbound()
+                if from_transceivers:
+                    from_transceivers = self.outbound()
+                if not (from_clients or from_transceivers):
+                    break
+            self._overloaded = from_clients
+            now_ns = time.monotonic_ns()
+            self._control[handover.Control.BEAT] = now_ns
+            self.flows.sweep(now_ns * 1e-9)
+            if keeper in ready or self._recovery:
+                self._hear(now_ns * 1e-9)
+
+    def inbound(self) -> bool:
+        """A batch from clients to transceivers; True if more may be waiting."""
+        n = self._inbound.receive()
+        if n:
+            self._pass_inbound(n)
+        return n == self._size
+
+    def _pass_inbound(self, n: int, sent: Sequence[int] = ()) -> None:
+        """Send n datagrams on, but for those that were `sent` already, and count all of them."""
+        batch, table = self._inbound, self.flows
+        headers, lengths, kinds = batch.read(n)
+        hops: list[bytes | None] = list(map(table.hops.get, headers))
+        to_judge = kinds.translate(stun.STUN_TABLE)
+        # Media of clients that are known: nearly always all of the batch.
+        if all(hops) and 1 not in to_judge and max(lengths) <= self._octets_max:
+            holes = _NONE
+            table.active.update(headers)
+        else:
+            holes = self._judge_inbound(headers, lengths, hops, to_judge, sent)
+        batch.direct(n, hops)  # type: ignore[arg-type]  # judged: no None is left
+        refused = batch.send(n, _skipped(holes, sent))
+        _book(self.inbound_ledger, batch.number, lengths, 0, holes, refused)
+
+    def outbound(self) -> bool:
+        """A batch from transceivers to clients; True if more may be waiting."""
+        n = self._outbound.receive()
+        if n:
+            self._pass_outbound(n)
+        return n == self._size
+
+    def _pass_outbound(self, n: int, sent: Sequence[int] = ()) -> None:
+        """As `_pass_inbound`, the other way."""
+        batch, table = self._outbound, self.flows
+        headers, lengths, kinds = batch.read(n)
+        sources = batch.sources(n)
+        # Each frame comes from the transceiver that its client's flow leads to.
+        if (
+            tuple(map(table.hops.get, headers)) == sources
+            and min(lengths) >= frame.HEADER_OCTETS
+            and max(lengths) <= self._octets_max + frame.HEADER_OCTETS
+        ):
+            holes = _NONE
+        else:
+            holes = self._judge_outbound(headers, lengths, sources, sent)
+        if not table.watched.isdisjoint(headers):
+            self._note_answers(headers, lengths, kinds, holes)
+        refused = batch.send(n, _skipped(holes, sent))
+        _book(self.outbound_ledger, batch.number, lengths, frame.HEADER_OCTETS, holes, refused)
+
+    # --- one by one: what misses, and STUN ------------------------------------------------------
+
+    def _judge_inbound(
+        self,
+        headers: tuple[bytes, ...],
+        lengths: list[int],
+        hops: list[bytes | None],
+        stun_flags: bytes,
+        sent: Sequence[int],
+    ) -> dict[int, ledger.Kinds]:
+        """Find the hops of all that is not media of a known client; returns the holes: what goes
+        nowhere, and the counter for it.
+
+        Afterwards there is a hop for everything, for a hole one that is never used.
+        """
+        numbers, large = range(len(headers)), self._octets_max
+        holes: dict[int, ledger.Kinds] = {}
+        unknown = list(itertools.compress(numbers, map(operator.not_, hops)))
+        if self._overloaded and len(unknown) > JUDGED_MAX:
+            holes = dict.fromkeys(unknown[JUDGED_MAX:], metrics.Inbound.DROPPED_OVERLOADED)
+            del unknown[JUDGED_MAX:]
+        suspects = {*unknown, *itertools.compress(numbers, stun_flags)} - holes.keys()
+        if max(lengths) > large:
+            suspects.update(i for i in numbers if lengths[i] > large and i not in holes)
+        suspects.difference_update(sent)
+        self._gate.draining = self._supervisor[metrics.Supervisor.DRAINING_UNTIL] > 0
+        now = time.monotonic()
+        for i in sorted(suspects):
+            payload = self._inbound.payload(i, lengths[i])
+            verdict = self._gate.inbound(headers[i], payload, lengths[i], now)
+            if isinstance(verdict, bytes):
+                hops[i] = verdict
+            else:
+                holes[i] = self._hold(headers[i], payload, now) if verdict is None else verdict
+                hops[i] = None
+        self.flows.active.update(itertools.compress(headers, hops))
+        for i in itertools.compress(numbers, map(operator.not_, hops)):
+            hops[i] = self._nowhere
+        self._ask()
+        return holes
+
+    def _judge_outbound(
+        self,
+        headers: tuple[bytes, ...],
+        lengths: list[int],
+        sources: tuple[bytes, ...],
+        sent: Sequence[int],
+    ) -> dict[int, ledger.Kinds]:
+        """What must not be sent to a client, and the counter for it."""
+        holes: dict[int, ledger.Kinds] = {}
+        for i, (header, length, source) in enumerate(zip(headers, lengths, sources, strict=True)):
+            drop = self._gate.outbound(header, length, source)
+            if drop is not None and i not in sent:
+                holes[i] = drop
+        return holes
+
+    def _note_answers(
+        self, headers: tuple[bytes, ...], lengths: list[int], kinds: bytes, holes: Container[int]
+    ) -> None:
+        """A transceiver that sends something other than STUN has finished ICE with its client."""
+        watched = self.flows.watched
+        spoken = [
+            header
+            for i, header in enumerate(headers)
+            if header in watched
+            and lengths[i] > frame.HEADER_OCTETS
+            and not stun.STUN_TABLE[kinds[i]]
+            and i not in holes
+        ]
+        self.flows.answered(spoken, time.monotonic())
+
+    # --- what waits for the keeper --------------------------------------------------------------
+
+    def _hold(self, header: bytes, payload: memoryview, now: float) -> metrics.Inbound:
+        """Media of a client without a flow: it waits, or the reason why not."""
+        if not self._recovers:
+            return metrics.Inbound.DROPPED_UNKNOWN_CLIENT
+        refusal = self._recovery.hold(header, payload, self._inbound.number, now)
+        return metrics.Inbound.WAITING if refusal is None else refusal
+
+    def _ask(self) -> None:
+        """Send the keeper what is to be asked. If it cannot take it, the answer will be overdue."""
+        while asked := self._recovery.asks():
+            try:
+                self._keeper.send(b"".join(asked))
+            except OSError:  # it has not read for a while: a message more would not help
+                return
+
+    def _hear(self, now: float) -> None:
+        """The keeper's answers, and what has waited for too long."""
+        while True:
+            try:
+                message = self._keeper.recv(recovery.ASK_MAX * recovery.ANSWER.size)
+            except OSError:
+                break
+            if not message:
+                break
+            for header, status, text in recovery.ANSWER.iter_unpack(message):
+                self._resolve(header, status, text.rstrip(b"\x00"), now)
+        for header in self._recovery.overdue(now):
+            self._release(self._recovery.take(header), metrics.Inbound.DROPPED_LOOKUP_FAILED)
+
+    def _resolve(self, header: bytes, status: int, text: bytes, now: float) -> None:
+        """An answer: what waited for it goes on, or is dropped."""
+        verdict: bytes | metrics.Inbound = metrics.Inbound.DROPPED_LOOKUP_FAILED
+        if header in self.flows.hops:  # its own check came first
+            verdict = self.flows.hops[header]
+        elif status == recovery.FOUND:
+            verdict = self._gate.recovered(header, text, now)
+        elif status == recovery.UNKNOWN:
+            self._recovery.unknown(header, now)
+            verdict = metrics.Inbound.DROPPED_UNKNOWN_CLIENT
+        self._release(self._recovery.take(header), verdict)
+
+    def _release(self, slots: Sequence[int], verdict: bytes | metrics.Inbound) -> None:
+        """Send on what waited in these slots, or drop it; count it, and only then forget it."""
+        if not slots:
+            return
+        inbound = metrics.Inbound
+        changes: dict[ledger.Kinds, int] = {inbound.WAITING: -len(slots)}
+        if isinstance(verdict, bytes):
+            octets = [self._send_waiting(slot, verdict) for slot in slots]
+            sent = [each for each in octets if each]
+            changes[inbound.RECOVERED] = len(sent)
+            changes[inbound.OCTETS] = sum(sent) - frame.HEADER_OCTETS * len(sent)
+            changes[inbound.DROPPED_SEND_FAILED] = len(octets) - len(sent)
+        else:
+            changes[verdict] = len(slots)
+        self.inbound_ledger.change(changes)
+        self._recovery.free(slots)
+
+    def _send_waiting(self, slot: int, hop: bytes) -> int:
+        """Octets of the frame that was sent; 0 if the kernel refused it."""
+        address, port = frame.endpoint(hop)
+        if self._family == socket.AF_INET6 and ":" not in address:
+            address = f"::ffff:{address}"
+        try:
+            return self._internal.sendto(self._recovery.frame(slot), (address, port))
+        except OSError:
+            return 0
+
+
+_NONE: dict[int, ledger.Kinds] = {}
+"""The holes of a batch that has none. Nobody writes into it."""
+
+
+def _skipped(holes: Mapping[int, object], sent: Sequence[int]) -> Sequence[int]:
+    return sorted({*holes, *sent}) if holes or sent else ()
+
+
+def _book(
+    book: ledger.Ledger,
+    number: int,
+    lengths: list[int],
+    header: int,
+    holes: Mapping[int, ledger.Kinds],
+    refused: Sequence[int],
+) -> None:
+    """Count a batch: all of it, what went on, and why the rest did not."""
+    n, octets = len(lengths), sum(lengths)
+    if not (holes or refused):
+        book.book(number, n, n, octets - header * n)
+        return
+    failed = book.kinds["DROPPED_SEND_FAILED"]
+    reasons = [*holes.values(), *(failed for _ in refused)]
+    octets -= sum(lengths[i] for i in (*holes, *refused))
+    passed = n - len(reasons)
+    book.book(number, n, passed, octets - header * passed, reasons)
