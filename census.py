@@ -136,12 +136,14 @@ class Index:
         self._cursor %= slots
 
     def take(self, most: int) -> tuple[list[int], list[tuple[bytes, bytes]]]:
-        """Flows that are due, no longer so: their numbers, and client's key and ufrag of each."""
-        numbers = list(itertools.islice(self.due, most))
-        for number in numbers:
+        """Flows that are due, no longer so: number, and client's key and ufrag, of each."""
+        numbers, entries = [], []
+        for number in list(itertools.islice(self.due, most)):
             del self.due[number]
-        read = [flow for flow in map(self._read, numbers) if flow]
-        return numbers, [(frame.key(flow.header), flow.ufrag) for flow in read]
+            if flow := self._read(number):
+                numbers.append(number)
+                entries.append((frame.key(flow.header), flow.ufrag))
+        return numbers, entries
 
     def put_back(self, numbers: Iterable[int]) -> None:
         """Those were not written."""

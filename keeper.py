@@ -27,7 +27,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import orjson
 from aiohttp import web
@@ -38,6 +38,7 @@ import handover
 import host
 import ledger
 import metrics
+import recovery
 import registry
 import settings
 import supervisor
@@ -71,14 +72,6 @@ default. Beyond it the answer is that Redis is not available."""
 
 MESSAGES_AT_ONCE = 32
 """Questions read from one worker in a turn of the loop, so that none starves the rest."""
-
-ANSWER = struct.Struct("<32sB7x24s")
-"""A client's header, a status and the ufrag."""
-
-UNKNOWN, FOUND, UNAVAILABLE = range(3)
-
-ANSWERS_MAX = 64
-"""Answers in one message, and questions likewise."""
 
 HEARD_S_MAX = 3.0
 """A worker that was heard of within it serves: it wakes up every second, a successor in 50 ms."""
@@ -125,7 +118,7 @@ class Keeper:
         self._ways = [handover.counters_in(memory) for memory in shared.memories]
         self._asked: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue(ASKED_MAX)
         self._due = asyncio.Event()
-        self._received, self._refused = -1, False
+        self._received, self._refused, self._losses = -1, False, 0
         self._looked_at = self._refreshed_at = time.monotonic()
         self.ailments: list[str] = []
 
@@ -147,6 +140,7 @@ class Keeper:
             if self._found.vip:
                 tasks.append(group.create_task(self._keep_addresses(self._found.vip)))
             if self._redis:
+                tasks.append(group.create_task(self._redis.watch()))
                 tasks.append(group.create_task(self._write(self._redis)))
                 tasks += [
                     group.create_task(self._look_up(self._redis)) for _ in range(LOOKUPS_AT_ONCE)
@@ -180,6 +174,9 @@ class Keeper:
             period = self._found.redis.ttl_s / REFRESHES
             self.index.refresh((now - self._refreshed_at) / period)
             self._refreshed_at = now
+            if self._redis.losses != self._losses:
+                self._losses = self._redis.losses
+                self.index.refresh(1.0)
             if self.index.due:
                 self._due.set()
             values[metrics.Keeper.REDIS_UP] = self._redis.up
@@ -217,13 +214,13 @@ class Keeper:
         values = self.counters.values
         numbers, entries = self.index.take(STORE_MAX)
         try:
-            await redis.store(entries)
+            refused = await redis.store(entries)
         except registry.Unavailable:
-            self.index.put_back(numbers)
-            values[metrics.Keeper.STORE_FAILED] += 1
-            return False
-        values[metrics.Keeper.STORED] += len(entries)
-        return True
+            refused = list(range(len(numbers)))
+        self.index.put_back(numbers[at] for at in refused)
+        values[metrics.Keeper.STORED] += len(numbers) - len(refused)
+        values[metrics.Keeper.STORE_FAILED] += bool(refused)
+        return not refused
 
     async def _write_the_last(self, redis: registry.Registry) -> None:
         """What was assured since the last look: another relay may get these clients in a moment."""
@@ -240,7 +237,7 @@ class Keeper:
         """Questions of a worker: answer what is known here, queue the rest."""
         for _ in range(MESSAGES_AT_ONCE):
             try:
-                message = ours.recv(ANSWERS_MAX * frame.HEADER_OCTETS)
+                message = ours.recv(recovery.ASK_MAX * frame.HEADER_OCTETS)
             except BlockingIOError:
                 return
             except OSError:
@@ -257,13 +254,13 @@ class Keeper:
         for header in headers:
             ufrag = self.index.find(frame.key(header))
             if ufrag is not None:
-                answers.append(ANSWER.pack(header, FOUND, ufrag))
+                answers.append(recovery.ANSWER.pack(header, recovery.FOUND, ufrag))
                 values[metrics.Keeper.LOOKUPS_HERE] += 1
             elif self._redis is None:
-                answers.append(ANSWER.pack(header, UNKNOWN, b""))
+                answers.append(recovery.ANSWER.pack(header, recovery.UNKNOWN, b""))
                 values[metrics.Keeper.LOOKUPS_UNKNOWN] += 1
             elif not self._redis.up or self._asked.full():
-                answers.append(ANSWER.pack(header, UNAVAILABLE, b""))
+                answers.append(recovery.ANSWER.pack(header, recovery.UNAVAILABLE, b""))
                 values[metrics.Keeper.LOOKUPS_FAILED] += 1
             else:
                 self._asked.put_nowait((worker, header))
@@ -271,32 +268,37 @@ class Keeper:
 
     async def _look_up(self, redis: registry.Registry) -> None:
         """Ask Redis, for ever: each time about all clients that were asked about by then."""
-        values = self.counters.values
         while True:
             asked = [await self._asked.get()]
             while len(asked) < LOOKUP_KEYS_MAX and not self._asked.empty():
                 asked.append(self._asked.get_nowait())
             answers: dict[int, list[bytes]] = {worker: [] for worker, _ in asked}
+            found: Sequence[bytes | registry.Unavailable | None]
             try:
-                ufrags = await redis.look_up([frame.key(header) for _, header in asked])
-            except registry.Unavailable:
-                values[metrics.Keeper.LOOKUPS_FAILED] += len(asked)
-                for worker, header in asked:
-                    answers[worker].append(ANSWER.pack(header, UNAVAILABLE, b""))
-            else:
-                found = sum(ufrag is not None for ufrag in ufrags)
-                values[metrics.Keeper.LOOKUPS_FOUND] += found
-                values[metrics.Keeper.LOOKUPS_UNKNOWN] += len(asked) - found
-                for (worker, header), ufrag in zip(asked, ufrags, strict=True):
-                    status = UNKNOWN if ufrag is None else FOUND
-                    answers[worker].append(ANSWER.pack(header, status, ufrag or b""))
+                found = await redis.look_up([frame.key(header) for _, header in asked])
+            except registry.Unavailable as error:
+                found = [error] * len(asked)
+            for (worker, header), each in zip(asked, found, strict=True):
+                answers[worker].append(self._packed(header, each))
             for worker, packed in answers.items():
                 self._answer(worker, packed)
 
+    def _packed(self, header: bytes, found: bytes | registry.Unavailable | None) -> bytes:
+        """The answer about a client of which Redis was asked, counted."""
+        kinds = metrics.Keeper
+        if isinstance(found, bytes):
+            status, kind = recovery.FOUND, kinds.LOOKUPS_FOUND
+        elif found is None:
+            status, kind = recovery.UNKNOWN, kinds.LOOKUPS_UNKNOWN
+        else:
+            status, kind = recovery.UNAVAILABLE, kinds.LOOKUPS_FAILED
+        self.counters.values[kind] += 1
+        return recovery.ANSWER.pack(header, status, found if isinstance(found, bytes) else b"")
+
     def _answer(self, worker: int, answers: list[bytes]) -> None:
         _, ours = self._shared.asks[worker]
-        for at in range(0, len(answers), ANSWERS_MAX):
-            message = answers[at : at + ANSWERS_MAX]
+        for at in range(0, len(answers), recovery.ASK_MAX):
+            message = answers[at : at + recovery.ASK_MAX]
             try:
                 ours.send(b"".join(message))
             except OSError:

@@ -17,6 +17,7 @@ import ipaddress
 import os
 import stat
 import tomllib
+import urllib.parse
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -108,6 +109,88 @@ class Prefix:
         return f"Prefix({str(self.network)!r})"
 
 
+class RedisUrl:
+    """Where Redis is: one server, those that its Sentinels name, or a Cluster."""
+
+    __slots__ = ("database", "kind", "nodes", "password", "path", "service", "text", "tls", "user")
+
+    kind: str
+    """`redis`, `unix`, `sentinel` or `cluster`."""
+    nodes: tuple[tuple[str, int], ...]
+    """Host and port of the server, of each Sentinel, or of some servers of the Cluster."""
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError with the reason, which repeats no password."""
+        scheme, separator, rest = text.partition("://")
+        self.kind, self.tls = _REDIS_SCHEMES.get(scheme, ("", False))
+        if not (separator and self.kind):
+            raise ValueError(f"starts with none of {', '.join(f'{s}://' for s in _REDIS_SCHEMES)}")
+        login, _, rest = rest.rpartition("@")
+        user, colon, password = login.partition(":")
+        self.user = urllib.parse.unquote(user) or None
+        self.password = urllib.parse.unquote(password) if colon else None
+        self.path, self.service, self.database, self.nodes = "", "", 0, ()
+        if self.kind == "unix":
+            self.path, _, database = rest.partition("?db=")
+            if not self.path.startswith("/"):
+                raise ValueError(f"{rest!r} is not an absolute path")
+        else:
+            hosts, _, database = rest.partition("/")
+            port = 26379 if self.kind == "sentinel" else 6379
+            self.nodes = tuple(_redis_node(each, port) for each in hosts.split(","))
+        if self.kind == "redis" and len(self.nodes) > 1:
+            raise ValueError("names several servers: redis+cluster:// or redis+sentinel:// do")
+        if self.kind == "cluster" and database:
+            raise ValueError(f"a Cluster has no database {database!r}")
+        if self.kind == "sentinel":
+            self.service, _, database = database.partition("/")
+            if not self.service:
+                raise ValueError("names no service: redis+sentinel://host:port/service")
+        if database and not (database.isascii() and database.isdigit()):
+            raise ValueError(f"{database!r} is not the number of a database")
+        self.database = int(database or 0)
+        self.text = f"{scheme}://{rest}"
+
+    def __str__(self) -> str:
+        """Without user and password."""
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"RedisUrl({self.text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RedisUrl) and all(
+            getattr(self, slot) == getattr(other, slot) for slot in self.__slots__
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+_REDIS_SCHEMES = {
+    "redis": ("redis", False),
+    "rediss": ("redis", True),
+    "unix": ("unix", False),
+    "redis+sentinel": ("sentinel", False),
+    "rediss+sentinel": ("sentinel", True),
+    "redis+cluster": ("cluster", False),
+    "rediss+cluster": ("cluster", True),
+}
+"""By the scheme: what is there, and whether it is spoken to over TLS."""
+
+
+def _redis_node(text: str, default: int) -> tuple[str, int]:
+    """`host`, `host:port` or `[IPv6]:port`."""
+    if text.startswith("["):
+        host, _, port = text[1:].partition("]")
+        port = port.removeprefix(":")
+    else:
+        host, _, port = text.partition(":")
+    if not host or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16)):
+        raise ValueError(f"{text!r} is not HOST:PORT or [IPV6]:PORT")
+    return host, int(port or default)
+
+
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A table of a configuration file."""
 
@@ -197,9 +280,10 @@ class Redis(_Table, frozen=True):
     """`[redis]`: flows that outlive the relay that knows them. Without this table a relay's
     clients wait for their own next STUN after their relay was lost."""
 
-    url: str
-    """`redis://[user:password@]host:port/db`, `rediss://` (TLS), `unix://path`,
-    `redis+sentinel://host:port,host:port/service/db`, `redis+cluster://host:port,host:port`."""
+    url: RedisUrl
+    """`redis://[user:password@]host:port/db`, `unix:///path?db=0`,
+    `redis+sentinel://host:port,host:port/service/db` (Sentinels are asked without a password),
+    `redis+cluster://host:port,host:port`; with `rediss` in place of `redis` over TLS."""
     ttl_s: Seconds = 300.0
     """A flow is forgotten there this long after its relay last confirmed it (every third of it)."""
     timeout_s: Annotated[float, Meta(gt=0, le=10)] = 0.25
@@ -316,7 +400,7 @@ def load(path: Path | str, shape: type[File]) -> File:
     def convert(kind: type, value: Any) -> Any:
         if kind is Path and isinstance(value, str) and value:
             return path.parent / value
-        if kind in (Endpoint, Address, Prefix) and isinstance(value, str):
+        if kind in (Endpoint, Address, Prefix, RedisUrl) and isinstance(value, str):
             return kind(value)
         raise ValueError(f"expected text, got {value!r}")
 

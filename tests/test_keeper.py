@@ -14,7 +14,6 @@ import urllib.request
 
 import orjson
 import pytest
-import registry
 
 import flows
 import frame
@@ -22,6 +21,8 @@ import handover
 import keeper
 import ledger
 import metrics
+import recovery
+import registry
 import settings
 import supervisor
 
@@ -183,7 +184,7 @@ class Relay:
         answers = []
         while len(answers) < len(numbers):
             assert select.select([ours], [], [], PATIENCE_S)[0], "no answer"
-            answers += keeper.ANSWER.iter_unpack(ours.recv(65536))
+            answers += recovery.ANSWER.iter_unpack(ours.recv(65536))
         return {of: (status, found.rstrip(b"\0")) for of, status, found in answers}
 
     def until(self, condition):
@@ -300,11 +301,11 @@ def test_a_client_of_another_worker_needs_no_redis(make):
     relay.open(3, worker=1)
     relay.until(lambda: relay.counters[KINDS.FLOWS_LEFT] == 3)
     assert relay.ask(1, 3, 7, worker=1) == {
-        header(1): (keeper.FOUND, ufrag(1)),
-        header(3): (keeper.FOUND, ufrag(3)),
-        header(7): (keeper.UNKNOWN, b""),
+        header(1): (recovery.FOUND, ufrag(1)),
+        header(3): (recovery.FOUND, ufrag(3)),
+        header(7): (recovery.UNKNOWN, b""),
     }
-    assert relay.ask(2, worker=1) == {header(2): (keeper.FOUND, ufrag(2))}
+    assert relay.ask(2, worker=1) == {header(2): (recovery.FOUND, ufrag(2))}
     counted = [KINDS.LOOKUPS, KINDS.LOOKUPS_HERE, KINDS.LOOKUPS_UNKNOWN]
     assert [relay.counters[kind] for kind in counted] == [4, 3, 1]
 
@@ -314,14 +315,14 @@ def test_a_flow_that_is_only_tentative_is_nobodys(make):
     relay.tables[0].open(header(1), HOP, ufrag(1), time.monotonic())
     relay.received()
     relay.until(lambda: relay.counters[KINDS.FLOWS_LEFT] == 1)
-    assert relay.ask(1, worker=1) == {header(1): (keeper.UNKNOWN, b"")}
+    assert relay.ask(1, worker=1) == {header(1): (recovery.UNKNOWN, b"")}
 
 
 def test_questions_that_came_while_there_was_no_keeper_are_answered(make):
     relay = make()
     relay.shared.asks[0][0].send(header(5))
     relay.start()
-    assert relay.ask(6) == {header(5): (keeper.UNKNOWN, b"")}
+    assert relay.ask(6) == {header(5): (recovery.UNKNOWN, b"")}
 
 
 def test_a_worker_that_reads_no_answers_harms_nobody(make):
@@ -333,7 +334,7 @@ def test_a_worker_that_reads_no_answers_harms_nobody(make):
         with contextlib.suppress(BlockingIOError):
             ours.send(question)
     relay.until(lambda: relay.counters[KINDS.ANSWERS_LOST])
-    assert relay.ask(1, worker=1) == {header(1): (keeper.UNKNOWN, b"")}
+    assert relay.ask(1, worker=1) == {header(1): (recovery.UNKNOWN, b"")}
 
 
 def test_draining_ends_with_the_last_assured_flow(make):
@@ -376,12 +377,17 @@ class Played:
         self.open = asyncio.Event()
         self.open.set()
         self.closed = False
+        self.losses = 0
+
+    async def watch(self):
+        await asyncio.Event().wait()
 
     async def store(self, entries):
         await self.open.wait()
         if self.refuses:
             raise registry.Unavailable
         self.stored.append(dict(entries))
+        return []
 
     async def look_up(self, keys):
         self.asked.append(keys)
@@ -423,7 +429,7 @@ async def answers(relay, count, worker=0):
     ours, got = relay.shared.asks[worker][0], []
     while len(got) < count:
         with contextlib.suppress(BlockingIOError):
-            got += keeper.ANSWER.iter_unpack(ours.recv(65536))
+            got += recovery.ANSWER.iter_unpack(ours.recv(65536))
         await asyncio.sleep(0.001)
     return {of: (status, found.rstrip(b"\0")) for of, status, found in got}
 
@@ -483,7 +489,9 @@ def test_redis_is_asked_once_for_all_that_came_meanwhile(make):
             for of, answer in (await answers(relay, 50, worker)).items():
                 number = next(n for n in range(100) if header(n) == of)
                 assert number % 2 == worker
-                known = (keeper.FOUND, ufrag(number)) if number % 2 == 0 else (keeper.UNKNOWN, b"")
+                known = (
+                    (recovery.FOUND, ufrag(number)) if number % 2 == 0 else (recovery.UNKNOWN, b"")
+                )
                 assert answer == known
         assert len(redis.asked) <= 2 * keeper.LOOKUPS_AT_ONCE
         assert kept.counters[KINDS.LOOKUPS_FOUND] == kept.counters[KINDS.LOOKUPS_UNKNOWN] == 50
@@ -502,7 +510,7 @@ def test_a_redis_that_hangs_is_not_waited_for_by_more_than_there_is_room(make):
                 sent += relay.shared.asks[0][0].send(b"".join(map(header, range(64)))) // 32
             await asyncio.sleep(0)
         assert sent <= keeper.ASKED_MAX + (keeper.LOOKUPS_AT_ONCE + 100) * keeper.LOOKUP_KEYS_MAX
-        assert (await answers(relay, 1)).popitem()[1] == (keeper.UNAVAILABLE, b"")
+        assert (await answers(relay, 1)).popitem()[1] == (recovery.UNAVAILABLE, b"")
         assert len(redis.asked) == keeper.LOOKUPS_AT_ONCE
         redis.open.set()
 
@@ -516,7 +524,7 @@ def test_without_redis_nobody_waits(make, how):
     async def story(kept, redis):
         redis.up, redis.refuses = how != "down", True
         relay.shared.asks[1][0].send(header(1) + header(2))
-        both = {header(n): (keeper.UNAVAILABLE, b"") for n in (1, 2)}
+        both = {header(n): (recovery.UNAVAILABLE, b"") for n in (1, 2)}
         assert await answers(relay, 2, worker=1) == both
         assert kept.counters[KINDS.LOOKUPS_FAILED] == 2
         assert len(redis.asked) == (how == "refuses")
