@@ -72,7 +72,11 @@ class Shared:
         table = found.relay
         numbers = range(workers(table))
         self._estate = estate = legacy.Estate.of_manager() if estate is None else estate
-        self.public = [_public(estate, table, number) for number in numbers]
+        # A virtual address is announced once the workers serve, and withdrawn when they do not.
+        virtual = found.vip is not None and table.public.address in {
+            each.address for each in found.vip.addresses
+        }
+        self.public = [_public(estate, table, number, virtual) for number in numbers]
         self.internal = [_internal(estate, table, number) for number in numbers]
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in numbers]
         for end in (end for pair in pairs for end in pair):
@@ -142,12 +146,14 @@ class Shared:
             _log.warning("the service manager did not take all descriptors: a restart would lose")
 
 
-def _public(estate: legacy.Estate, table: settings.RelayTable, number: int) -> socket.socket:
+def _public(
+    estate: legacy.Estate, table: settings.RelayTable, number: int, virtual: bool
+) -> socket.socket:
     at, octets = table.public, table.receive_buffer_octets
     mapped = at.host if at.address.version == 6 else f"::ffff:{at.host}"
     found = estate.take_socket(f"public-{number}", socket.AF_INET6, mapped, at.port)
     if found is None:
-        return udp.open_public(at.host, at.port, octets)
+        return udp.open_public(at.host, at.port, octets, to_come=virtual)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # others may be opened beside
     udp._prepare(found, octets)
     return found
@@ -173,22 +179,18 @@ def _carry(
     # What was admitted once is admitted again; only the table's size counts.
     roomy = dataclasses.replace(limits, tentative=limits.flows, addresses=limits.flows)
     table = flows.Table(memory.section("flows"), roomy, time.monotonic())
-    carried = refused = 0
+    wanted, unreachable = {}, 0
     for flow in sorted(offered, key=lambda flow: flow.state is not flows.State.ASSURED):
-        if flow.header in table.hops:
+        if flow.header in table.hops or flow.header in wanted:
             continue
         try:
             hop = frame.name(*frame.endpoint(flow.hop), family)
         except ValueError:  # an IPv6 transceiver, and the sockets are IPv4 now
-            refused += 1
+            unreachable += 1
             continue
-        if table.open(flow.header, hop, flow.ufrag, flow.opened_at) is not None:
-            refused += 1
-            continue
-        if flow.state is flows.State.ASSURED:
-            table.answered([flow.header], flow.assured_at)
-        carried += 1
-    return carried, refused
+        wanted[flow.header] = flow._replace(hop=hop)
+    carried = table.adopt(wanted.values())
+    return carried, len(wanted) - carried + unreachable
 
 
 def sections(found: settings.Relay, family: int) -> dict[str, int]:

@@ -67,15 +67,18 @@ _NOTHING = 0xFFFF_FFFF  # a length that no datagram has
 # Linux's names that Python's socket module does not have.
 _SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
+_IPV6_FREEBIND = 78
 
 
-def open_public(host: str, port: int, buffer_octets: int) -> socket.socket:
+def open_public(host: str, port: int, buffer_octets: int, to_come: bool = False) -> socket.socket:
     """A socket for clients: AF_INET6 also for an IPv4 host, so that all clients look alike.
 
     Several may be opened for one address (SO_REUSEPORT): the kernel spreads clients over them.
-    Raises OSError.
+    An address that is `to_come` need not be this host's yet. Raises OSError.
     """
     sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    if to_come:  # ipv6(7), and for IPv4-mapped addresses too
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     mapped = host if ipaddress.ip_address(host).version == 6 else f"::ffff:{host}"

@@ -46,6 +46,12 @@ public = "{relay}"
 internal = "127.0.0.1:{internal}"
 workers = 2
 state_dir = "."
+metrics = "{metrics}"
+"""
+
+REDIS = """
+[redis]
+url = "redis://{redis}/0"
 """
 
 TRANSCEIVER = """[transceiver]
@@ -108,7 +114,7 @@ class System:
         """End everything that was started, the front door first, by process id."""
         for process in reversed(self.running.values()):
             if process.poll() is None:
-                process.terminate()
+                process.send_signal(signal.SIGINT)  # SIGTERM would have the relay drain first
         deadline = time.monotonic() + STOP_SECONDS_MAX
         for name, process in self.running.items():
             try:
@@ -148,18 +154,18 @@ def redis_binary() -> str | None:
     return str(bundled) if bundled and Path(bundled).exists() else None
 
 
-def start_redis(system: System, port: int) -> str:
-    """Start Redis and say where; without a binary say so."""
+def start_redis(system: System, port: int) -> str | None:
+    """Start Redis and say where; None without a binary."""
     binary = redis_binary()
     if binary is None:
-        return "none, going on without: install redis-server (Debian)"
+        return None
     system.start(
         "redis",
         *(binary, "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no"),
         *("--dir", str(system.state_dir), "--daemonize", "no"),
         ready="eady to accept connections",
     )
-    return f"127.0.0.1:{port} (up, but nothing uses it yet: flow recovery is still to come)"
+    return f"127.0.0.1:{port}"
 
 
 class About(TypedDict):
@@ -168,7 +174,8 @@ class About(TypedDict):
     page: str
     relay: str
     transceivers: list[str]
-    redis: str
+    redis: str | None
+    metrics: str
     state_dir: str
 
 
@@ -185,9 +192,10 @@ def bring_up(system: System, free: bool, advertise: str) -> About:
         internal = free_ports(2, socket.SOCK_DGRAM)[0]
         # UDP and TCP on one number: the kernel hands out TCP's, UDP's is as good as surely free.
         media = free_ports(2, socket.SOCK_STREAM)
-        web_port, redis_port = (free_ports(1, socket.SOCK_STREAM)[0] for _ in range(2))
+        web_port, redis_port, metrics_port = free_ports(3, socket.SOCK_STREAM)
     else:
-        relay_port, internal, media, web_port, redis_port = 3478, 3500, [9000, 9001], 8080, 6390
+        relay_port, internal, media = 3478, 3500, [9000, 9001]
+        web_port, redis_port, metrics_port = 8080, 6390, 9464
     relay = f"{advertise}:{relay_port}"
     transceivers = [f"127.0.0.1:{port}" for port in media]
     page = f"127.0.0.1:{web_port}"
@@ -201,7 +209,9 @@ def bring_up(system: System, free: bool, advertise: str) -> About:
     for number, listen in enumerate(transceivers, 1):
         path = configure(f"transceiver-{number}", TRANSCEIVER.format(listen=listen))
         system.start(path.stem, BIN / "transceiver", "run", "--config", path)
-    path = configure("relay", RELAY.format(relay=relay, internal=internal))
+    metrics = f"127.0.0.1:{metrics_port}"
+    text = RELAY.format(relay=relay, internal=internal, metrics=metrics)
+    path = configure("relay", text + (REDIS.format(redis=redis) if redis else ""))
     system.start("relay", BIN / "relay", "run", "--config", path)
     named = ", ".join(f'"{listen}"' for listen in transceivers)
     path = configure(
@@ -214,6 +224,7 @@ def bring_up(system: System, free: bool, advertise: str) -> About:
         "relay": relay,
         "transceivers": transceivers,
         "redis": redis,
+        "metrics": f"http://{metrics}/metrics",
         "state_dir": str(state_dir),
     }
 
@@ -284,7 +295,9 @@ def tell(about: About, as_json: bool) -> None:
     print(f"  relay         {about['relay']}/udp, 2 workers")
     for listen in about["transceivers"]:
         print(f"  transceiver   {listen}")
-    print(f"  Redis         {about['redis']}")
+    without = "none: install redis-server, or flows do not outlive their relay"
+    print(f"  Redis         {about['redis'] or without}")
+    print(f"  metrics       {about['metrics']}")
     print(f"  logs, keys    {about['state_dir']}\n\nCtrl-C ends it all.", flush=True)
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,12 @@ def test_interrupting_ends_everything_that_was_started(tmp_path: Path) -> None:
     assert process.stdout is not None
     about = json.loads(process.stdout.readline())
     children = psutil.Process(process.pid).children(recursive=True)
-    # Redis or not: relay with two workers, two transceivers, signaling.
-    assert len(children) >= 6
+    # Redis or not: relay with two workers and a keeper, two transceivers, signaling.
+    assert len(children) >= 7
+    with urllib.request.urlopen(about["metrics"]) as told:
+        seen = told.read().decode()
+    assert 'earshot_relay_inbound_received_total{worker="1"} 0.0' in seen
+    assert f"earshot_relay_keeper_redis_up {float(bool(about['redis']))}" in seen
     assert (tmp_path / "state" / "keys").stat().st_mode & 0o077 == 0
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
