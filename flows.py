@@ -142,6 +142,8 @@ class Table:
     """Headers whose transceiver's next word matters: tentative or contested flows."""
     tentative: int
     """How many flows are tentative."""
+    due: float
+    """When `sweep` has something to do again: asking costs less than calling it."""
 
     def __init__(self, memory: memoryview, limits: Limits, now: float) -> None:
         """Index what is in `memory`, of `octets(limits.flows)` octets: zeros are an empty table."""
@@ -152,7 +154,7 @@ class Table:
             _Hand(State.ASSURED, limits.flows, limits.idle_s, now),
             _Hand(State.TENTATIVE, limits.flows, limits.tentative_idle_s, now),
         )
-        self._due = now
+        self.due = now
         self._take_over()
 
     def _take_over(self) -> None:
@@ -290,9 +292,9 @@ class Table:
 
         To be called whenever the process wakes: each call takes the hands as far as they are due.
         """
-        if now < self._due:
+        if now < self.due:
             return []
-        self._due = now + SWEEP_S
+        self.due = now + SWEEP_S
         gone: list[Flow] = []
         for hand in self._hands:
             for number in hand.passes(self._memory, now):

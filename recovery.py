@@ -58,6 +58,9 @@ class Limits:
 class Recovery:
     """The datagrams that wait in one worker."""
 
+    asked_at: dict[bytes, float]
+    """Clients that were asked about, with the time: in the order in which they are overdue."""
+
     def __init__(
         self, memory: memoryview, limits: Limits, octets_max: int, counted: int, now: float
     ) -> None:
@@ -68,8 +71,7 @@ class Recovery:
         self._memory, self._limits, self._now = memory, limits, now
         self._stride = _stride(octets_max)
         self._slots: dict[bytes, list[int]] = {}
-        # By the time they were asked about, and so in the order in which they are overdue.
-        self._asked_at: dict[bytes, float] = {}
+        self.asked_at = {}
         self._to_ask: list[bytes] = []
         self._left, self._renewed_at = limits.lookups_per_s, now
         self._unknown: tuple[set[bytes], set[bytes]] = set(), set()
@@ -113,7 +115,7 @@ class Recovery:
         slots = self._slots.get(header)
         if slots is None:
             self._slots[header] = [slot]
-            self._asked_at[header] = now
+            self.asked_at[header] = now
             self._to_ask.append(header)
             self._left = max(0, self._left - 1)
         else:
@@ -142,7 +144,7 @@ class Recovery:
 
         They are the caller's to pass on, to count and to `free`.
         """
-        self._asked_at.pop(header, None)
+        self.asked_at.pop(header, None)
         return self._slots.pop(header, [])
 
     def unknown(self, header: bytes, now: float) -> None:
@@ -155,7 +157,7 @@ class Recovery:
     def overdue(self, now: float) -> list[bytes]:
         """Headers of clients about whom nobody answered in time."""
         late = []
-        for header, asked_at in self._asked_at.items():
+        for header, asked_at in self.asked_at.items():
             if now - asked_at < self._limits.wait_s:
                 break
             late.append(header)

@@ -133,18 +133,28 @@ class Worker:
         poll = select.epoll()
         for sock in (self._public, self._internal, self._keeper, link):
             poll.register(sock, select.EPOLLIN)
-        public, internal, stop = self._public.fileno(), self._internal.fileno(), link.fileno()
-        keeper = self._keeper.fileno()
+        public, internal, keeper = map(
+            socket.socket.fileno, (self._public, self._internal, self._keeper)
+        )
+        coalesce_s, flows_, waiting = self._coalesce_s, self.flows, self._recovery.asked_at
+        beat = self._control[handover.Control.BEAT : handover.Control.BEAT + 1]
+        rounds = range(ROUNDS_MAX)
         while True:
-            ready = dict(poll.poll(POLL_WAITING_S if self._recovery else POLL_S))
-            if stop in ready:
-                return
-            if self._coalesce_s and ready:
-                time.sleep(self._coalesce_s)
-            from_clients, from_transceivers = public in ready, internal in ready
+            from_clients = from_transceivers = heard = False
+            for ready, _ in poll.poll(POLL_WAITING_S if waiting else POLL_S):
+                if ready == public:
+                    from_clients = True
+                elif ready == internal:
+                    from_transceivers = True
+                elif ready == keeper:
+                    heard = True
+                else:
+                    return
+            if coalesce_s and (from_clients or from_transceivers):
+                time.sleep(coalesce_s)
             # In turns, so that neither way starves while the other never runs dry; until a batch
             # comes back short, since waking up costs more than anything done with a datagram.
-            for _ in range(ROUNDS_MAX):
+            for _ in rounds:
                 if from_clients:
                     from_clients = self.inbound()
                 if from_transceivers:
@@ -152,11 +162,12 @@ class Worker:
                 if not (from_clients or from_transceivers):
                     break
             self._overloaded = from_clients
-            now_ns = time.monotonic_ns()
-            self._control[handover.Control.BEAT] = now_ns
-            self.flows.sweep(now_ns * 1e-9)
-            if keeper in ready or self._recovery:
-                self._hear(now_ns * 1e-9)
+            beat[0] = now_ns = time.monotonic_ns()
+            now = now_ns * 1e-9
+            if now >= flows_.due:
+                flows_.sweep(now)
+            if heard or waiting:
+                self._hear(now)
 
     def inbound(self) -> bool:
         """A batch from clients to transceivers; True if more may be waiting."""
@@ -178,8 +189,11 @@ class Worker:
         else:
             holes = self._judge_inbound(headers, lengths, hops, to_judge, sent)
         batch.direct(n, hops)  # type: ignore[arg-type]  # judged: no None is left
-        refused = batch.send(n, _skipped(holes, sent))
-        _book(self.inbound_ledger, batch.number, lengths, 0, holes, refused)
+        refused = batch.send(n, _skipped(holes, sent) if holes or sent else ())
+        if holes or refused:
+            _book(self.inbound_ledger, batch.number, lengths, 0, holes, refused)
+        else:
+            self.inbound_ledger.book(batch.number, n, n, sum(lengths))
 
     def outbound(self) -> bool:
         """A batch from transceivers to clients; True if more may be waiting."""
@@ -204,8 +218,12 @@ class Worker:
             holes = self._judge_outbound(headers, lengths, sources, sent)
         if not table.watched.isdisjoint(headers):
             self._note_answers(headers, lengths, kinds, holes)
-        refused = batch.send(n, _skipped(holes, sent))
-        _book(self.outbound_ledger, batch.number, lengths, frame.HEADER_OCTETS, holes, refused)
+        refused = batch.send(n, _skipped(holes, sent) if holes or sent else ())
+        header = frame.HEADER_OCTETS
+        if holes or refused:
+            _book(self.outbound_ledger, batch.number, lengths, header, holes, refused)
+        else:
+            self.outbound_ledger.book(batch.number, n, n, sum(lengths) - header * n)
 
     # --- one by one: what misses, and STUN ------------------------------------------------------
 
@@ -354,7 +372,7 @@ _NONE: dict[int, ledger.Kinds] = {}
 
 
 def _skipped(holes: Mapping[int, object], sent: Sequence[int]) -> Sequence[int]:
-    return sorted({*holes, *sent}) if holes or sent else ()
+    return sorted({*holes, *sent})
 
 
 def _book(
@@ -365,11 +383,8 @@ def _book(
     holes: Mapping[int, ledger.Kinds],
     refused: Sequence[int],
 ) -> None:
-    """Count a batch: all of it, what went on, and why the rest did not."""
+    """Count a batch of which something went nowhere: all of it, what went on, and why not."""
     n, octets = len(lengths), sum(lengths)
-    if not (holes or refused):
-        book.book(number, n, n, octets - header * n)
-        return
     failed = book.kinds["DROPPED_SEND_FAILED"]
     reasons = [*holes.values(), *(failed for _ in refused)]
     octets -= sum(lengths[i] for i in (*holes, *refused))
