@@ -15,7 +15,8 @@ Rules that stay true:
   marks in it, and `losses` says when all has to be written again.
 
 One server, a service that Sentinels name, or a Cluster, whose shards fail one by one: therefore
-each client of a look-up, and each flow that is written, has a result of its own.
+each client of a look-up, and each flow that is written, has a result of its own, and `up` is false
+only when no shard answers.
 
 https://redis.io/docs/latest/commands/ (GETRANGE, SET with GET since 6.2)
 """
@@ -57,9 +58,16 @@ likely. If it had none, its flows are written again when their turn comes (a thi
 CONNECTIONS_MAX = 16
 """To one server: more than there are calls at once."""
 
-_GONE = (exceptions.ConnectionError, exceptions.RedisClusterException, OSError)
 _LATE = (exceptions.TimeoutError, TimeoutError)
-_FAILED = (exceptions.RedisError, OSError, TimeoutError)
+_GONE = (
+    exceptions.ConnectionError,
+    exceptions.RedisClusterException,
+    exceptions.ClusterDownError,
+    OSError,
+)
+
+_ELSEWHERE = (*_GONE, *_LATE, exceptions.AskError)  # MovedError is one
+_Command = tuple[bytes | str, ...]
 
 
 class Unavailable(Exception):
@@ -77,13 +85,13 @@ class Registry:
     def __init__(self, found: settings.Redis, log: logging.Logger) -> None:
         """Connects with the first call."""
         self._found, self._log = found, log
-        self._client = _client(found.url)
+        self._client = _client(found.url, found.timeout_s)
         self._ttl = str(max(1, round(found.ttl_s)))
         self._late = 0
-        self._refusal = ""
+        self._refusals = {"store": "", "probe": ""}
         self.up, self.losses = True, 0
         name, count = secrets.token_hex(8).encode(), MARKS if found.url.kind == "cluster" else 1
-        self._marks: dict[bytes, bytes | None] = {
+        self._marks: dict[bytes, int | None] = {
             b"%b%b:%d" % (MARK_PREFIX, name, number): None for number in range(count)
         }
         self._written = 0
@@ -96,7 +104,7 @@ class Registry:
         end = str(VALUE_OCTETS_MAX - 1)
         asked = [(b"GETRANGE", PREFIX + key, "0", end) for key in keys]
         replies = await self._call(asked, self._found.timeout_s)
-        return [_value(reply) for reply in replies]
+        return [self._value(reply) for reply in replies]
 
     async def store(self, entries: Sequence[tuple[bytes, bytes]]) -> list[int]:
         """Write clients and their ufrags, for `ttl_s`; returns the positions of those not taken.
@@ -106,7 +114,7 @@ class Registry:
         written = [(b"SET", PREFIX + key, ufrag, b"EX", self._ttl) for key, ufrag in entries]
         replies = await self._call(written, STORE_S)
         refused = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
-        self._note_writes(next((replies[at] for at in refused), None))
+        self._note_writes("store", next((replies[at] for at in refused), None))
         return refused
 
     async def watch(self) -> None:
@@ -122,8 +130,8 @@ class Registry:
         """End all connections."""
         try:
             async with asyncio.timeout(self._found.timeout_s):
-                await self._client.aclose()
-        except _FAILED:
+                await self._client.close()
+        except Exception:  # nothing is left to be done about it
             pass
 
     async def _probe(self) -> None:
@@ -137,35 +145,34 @@ class Registry:
             if isinstance(reply, Exception):
                 refusal = reply
                 continue
-            before, self._marks[mark] = self._marks[mark], value
-            # Older than what was written last: a replica took over that had not got it.
-            lost |= before is not None and reply != before
+            before, self._marks[mark] = self._marks[mark], self._written
+            # Older than what was written last: a replica took over that had not got it. Newer: so
+            # was a probe whose answer came too late.
+            lost |= before is not None and not _at_least(reply, before)
         if lost:
             self.losses += 1
             self._log.warning("redis lost what it had: all flows are written again")
-        self._note_writes(refusal)
+        self._note_writes("probe", refusal)
 
     async def _call(
-        self, commands: Sequence[tuple[bytes | str, ...]], timeout_s: float, probe: bool = False
+        self, commands: Sequence[_Command], timeout_s: float, probe: bool = False
     ) -> list[Any]:
         """Replies, or exceptions in their place; raises Unavailable if that is all there is."""
         if not self.up and not probe:
             raise Unavailable("redis is not up")
         try:
-            async with asyncio.timeout(timeout_s):
-                pipeline = self._client.pipeline(transaction=False)
-                for command in commands:
-                    pipeline.execute_command(*command)
-                replies: list[Any] = await pipeline.execute(raise_on_error=False)
-        except _FAILED as error:
+            replies = await self._client.call(commands, timeout_s, probe)
+        except Exception as error:  # a server that speaks nonsense breaks redis-py in many ways
             self._failed(error)
-            raise Unavailable(_reason(error)) from error
+            raise Unavailable(self._reason(error)) from error
         errors = [reply for reply in replies if isinstance(reply, (*_GONE, *_LATE))]
         if errors and len(errors) == len(replies):
-            self._failed(errors[0])
-            raise Unavailable(_reason(errors[0])) from errors[0]
+            # Clients of one shard say nothing of the others; a probe's marks are in all of them.
+            if probe or self._found.url.kind != "cluster":
+                self._failed(errors[0])
+            raise Unavailable(self._reason(errors[0])) from errors[0]
         self._late = 0
-        if not self.up:
+        if probe and not self.up:
             self.up = True
             self._log.info("redis is back: %s", self._found.url)
         return replies
@@ -174,35 +181,140 @@ class Registry:
         self._late += isinstance(error, _LATE)
         if self.up and (not isinstance(error, _LATE) or self._late >= TIMEOUTS_MAX):
             self.up, url = False, self._found.url
-            self._log.warning("redis is unreachable, media goes on: %s: %s", url, _reason(error))
+            self._log.warning(
+                "redis is unreachable, media goes on: %s: %s", url, self._reason(error)
+            )
 
-    def _note_writes(self, error: BaseException | None) -> None:
-        """A Redis that is full, or a Cluster without some shards, still answers look-ups."""
-        refusal = _reason(error) if error else ""
-        if bool(refusal) != bool(self._refusal):
-            if refusal:
-                self._log.warning("redis does not take all flows: %s", refusal)
+    def _note_writes(self, by: str, error: BaseException | None) -> None:
+        """A Redis that is full, or a Cluster without some shards, still answers look-ups.
+
+        What a probe sees says nothing of what a batch of flows meets, nor the other way round: it
+        is over when neither meets anything.
+        """
+        refused = any(self._refusals.values())
+        self._refusals[by] = self._reason(error) if error else ""
+        if refused and not any(self._refusals.values()):
+            self._log.info("redis takes all flows again")
+        elif error and not refused:
+            self._log.warning("redis does not take all flows: %s", self._refusals[by])
+
+    def _value(self, reply: Any) -> bytes | Unavailable | None:
+        if isinstance(reply, exceptions.ResponseError) and str(reply).startswith("WRONGTYPE"):
+            return None
+        if isinstance(reply, Exception):
+            return Unavailable(self._reason(reply))
+        return bytes(reply[:VALUE_OCTETS_MAX]) or None if isinstance(reply, bytes) else None
+
+    def _reason(self, error: BaseException) -> str:
+        """In one line of a log, whatever a server said: it may say what it was told."""
+        text = str(error)
+        if isinstance(error, _LATE) or not text:
+            text = "no answer in time" if isinstance(error, _LATE) else type(error).__name__
+        if self._found.url.password:
+            text = text.replace(self._found.url.password, "***")
+        return "".join(each if each.isprintable() else " " for each in text[:200])
+
+
+def _at_least(reply: Any, number: int) -> bool:
+    return isinstance(reply, bytes) and reply[:20].isdigit() and int(reply[:20]) >= number
+
+
+# --- one server, and many ------------------------------------------------------------------------
+
+
+class _Server:
+    """One server: that of the URL, or the one that Sentinels name when a connection is made."""
+
+    def __init__(self, client: Any, sentinels: Sequence[Any] = ()) -> None:
+        self._client, self._sentinels = client, sentinels
+
+    async def call(self, commands: Sequence[_Command], timeout_s: float, _: bool) -> list[Any]:
+        """Replies, or errors in their place; raises what happens to the connection."""
+        async with asyncio.timeout(timeout_s):
+            pipeline = self._client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        return replies
+
+    async def close(self) -> None:
+        for each in (self._client, *self._sentinels):
+            await each.aclose()
+
+
+class _Cluster:
+    """The shards of a Cluster, each of which answers, or does not, for itself.
+
+    redis-py's own pipeline over a Cluster ends as a whole when a shard is gone, waits for the
+    slowest, and does not look for a new primary.
+    """
+
+    def __init__(self, client: cluster.RedisCluster) -> None:
+        self._client, self._nodes = client, client.nodes_manager
+        self._stale = True
+        self._late: dict[str, int] = {}
+
+    async def call(self, commands: Sequence[_Command], timeout_s: float, probe: bool) -> list[Any]:
+        """As `_Server.call`; raises only if it is not known who has which keys."""
+        if self._stale and (probe or not self._nodes.slots_cache):
+            await self._look_around(STORE_S if probe else timeout_s)
+        asked = [cluster.PipelineCommand(at, *command) for at, command in enumerate(commands)]
+        shards: dict[cluster.ClusterNode, list[cluster.PipelineCommand]] = {}
+        for each in asked:
+            try:
+                node = self._client.get_node_from_key(each.args[1])
+            except exceptions.SlotNotCoveredError as error:
+                each.result, self._stale = error, True
             else:
-                self._log.info("redis takes all flows again")
-        self._refusal = refusal
+                assert node is not None  # get_node_from_key raises instead
+                shards.setdefault(node, []).append(each)
+        await asyncio.gather(
+            *(self._ask(node, some, timeout_s, probe) for node, some in shards.items())
+        )
+        return [each.result for each in asked]
+
+    async def _look_around(self, timeout_s: float) -> None:
+        """Ask any node who has which keys now."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._nodes.initialize()
+        except Exception:
+            if not self._nodes.slots_cache:
+                raise
+        else:
+            self._stale = False
+            self._late = {name: self._late.get(name, 0) for name in self._nodes.nodes_cache}
+
+    async def _ask(
+        self,
+        node: cluster.ClusterNode,
+        asked: list[cluster.PipelineCommand],
+        timeout_s: float,
+        probe: bool,
+    ) -> None:
+        """Let a shard answer, in time; one that hangs is left to the probes before long."""
+        late = self._late.get(node.name, 0)
+        failure: Exception | None = None
+        try:
+            if late < TIMEOUTS_MAX or probe:
+                async with asyncio.timeout(timeout_s):
+                    await node.execute_pipeline(asked)
+            else:
+                failure = TimeoutError()
+        except Exception as error:
+            failure = error
+        results = [failure or each.result for each in asked]
+        for each, result in zip(asked, results, strict=True):
+            each.result = result
+        self._late[node.name] = late + 1 if isinstance(results[0], _LATE) else 0
+        self._stale |= any(isinstance(each, _ELSEWHERE) for each in results)
+
+    async def close(self) -> None:
+        for each in "nodes_cache", "startup_nodes":
+            await self._nodes.aclose(each)
 
 
-def _value(reply: Any) -> bytes | Unavailable | None:
-    if isinstance(reply, exceptions.ResponseError) and not isinstance(reply, _GONE):
-        return None if str(reply).startswith("WRONGTYPE") else Unavailable(_reason(reply))
-    if isinstance(reply, Exception):
-        return Unavailable(_reason(reply))
-    return bytes(reply[:VALUE_OCTETS_MAX]) or None if isinstance(reply, bytes) else None
-
-
-def _reason(error: BaseException) -> str:
-    """In one line of a log, whatever a server said."""
-    text = str(error) or ("no answer in time" if isinstance(error, _LATE) else type(error).__name__)
-    return "".join(each if each.isprintable() else " " for each in text[:200])
-
-
-def _client(url: settings.RedisUrl) -> Any:
-    """The client for one server, a Sentinel's service or a Cluster."""
+def _client(url: settings.RedisUrl, timeout_s: float) -> _Server | _Cluster:
     # Calls have deadlines of their own, and what fails is tried again by whoever wants it: the one
     # retry is for a connection that was closed while nobody used it.
     common: dict[str, Any] = {
@@ -217,13 +329,24 @@ def _client(url: settings.RedisUrl) -> Any:
     if url.tls:
         common["ssl"] = True
     if url.kind == "unix":
-        return aioredis.Redis(unix_socket_path=url.path, db=url.database, **common)
+        return _Server(aioredis.Redis(unix_socket_path=url.path, db=url.database, **common))
     if url.kind == "redis":
         ((host, port),) = url.nodes
-        return aioredis.Redis(host=host, port=port, db=url.database, **common)
+        return _Server(aioredis.Redis(host=host, port=port, db=url.database, **common))
     if url.kind == "sentinel":
-        asked = {"socket_timeout": STORE_S, "protocol": 2, "ssl": url.tls}
-        sentinels = sentinel.Sentinel(url.nodes, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
-        return sentinels.master_for(url.service, db=url.database, **common)
+        # One after the other, until one answers: those that do not must leave time for the rest.
+        share_s = timeout_s / (len(url.nodes) + 1)
+        asked = {
+            "protocol": 2,
+            "retry": Retry(NoBackoff(), 0),
+            "socket_timeout": share_s,
+            "socket_connect_timeout": share_s,
+            "ssl": url.tls,
+        }
+        named = sentinel.Sentinel(url.nodes, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
+        client = named.master_for(url.service, db=url.database, **common)
+        return _Server(client, named.sentinels)
     nodes = [cluster.ClusterNode(host, port) for host, port in url.nodes]
-    return cluster.RedisCluster(startup_nodes=nodes, require_full_coverage=False, **common)
+    return _Cluster(
+        cluster.RedisCluster(startup_nodes=nodes, require_full_coverage=False, **common)
+    )
