@@ -241,9 +241,9 @@ class RelayTable(_Table, frozen=True):
     """Where transceivers answer: worker i binds this port plus i, and keeps it over restarts."""
     workers: Annotated[int, Meta(ge=0, le=256)] = 0
     """Worker processes; 0 is one for every CPU that the process may use."""
-    batch_size: Annotated[int, Meta(ge=1, le=256)] = 64
-    """Datagrams taken from a socket at once. Larger batches save nothing measurable beyond 64 and
-    make the last of a batch wait for the first."""
+    batch_size: Annotated[int, Meta(ge=1, le=256)] = 256
+    """Datagrams taken from a socket at once. Where that many wait, 64 at once cost a tenth more CPU
+    each; the last of a batch waits for the first, half a millisecond then. Fewer change nothing."""
     datagram_octets_max: Annotated[int, Meta(ge=576, le=9000)] = 1500
     """Largest datagram that is forwarded. WebRTC stays under 1,200; a larger one is dropped."""
     flows_max: Annotated[int, Meta(ge=1, le=4_000_000)] = 65_536

@@ -37,21 +37,21 @@ import stun
 import udp
 import ufrag
 
-ROUNDS_MAX = 64
+ROUNDS_MAX = 16
 """Full batches from each side between two looks at the clock and at the supervisor: at most a few
 tens of milliseconds, and only while both sockets never run dry."""
 
-POLL_S = 1.0
+POLL_MS = 1000
 """Longest sleep of an idle worker: how late a sweep may be."""
 
-POLL_WAITING_S = 0.05
+POLL_WAITING_MS = 50
 """The same while datagrams wait for the keeper: how late they may be found overdue."""
 
-JUDGED_MAX = 8
-"""Datagrams of unknown clients judged in a batch while the public socket does not run dry. A judged
-one costs some ten times what a known client's does; the rest of them are dropped unread, so that a
-flood costs little more than its receipt. More of them let fewer live datagrams through, fewer make
-honest newcomers try longer."""
+JUDGED_SHARE = 8
+"""One in so many datagrams of a batch may be an unknown client's and be judged while the public
+socket does not run dry. A judged one costs some ten times what a known client's does; the rest of
+them are dropped unread, so that a flood costs little more than its receipt. More of them let fewer
+live datagrams through, fewer make honest newcomers try longer."""
 
 
 class Worker:
@@ -93,7 +93,7 @@ class Worker:
         self._inbound = batch(memory.section("batch_in"), udp.Way.INBOUND, *shape, *ends)
         self._outbound = batch(memory.section("batch_out"), udp.Way.OUTBOUND, *shape, *ends[::-1])
         self._nowhere = bytes(frame.name_octets(self._family))
-        self._overloaded = False
+        self._overloaded, self._judged_max = False, max(1, table.batch_size // JUDGED_SHARE)
         self._recovers = found.redis is not None
         self._keeper, _ = shared.asks[number]
         self._recovery = recovery.Recovery(
@@ -118,21 +118,20 @@ class Worker:
         return n + m
 
     def _agree_on_waiting(self) -> None:
-        """What waits is what lies there: a slot that was counted and not freed goes again."""
-        book = self.inbound_ledger
-        more = len(self._recovery) - book[metrics.Inbound.WAITING]
-        if more > 0:
-            book.change({metrics.Inbound.WAITING: more, metrics.Inbound.RECOVERED: -more})
-        elif more < 0:  # there is no room for it any more: [redis] has gone from the settings
-            book.change(
-                {metrics.Inbound.WAITING: more, metrics.Inbound.DROPPED_LOOKUP_LIMIT: -more}
-            )
+        """What lies there waits, but for what the process before had counted and not yet freed."""
+        book, inbound = self.inbound_ledger, metrics.Inbound
+        self._recovery.settle(book[inbound.WAITING], time.monotonic())
+        more = len(self._recovery) - book[inbound.WAITING]
+        if more < 0:  # there is no room for it any more: [redis] has gone from the settings
+            book.change({inbound.WAITING: more, inbound.DROPPED_LOOKUP_LIMIT: -more})
 
     def serve(self, link: socket.socket) -> None:
         """Relay until `link` becomes readable."""
-        poll = select.epoll()
+        # Not epoll(7): it stays in the sockets' wait queues while nobody waits, and the kernel then
+        # wakes it for every datagram that has left: 6 % of the time a datagram takes in a flood.
+        poll = select.poll()
         for sock in (self._public, self._internal, self._keeper, link):
-            poll.register(sock, select.EPOLLIN)
+            poll.register(sock, select.POLLIN)
         public, internal, keeper = map(
             socket.socket.fileno, (self._public, self._internal, self._keeper)
         )
@@ -141,7 +140,7 @@ class Worker:
         rounds = range(ROUNDS_MAX)
         while True:
             from_clients = from_transceivers = heard = False
-            for ready, _ in poll.poll(POLL_WAITING_S if waiting else POLL_S):
+            for ready, _ in poll.poll(POLL_WAITING_MS if waiting else POLL_MS):
                 if ready == public:
                     from_clients = True
                 elif ready == internal:
@@ -243,9 +242,10 @@ class Worker:
         numbers, large = range(len(headers)), self._octets_max
         holes: dict[int, ledger.Kinds] = {}
         unknown = list(itertools.compress(numbers, map(operator.not_, hops)))
-        if self._overloaded and len(unknown) > JUDGED_MAX:
-            holes = dict.fromkeys(unknown[JUDGED_MAX:], metrics.Inbound.DROPPED_OVERLOADED)
-            del unknown[JUDGED_MAX:]
+        most = self._judged_max if self._overloaded else len(unknown)
+        if len(unknown) > most:
+            holes = dict.fromkeys(unknown[most:], metrics.Inbound.DROPPED_OVERLOADED)
+            del unknown[most:]
         suspects = {*unknown, *itertools.compress(numbers, stun_flags)} - holes.keys()
         if max(lengths) > large:
             suspects.update(i for i in numbers if lengths[i] > large and i not in holes)
@@ -353,6 +353,7 @@ class Worker:
             changes[inbound.DROPPED_SEND_FAILED] = len(octets) - len(sent)
         else:
             changes[verdict] = len(slots)
+        self._recovery.let_go(slots)
         self.inbound_ledger.change(changes)
         self._recovery.free(slots)
 
