@@ -14,7 +14,9 @@ Rules that stay true:
   the process dies, every slot that has a mark is whole. Its successor asks again for all of them.
 - The mark is the number of the batch that the datagram came with. If that batch was not counted it
   will be judged again, and what it left here is forgotten.
-- A slot is freed after what became of its datagram has been counted, never before.
+- A slot is freed after what became of its datagram has been counted, never before. In between it
+  is marked as let go: a successor knows by that, and by how many are counted as waiting, whether
+  it was counted, and that it need not be sent again.
 
 Sans-IO: `now` is an argument, in seconds.
 """
@@ -38,8 +40,9 @@ ANSWER = struct.Struct("<32sB7x24s")
 UNKNOWN, FOUND, UNAVAILABLE = range(3)
 """The status: nobody knows the client; here is its ufrag; nobody could be asked."""
 
-_SLOT = struct.Struct("<QI4x")  # mark, octets of the frame
+_SLOT = struct.Struct("<QIB3x")  # mark, octets of the frame, 1 if it was let go
 _MARK = struct.Struct("<Q")
+_LET_GO_AT = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +79,31 @@ class Recovery:
         self._left, self._renewed_at = limits.lookups_per_s, now
         self._unknown: tuple[set[bytes], set[bytes]] = set(), set()
         self._turned_at = now
-        self._free = []
+        self._free, self._left_behind = [], list[int]()
         for slot in reversed(range(limits.waiting)):
             (mark,) = _MARK.unpack_from(memory, slot * self._stride)
             if mark > counted:
                 self.free([slot])
-            elif mark:
-                self._note(bytes(self.frame(slot)[: frame.HEADER_OCTETS]), slot, now)
-            else:
+            elif not mark:
                 self._free.append(slot)
+            elif memory[slot * self._stride + _LET_GO_AT]:
+                self._left_behind.append(slot)
+            else:
+                self._note_again(slot, now)
+
+    def settle(self, waiting: int, now: float) -> None:
+        """So many are counted as waiting: what the process before let go waits again if it is
+        among them, and is gone if it was counted as something else."""
+        slots, self._left_behind = self._left_behind, []
+        if len(self) > waiting:
+            self.free(slots)
+            return
+        for slot in slots:
+            self._memory[slot * self._stride + _LET_GO_AT] = 0
+            self._note_again(slot, now)
+
+    def _note_again(self, slot: int, now: float) -> None:
+        self._note(bytes(self.frame(slot)[: frame.HEADER_OCTETS]), slot, now)
 
     def __len__(self) -> int:
         """How many datagrams wait."""
@@ -106,7 +125,7 @@ class Recovery:
         self._memory[start : start + frame.HEADER_OCTETS] = header
         end = start + frame.HEADER_OCTETS + len(payload)
         self._memory[start + frame.HEADER_OCTETS : end] = payload
-        _SLOT.pack_into(self._memory, at, 0, end - start)
+        _SLOT.pack_into(self._memory, at, 0, end - start, 0)
         _MARK.pack_into(self._memory, at, mark)
         self._note(header, slot, now)
         return None
@@ -125,7 +144,10 @@ class Recovery:
         """A new second's budget; a new generation of those who are unknown."""
         if now - self._renewed_at >= 1.0:
             self._renewed_at, self._left = now, self._limits.lookups_per_s
-        if now - self._turned_at >= self._limits.unknown_s / 2:
+        age_s = now - self._turned_at
+        if age_s >= self._limits.unknown_s / 2:
+            self._turn(now)
+        if age_s >= self._limits.unknown_s:  # nobody came meanwhile: the younger ones are old, too
             self._turn(now)
 
     def _turn(self, now: float) -> None:
@@ -142,7 +164,7 @@ class Recovery:
     def take(self, header: bytes) -> list[int]:
         """Somebody knows about this client: the slots that waited for it, no longer waiting.
 
-        They are the caller's to pass on, to count and to `free`.
+        They are the caller's to pass on, to `let_go`, to count and to `free`.
         """
         self.asked_at.pop(header, None)
         return self._slots.pop(header, [])
@@ -166,8 +188,13 @@ class Recovery:
     def frame(self, slot: int) -> memoryview:
         """A slot's frame, valid until it is freed."""
         at = slot * self._stride
-        _, length = _SLOT.unpack_from(self._memory, at)
+        _, length, _ = _SLOT.unpack_from(self._memory, at)
         return self._memory[at + _SLOT.size : at + _SLOT.size + length]
+
+    def let_go(self, slots: Iterable[int]) -> None:
+        """What became of these is counted next, all at once."""
+        for slot in slots:
+            self._memory[slot * self._stride + _LET_GO_AT] = 1
 
     def free(self, slots: Iterable[int]) -> None:
         """What became of these has been counted."""
