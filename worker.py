@@ -354,7 +354,6 @@ class Worker:
         else:
             changes[verdict] = len(slots)
         self._recovery.let_go(slots)
-        self._recovery.let_go(slots)
         self.inbound_ledger.change(changes)
         self._recovery.free(slots)
 
