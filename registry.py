@@ -24,8 +24,8 @@ https://redis.io/docs/latest/commands/ (GETRANGE, SET with GET since 6.2)
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 from redis import asyncio as aioredis
 from redis import exceptions
@@ -68,6 +68,7 @@ _GONE = (
 
 _ELSEWHERE = (*_GONE, *_LATE, exceptions.AskError)  # MovedError is one
 _Command = tuple[bytes | str, ...]
+_Result = TypeVar("_Result")
 
 
 class Unavailable(Exception):
@@ -129,8 +130,7 @@ class Registry:
     async def close(self) -> None:
         """End all connections."""
         try:
-            async with asyncio.timeout(self._found.timeout_s):
-                await self._client.close()
+            await _in_time(self._client.close(), self._found.timeout_s)
         except Exception:  # nothing is left to be done about it
             pass
 
@@ -222,6 +222,23 @@ def _at_least(reply: Any, number: int) -> bool:
 # --- one server, and many ------------------------------------------------------------------------
 
 
+async def _in_time(call: Coroutine[Any, Any, _Result], timeout_s: float) -> _Result:
+    """What `call` returns, or raises; TimeoutError when its time is over.
+
+    It is a task of its own, which is cancelled then and not waited for: redis-py writes by
+    asyncio.wait_for, which before Python 3.12 now and then swallows the cancellation.
+    """
+    task = asyncio.ensure_future(call)
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    try:
+        await asyncio.wait([task], timeout=timeout_s)
+    finally:
+        task.cancel()
+    if not task.done():
+        raise TimeoutError
+    return task.result()
+
+
 class _Server:
     """One server: that of the URL, or the one that Sentinels name when a connection is made."""
 
@@ -230,11 +247,10 @@ class _Server:
 
     async def call(self, commands: Sequence[_Command], timeout_s: float, _: bool) -> list[Any]:
         """Replies, or errors in their place; raises what happens to the connection."""
-        async with asyncio.timeout(timeout_s):
-            pipeline = self._client.pipeline(transaction=False)
-            for command in commands:
-                pipeline.execute_command(*command)
-            replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        pipeline = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        replies: list[Any] = await _in_time(pipeline.execute(raise_on_error=False), timeout_s)
         return replies
 
     async def close(self) -> None:
@@ -276,8 +292,7 @@ class _Cluster:
     async def _look_around(self, timeout_s: float) -> None:
         """Ask any node who has which keys now."""
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._nodes.initialize()
+            await _in_time(self._nodes.initialize(), timeout_s)
         except Exception:
             if not self._nodes.slots_cache:
                 raise
@@ -297,8 +312,7 @@ class _Cluster:
         failure: Exception | None = None
         try:
             if late < TIMEOUTS_MAX or probe:
-                async with asyncio.timeout(timeout_s):
-                    await node.execute_pipeline(asked)
+                await _in_time(node.execute_pipeline(asked), timeout_s)
             else:
                 failure = TimeoutError()
         except Exception as error:
