@@ -17,6 +17,8 @@ import time
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 PATIENCE_S = 20
 """How long anything may take before the test has failed."""
@@ -85,7 +87,8 @@ class Server:
         ]
         self._log = folder / f"{self.port}.log"
         self.process = None
-        self.client = redis.Redis(port=self.port, socket_timeout=PATIENCE_S)
+        once = Retry(NoBackoff(), 0)
+        self.client = redis.Redis(port=self.port, socket_timeout=PATIENCE_S, retry=once)
 
     def start(self):
         """Start it, and wait until it answers."""
