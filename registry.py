@@ -10,7 +10,8 @@ Rules that stay true:
   with `Unavailable`, and within its time.
 - While Redis is not usable nobody waits for it: one probe a second finds out when it is back.
 - A change is one line in the log, when it begins and when it ends.
-- A value is at most 32 octets of what Redis says, and nobody's promise: the worker judges it.
+- A value is at most 24 octets of what Redis says, and nobody's promise: the worker judges it. Only
+  a server that floods its client is not bounded but by the time of the call.
 - The memory of a Redis is not trusted either. Whether it still has what it was given is seen by
   marks in it, and `losses` says when all has to be written again.
 
