@@ -322,7 +322,8 @@ class Worker:
                 break
             if not message:
                 break
-            for header, status, text in recovery.ANSWER.iter_unpack(message):
+            whole = message[: len(message) - len(message) % recovery.ANSWER.size]
+            for header, status, text in recovery.ANSWER.iter_unpack(whole):
                 self._resolve(header, status, text.rstrip(b"\x00"), now)
         for header in self._recovery.overdue(now):
             self._release(self._recovery.take(header), metrics.Inbound.DROPPED_LOOKUP_FAILED)
