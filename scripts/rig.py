@@ -311,17 +311,10 @@ class Relay:
         self.memories = found[:-1]  # the last is the relay's own
 
     def workers_now(self) -> dict[int, int]:
-        """Process ids of the workers by their number: a worker is who waits for the internal socket
-        of that number, whatever else the relay has started."""
-        inodes = {}
-        for _, port, inode, _ in sockets():
-            if 0 <= port - self.internal < self.workers:
-                inodes[inode] = port - self.internal
-        found = {}
-        for pid in children(self.process.pid):
-            for inode in inodes.keys() & polled(pid):
-                found[inodes[inode]] = pid
-        return found
+        """Process ids of the workers by their number, those that are alive."""
+        alive = set(children(self.process.pid))
+        pids = [each.section("control").cast("Q")[handover.Control.PID] for each in self.memories]
+        return {number: pid for number, pid in enumerate(pids) if pid in alive}
 
     def worker_pids(self) -> list[int]:
         """The same once all of them are there. Raises dev.StartError if they do not come."""
@@ -381,35 +374,23 @@ def cpu_s(pid: int) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) * 1e-9
 
 
-def sockets() -> Iterator[tuple[str, int, int, int]]:
-    """All UDP sockets: family ("udp", "udp6"), port, inode, datagrams that did not fit."""
+def sockets() -> Iterator[tuple[int, int]]:
+    """All UDP sockets: port, datagrams that did not fit."""
     for family in ("udp", "udp6"):
         for line in Path(f"/proc/net/{family}").read_text().splitlines()[1:]:
             columns = line.split()
             port = int(columns[1].rpartition(":")[2], 16)
-            yield family, port, int(columns[9]), int(columns[-1])
+            yield port, int(columns[-1])
 
 
 def kernel_drops(ports: set[int]) -> int:
     """Datagrams that the sockets of these ports could not hold."""
-    return sum(drops for _, port, _, drops in sockets() if port in ports)
+    return sum(drops for port, drops in sockets() if port in ports)
 
 
 def listens(port: int) -> bool:
     """True once a UDP socket has this port."""
-    return any(port == taken for _, taken, _, _ in sockets())
-
-
-def polled(pid: int) -> set[int]:
-    """Inodes of what a process waits for by epoll(7); empty for one that has ended."""
-    found = set()
-    try:
-        for info in Path(f"/proc/{pid}/fdinfo").iterdir():
-            for inode in re.findall(r"^tfd:.* ino:([0-9a-f]+)", info.read_text(), re.M):
-                found.add(int(inode, 16))
-    except OSError:  # gone meanwhile
-        return set()
-    return found
+    return any(port == taken for taken, _ in sockets())
 
 
 def memfds(pid: int) -> list[str]:
