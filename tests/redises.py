@@ -78,12 +78,13 @@ def until(condition, what):
 class Server:
     """One redis-server; it can be killed, stopped in its tracks and started again, empty."""
 
-    def __init__(self, folder, *options, port=0):
+    def __init__(self, folder, *options, port=0, config=None):
         self.port = port or free_ports(1)[0]
         folder.mkdir(parents=True, exist_ok=True)
         self._words = [
-            *(required(), *options, "--port", str(self.port), "--bind", "127.0.0.1"),
-            *("--dir", str(folder), "--daemonize", "no", "--save", "", "--appendonly", "no"),
+            *(required(), *([config] if config else [])),
+            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder)),
+            *("--daemonize", "no", "--save", "", "--appendonly", "no", *options),
         ]
         self._log = folder / f"{self.port}.log"
         self.process = None
@@ -202,8 +203,7 @@ class Service(Single):
                 f"sentinel down-after-milliseconds {self.name} {DOWN_MS}\n"
                 f"sentinel failover-timeout {self.name} 2000\n"
             )
-            words = str(config), "--sentinel"
-            self.sentinels.append(self._server(*words, port=port))
+            self.sentinels.append(self._server("--sentinel", port=port, config=config))
         self.settle()
         nodes = ",".join(f"127.0.0.1:{each.port}" for each in self.sentinels)
         self.url = f"redis+sentinel://{nodes}/{self.name}"
