@@ -74,8 +74,18 @@ class Relay(test_relay.Relay):
         self.keeper = ledger.Counters(metrics.Keeper, own.section("keeper"))
         said = [line for line in self.log if "metrics at " in line] or [self.line("metrics at ")]
         self.metrics = said[0].split()[-1]
-        # The port of its transceiver is for whoever plays it.
+        # The port of its transceivers is for whoever plays them.
         self.transceiver.close()
+        self.second.close()
+
+    def said(self, part):
+        """How often its log has had this so far."""
+        while select.select([self.process.stderr], [], [], 0)[0]:
+            more = os.read(self.process.stderr.fileno(), 65536)
+            assert more, f"it has ended: {self.log}"
+            *lines, self._rest = (self._rest + more).split(b"\n")
+            self.log += [line.decode() for line in lines]
+        return sum(part in line for line in self.log)
 
     def octets(self):
         """Resident memory of the worker, what it shares included."""
@@ -121,18 +131,34 @@ class Relay(test_relay.Relay):
 class Live(load.Load):
     """Calls, and a transceiver that answers them and nobody else."""
 
-    def __init__(self, relay, calls=CALLS):
-        super().__init__(calls, relay.port)
-        self.relay, self.echoed, self.strange = relay, 0, 0
+    def __init__(self, relay, calls=CALLS, at="127.0.0.1", beside=()):
+        """The transceiver is at that address and the relay's port for transceivers. While `open`
+        waits the calls of `beside` go on."""
+        super().__init__(calls)
+        self._transceiver.close()
+        self._transceiver = load._udp(at, relay.port)
+        self._fds = self._client.fileno(), self._transceiver.fileno()
+        self.port, self._at, self._beside = relay.port, ipaddress.ip_address(at), beside
+        self.relay, self.echoed, self.strange, self.checked = relay, 0, 0, 0
         self.towards(relay.at, relay.public)
 
     def hints(self, keyring, first=1):
         """Ufrags of sessions at this transceiver."""
-        home, here = self.relay.home, ipaddress.ip_address("127.0.0.1")
         return [
-            ufrag.mint(keyring, home, here, self.port, first + number)
+            ufrag.mint(keyring, self.relay.home, self._at, self.port, first + number)
             for number in range(self.clients)
         ]
+
+    def _hear_firsts(self, waiting):
+        super()._hear_firsts(waiting)
+        for each in self._beside:
+            each._turn(time.monotonic_ns())
+
+    def first(self, client, datagram):
+        """Send a datagram of a client's that is not media, with no number."""
+        self._send_firsts([client], {client: datagram})
+        self._out_octets[:] = 0x5A
+        self._out.to_send[:] = load.OCTETS
 
     def _echo(self):
         octets, names, _ = self._echo_in._keep
@@ -145,6 +171,7 @@ class Live(load.Load):
                 self._echo_out.to_send[:k] = lengths
                 self._echo_out.send(self._fds[1], k)
             self.echoed += k
+            self.checked += int((octets[:k, 32] < 4).sum())
             self.strange += n - k
             if self._room and k:
                 heads = octets[:k, 32 : 32 + load._HEAD_OCTETS]
@@ -160,6 +187,18 @@ class Live(load.Load):
             self._echo()
             self._take()
             time.sleep(0.001)
+
+
+def together(lives, seconds, until=lambda: False):
+    """As `Load.run`, for several; True if it has come true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not until():
+        for each in lives:
+            now = time.monotonic_ns()
+            each._started = each._started or now
+            each._turn(now)
+        time.sleep(load.TICK_S)
+    return until()
 
 
 class Flood:
