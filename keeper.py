@@ -193,10 +193,10 @@ class Keeper:
                 ailments.append(f"worker {number} has not served yet")
             elif now - beat * 1e-9 > HEARD_S_MAX:
                 ailments.append(f"worker {number} was not heard of for {HEARD_S_MAX:.0f} s")
-        if ailments != self.ailments:
-            self._log.info("not ready: %s", ", ".join(ailments)) if ailments else self._log.info(
-                "all workers serve"
-            )
+        if ailments and ailments != self.ailments:
+            self._log.info("out of service: %s", ", ".join(ailments))
+        elif self.ailments and not ailments:
+            self._log.info("in service: all workers serve")
         self.ailments = ailments
 
     # --- Redis ------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ def test_ready_is_who_serves(make):
     relay.beat(age_s=10)
     status, body = get(url + "/readyz")
     assert status == 503 and "worker 1 was not heard of" in body
-    relay.line("not ready: worker 0 was not heard of for 3 s, worker 1")
+    relay.line("out of service: worker 0 was not heard of for 3 s, worker 1")
     relay.beat()
     relay.supervisor.values[metrics.Supervisor.DRAINING_UNTIL] = 1
     assert get(url + "/readyz") == (503, '{"ready":false,"why":["it drains"]}')
@@ -346,7 +346,7 @@ def test_draining_ends_with_the_last_assured_flow(make):
     relay.until(lambda: relay.counters[KINDS.FLOWS_LEFT] == 4)
     assert not relay.counters[KINDS.DRAINED]
     relay.supervisor.values[metrics.Supervisor.DRAINING_UNTIL] = 2**40
-    relay.line("not ready: it drains")
+    relay.line("out of service: it drains")
     assert not relay.counters[KINDS.DRAINED]
     for number, table in enumerate(relay.tables):
         now = time.monotonic()
