@@ -21,6 +21,7 @@ Rules that stay true:
 Sans-IO: `now` is an argument, in seconds.
 """
 
+import itertools
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Recovery:
         self._stride = _stride(octets_max)
         self._slots: dict[bytes, list[int]] = {}
         self.asked_at = {}
-        self._to_ask: list[bytes] = []
+        self._to_ask: dict[bytes, None] = {}
         self._left, self._renewed_at = limits.lookups_per_s, now
         self._unknown: tuple[set[bytes], set[bytes]] = set(), set()
         self._turned_at = now
@@ -135,7 +136,7 @@ class Recovery:
         if slots is None:
             self._slots[header] = [slot]
             self.asked_at[header] = now
-            self._to_ask.append(header)
+            self._to_ask[header] = None
             self._left = max(0, self._left - 1)
         else:
             slots.append(slot)
@@ -156,9 +157,13 @@ class Recovery:
     def asks(self) -> list[bytes]:
         """Headers of clients to ask the keeper about now, at most `ASK_MAX`, or none.
 
-        Each is returned once: an answer that never comes is overdue some time.
+        Each is returned once: an answer that never comes is overdue some time. Nobody is asked
+        about for whom nothing waits any more: with a keeper that does not listen there would be
+        ever more of them.
         """
-        asked, self._to_ask = self._to_ask[:ASK_MAX], self._to_ask[ASK_MAX:]
+        asked = list(itertools.islice(self._to_ask, ASK_MAX))
+        for header in asked:
+            del self._to_ask[header]
         return asked
 
     def take(self, header: bytes) -> list[int]:
@@ -167,6 +172,7 @@ class Recovery:
         They are the caller's to pass on, to `let_go`, to count and to `free`.
         """
         self.asked_at.pop(header, None)
+        self._to_ask.pop(header, None)
         return self._slots.pop(header, [])
 
     def unknown(self, header: bytes, now: float) -> None:
