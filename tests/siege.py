@@ -117,10 +117,17 @@ class Relay(test_relay.Relay):
             assert time.monotonic() < deadline, (sent, dropped, str(inbound))
             time.sleep(0.01)
 
+    def keeper_pid(self):
+        """Its child that is no worker."""
+        pid = self.process.pid
+        words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        (found,) = {int(word) for word in words} - {self.worker()}
+        return found
+
     @contextlib.contextmanager
-    def frozen(self):
-        """The worker stands still: what comes meanwhile waits in its sockets."""
-        pid = self.worker()
+    def frozen(self, pid=None):
+        """A process, by default the worker, stands still: what comes meanwhile waits in sockets."""
+        pid = pid or self.worker()
         os.kill(pid, signal.SIGSTOP)
         try:
             yield

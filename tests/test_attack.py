@@ -163,6 +163,27 @@ def test_those_who_are_unknown_are_asked_about_once(scene):
     relay.stop()
 
 
+@pytest.mark.parametrize("hung", ["keeper", "redis"])
+def test_a_flood_while_nobody_answers_the_worker(scene, hung):
+    relay, live, flood = scene.relay, scene.live, scene.flood(no_stun(scene))
+    pid = relay.keeper_pid() if hung == "keeper" else scene.redis.servers[0].process.pid
+    octets = relay.octets()
+    live.begin(siege.RATE, 4.0)
+    with relay.frozen(pid):
+        live.run(FLOOD_S, until=flood.paced(FLOOD_PER_S))
+        after = relay.octets()
+    account = live.settle()
+    inbound, _, _ = relay.taken(live.datagrams + flood.sent)
+    print(f"{inbound}; resident {octets}, {after}; {account.figures()}")
+    assert account.lost <= LOSS_MAX * account.sent
+    assert after - octets <= FIRST_OCTETS_MAX
+    assert {"lookup_failed", "lookup_limit"} <= inbound.drops().keys()
+    live.finish(inbound[IN.FORWARDED] + inbound[IN.RECOVERED])
+    assert live.strange == 0
+    scene.assert_nobody_was_sent_anything(flood)
+    relay.stop()
+
+
 def assert_limits(scene, inbound, flood, attack):
     """What came of the attack: the drops that are its own, and flows within their limits."""
     drops, opened = inbound.drops(), scene.live.strange
