@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -81,23 +82,30 @@ class Relay:
         self.keyring = settings.load_keys(folder / "keys")
         everywhere = ipaddress.ip_network("::/96" if ":" in at else "127.0.0.0/8")
         self.home = ufrag.Cluster(1, everywhere, 1, 65535)
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "relay", "run", "--config", self.config],
+        self.log, self._rest = [], b""
+        self.begin("run")
+        self.line(" ready:")
+        self.attach()
+
+    def begin(self, command):
+        """Start the program, or its successor; what an earlier one says is not heard any more."""
+        self.process = process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "relay", command, "--config", self.config],
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        self.log, self._rest = [], b""
-        stack.callback(self._clean)
-        self.line(" ready")
+        self.stack.callback(self._clean, process)
+
+    def attach(self):
         table = settings.load(self.config, settings.Relay).relay
         found = host.attach(handover.state_file(table), handover.LAYOUT, handover.MEMORY)
         self.memories = found[:-1]  # the last is the relay's own
 
-    def _clean(self):
+    def _clean(self, process):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.stderr.close()
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
 
     def line(self, part):
         """The next line of the log that has `part` in it."""
@@ -507,6 +515,52 @@ def test_a_reload_loses_nothing_and_says_what_it_cannot_change(start):
     running.config.write_text(text)
     inbound, _ = running.stop()
     assert inbound[IN.FORWARDED] == 201 and not inbound.drops()
+
+
+def test_media_goes_on_for_half_a_minute_after_everything_that_happens(start):
+    """Not only in the moment of a recovery: expiry, heartbeats and back-off come later."""
+    running = start(workers=2, more="flow_idle_s = 5.0\ntentative_idle_s = 5.0\n")
+    clients = [running.client() for _ in range(10)]
+    for nonce, client in enumerate(clients):
+        running.transceiver.sendto(header(client) + b"\x16", running.open(client, nonce=nonce))
+        assert client.recv(100) == b"\x16"
+    first = running.process
+    happens = [
+        lambda: os.kill(running.worker(0), signal.SIGKILL),
+        lambda: os.kill(running.worker(1), signal.SIGKILL),
+        lambda: running.process.send_signal(signal.SIGHUP),
+        lambda: running.begin("handover"),
+    ]
+    began, sent = time.monotonic(), 0
+    arrived, returned = [[] for _ in clients], [[] for _ in clients]
+    at = {header(client): number for number, client in enumerate(clients)}
+
+    def take(until_s):
+        while (left := began + until_s - time.monotonic()) > 0:
+            readable, _, _ = select.select([running.transceiver, *clients], [], [], left)
+            for sock in readable:
+                if sock is running.transceiver:
+                    framed, back = sock.recvfrom(4096)
+                    arrived[at[framed[:32]]].append(framed[32:])
+                    sock.sendto(framed, back)
+                else:
+                    returned[clients.index(sock)].append(sock.recv(4096))
+
+    while (now_s := sent * 0.02) < 34:
+        if happens and now_s >= 4 - len(happens) + 0.5:
+            happens.pop(0)()
+        for client in clients:
+            client.send(b"\x80 %d" % sent)
+        sent += 1
+        take(sent * 0.02)
+    take(sent * 0.02 + 1)
+    wanted = [b"\x80 %d" % number for number in range(sent)]
+    assert all(each == wanted for each in (*arrived, *returned))
+    assert first.wait(PATIENCE_S) == 0
+    running.attach()
+    inbound, outbound = running.stop()
+    assert inbound[IN.FORWARDED] == 10 * (sent + 1) and outbound[OUT.FORWARDED] == 10 * (sent + 1)
+    assert not inbound.drops() and not outbound.drops()
 
 
 def test_the_log_names_no_client(start):
