@@ -1,0 +1,468 @@
+"""The relay under a service manager: what they say to each other, the units, and a real systemd.
+
+First the program with a stand-in that keeps descriptors as systemd does, and media all the while.
+Then the unit files, as text. At last both under a systemd that is process 1 of namespaces of its
+own, where the test may make some: it sees nothing of the machine's own units, cgroups and mounts.
+"""
+
+import contextlib
+import ipaddress
+import itertools
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import typing
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import flows
+import frame
+import handover
+import host
+import ledger
+import legacy
+import settings
+import stun
+import supervisor
+import ufrag
+
+from . import node
+
+ROOT = Path(__file__).resolve().parent.parent
+UNITS = ROOT / "config" / "systemd"
+RELAY = Path(sys.executable).with_name("relay")
+PATIENCE_S = node.PATIENCE_S
+OURS = ["internal-0", "internal-1", "memory-0", "memory-1", "public-0", "public-1", "relay"]
+
+
+# --- the program and a stand-in -------------------------------------------------------------------
+
+EXEC = """
+import fcntl, os, sys
+names, numbers, *argv = sys.argv[1:]
+# Above all that is open, then down to where they are looked for.
+high = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 200) for number in numbers.split()]
+for number, fd in enumerate(high, 3):
+    os.dup2(fd, number)
+os.closerange(3 + len(high), 400)
+told = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(high)), "LISTEN_FDNAMES": names}
+os.execve(argv[0], argv, os.environ | told)
+"""
+"""What systemd does between fork and exec: sd_listen_fds(3)."""
+
+
+class Program(node.Node):
+    """`relay run`, started by a manager."""
+
+    def __init__(self, site, manager, handed, environment):
+        self.log = site.folder / f"log-{len(list(site.folder.glob('log-*')))}"
+        names, fds = ":".join(name for name, _ in handed), [fd for _, fd in handed]
+        relay = [sys.executable, "-P", "-m", "relay", "run", "--config", str(site.config)]
+        with self.log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-S", "-c", EXEC, names, " ".join(map(str, fds)), *relay],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                pass_fds=fds,
+                env=os.environ | {"NOTIFY_SOCKET": str(manager.path)} | environment,
+            )
+        self.pid = self.process.pid
+
+
+class Place(node.Site):
+    """A site whose manager starts the real program."""
+
+    def __init__(self, folder, stack, more=""):
+        super().__init__(folder, stack)
+        self.configure(more=f'metrics = "127.0.0.1:0"\n{more}')
+        self.manager = node.Manager(folder, stack)
+
+    def start(self, *units, **environment):
+        """The next one, with what socket units have and with all that was kept."""
+        self.manager.hear()
+        running = Program(self, self.manager, [*units, *self.manager.held], environment)
+        self.stack.callback(running.kill)
+        return running
+
+    def ready(self, *units, **environment):
+        """The same, and it serves."""
+        self.manager.hear()
+        before = len(self.manager.told)
+        running = self.start(*units, **environment)
+        wait(lambda: self.told(before, "READY") or running.ended(), running)
+        assert not running.ended(), running.log.read_text()
+        return running
+
+    def memories(self):
+        """What the workers of the running relay work in; the last memory is the relay's own."""
+        state = handover.state_file(self.table)
+        return host.attach(state, handover.LAYOUT, handover.MEMORY)[:-1]
+
+    def flows(self):
+        """All flows of the running relay."""
+        found = (flows.read_all(memory.section("flows")) for memory in self.memories())
+        return set(itertools.chain.from_iterable(found))
+
+    def told(self, since, *keys):
+        """What was said since then with one of these keys in it."""
+        self.manager.hear()
+        return [said for said in self.manager.told[since:] if set(keys) & set(said)]
+
+    def hint(self, nonce):
+        """A ufrag that names the transceiver, and its password."""
+        home = ufrag.Cluster(1, ipaddress.ip_network("127.0.0.0/8"), 1, 65535)
+        here = ipaddress.ip_address("127.0.0.1"), self.transceiver.getsockname()[1]
+        hint = ufrag.mint(self.keyring, home, *here, nonce)
+        return hint, ufrag.password(self.keyring, hint)
+
+
+def wait(condition, said=""):
+    """Until something is so."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        text = said.log.read_text() if isinstance(said, node.Node) else said
+        assert time.monotonic() < deadline, f"it has not come true in time\n{text}"
+        time.sleep(0.005)
+
+
+def heard(sock):
+    """The next datagram, and where it is from."""
+    assert select.select([sock], [], [], PATIENCE_S)[0], "nothing is heard"
+    return sock.recvfrom(4096)
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def place(tmp_path, stack):
+    return Place(tmp_path, stack)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_restart_through_the_store_loses_nothing(place, number):
+    running = place.ready()
+    media = node.Media(place)
+    media.run()
+    flows_before = place.flows()
+    assert len(flows_before) == media.CLIENTS
+    for _ in range(2):
+        running.send(number)
+        media.run(running.ended)
+        running, sent = place.start(), media.sent
+        media.run(lambda: place.manager.hear() or running.said(" ready: "))  # noqa: B023
+        assert media.sent > sent
+        media.run(at_least=100)
+        assert running.said("2 of 2 workers' memories are taken over as they are")
+        assert place.manager.names() == OURS
+    assert media.lost() == 0
+    assert place.flows() == flows_before
+    memories = place.memories()
+    running.send(signal.SIGINT)
+    assert running.code() == supervisor.Exit.STOPPED
+    ways = zip(*map(handover.counters_in, memories), strict=True)
+    assert [ledger.total(way).missing() for way in ways] == [0, 0]
+
+
+def test_what_is_sent_while_there_is_no_relay_arrives(place):
+    running = place.ready()
+    media, back = node.Media(place), {}
+    for client in media.clients:
+        client.send(b"\x80 before")
+        framed, source = heard(place.transceiver)
+        back[framed[: frame.HEADER_OCTETS]] = source
+    assert set(back) == media.headers
+    running.send(signal.SIGINT)
+    assert running.code() == supervisor.Exit.STOPPED
+    for number in range(50):
+        for client in media.clients:
+            client.send(b"\x80 in %d" % number)
+        for header, relay in back.items():
+            place.transceiver.sendto(header + b"\x80 out %d" % number, relay)
+    place.ready()
+    came = {header: [] for header in back}
+    for _ in range(50 * len(back)):
+        framed, source = heard(place.transceiver)
+        header = framed[: frame.HEADER_OCTETS]
+        assert source == back[header]
+        came[header].append(framed[frame.HEADER_OCTETS :])
+    assert all(each == [b"\x80 in %d" % number for number in range(50)] for each in came.values())
+    for client in media.clients:
+        answers = [heard(client)[0] for _ in range(50)]
+        assert answers == [b"\x80 out %d" % number for number in range(50)]
+
+
+def test_sockets_of_the_socket_unit(place):
+    """What was sent before the first start is served; later they come beside what was stored."""
+    units = []
+    for _ in range(2):
+        public = place.stack.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        public.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        public.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        public.bind(("::ffff:127.0.0.1", place.public))
+        units.append(("earshot-relay", public.fileno()))
+    early = place.stack.enter_context(node.bound())
+    early.connect(("127.0.0.1", place.public))
+    hint, password = place.hint(99)
+    check = stun.request(os.urandom(12), f"{hint}:x", password)
+    early.send(check)
+    running = place.ready(*units)
+    assert heard(place.transceiver)[0] == frame.header(*early.getsockname()) + check
+    media = node.Media(place)
+    for _ in range(2):
+        kept = {os.fstat(fd).st_ino for name, fd in place.manager.held if "public" in name}
+        assert kept == {os.fstat(fd).st_ino for _, fd in units}
+        assert not running.said("left over") and not running.said("not taken over")
+        running.send(signal.SIGINT)
+        media.run(running.ended)
+        running = place.start(*units)
+        media.run(lambda: place.manager.hear() or running.said(" ready: "))  # noqa: B023
+        assert place.manager.names() == OURS
+    assert media.lost() == 0
+
+
+def relabel(fd):
+    """The memory's first page says a layout that there is not yet."""
+    page = os.pread(fd, 4096, 0)
+    there = b'"layout": %d' % handover.LAYOUT
+    assert there in page
+    os.pwrite(fd, page.replace(there, b'"layout": 9'), 0)
+
+
+def blank(fd):
+    """There is nothing in the first page that could be read."""
+    os.pwrite(fd, bytes(4096), 0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (relabel, "memory-{} has layout 9, which this version cannot read"),
+        (blank, "memory-{} is not taken over: "),
+    ],
+)
+def test_a_memory_that_is_not_understood_is_refused(place, spoil, line):
+    running = place.ready()
+    node.Media(place)
+    assert len(place.flows()) == node.Media.CLIENTS
+    running.send(signal.SIGINT)
+    assert running.code() == supervisor.Exit.STOPPED
+    assert place.manager.names() == OURS
+    for name, fd in place.manager.held:
+        if name.startswith("memory-"):
+            spoil(fd)
+    refused = {os.fstat(fd).st_ino for name, fd in place.manager.held if "memory" in name}
+    sockets = {os.fstat(fd).st_ino for name, fd in place.manager.held if "-" in name} - refused
+    running = place.ready()
+    for number in range(2):
+        assert running.said(line.format(number)), running.log.read_text()
+    assert place.flows() == set()
+    # The sockets are the same, the memories are not, and the store has nothing twice.
+    assert place.manager.names() == OURS
+    held = {os.fstat(fd).st_ino for _, fd in place.manager.held}
+    assert sockets <= held and not refused & held
+    media = node.Media(place)
+    media.run()
+    assert media.lost() == 0
+
+
+def test_everything_is_stored_before_it_is_ready(place):
+    place.ready()
+    said = place.told(0, "FDSTORE", "READY")
+    assert [each.get("FDNAME", "READY") for each in said][-1] == "READY"
+    assert sorted(each["FDNAME"] for each in said[:-1]) == OURS
+    assert said[-1] == {"READY": "1", "STATUS": "serving"}
+
+
+def test_the_watchdog_hears_of_it_as_long_as_it_lives(place):
+    running = place.ready(WATCHDOG_USEC="200000")
+    wait(lambda: len(place.told(0, "WATCHDOG")) >= 4, running)
+    assert {said["WATCHDOG"] for said in place.told(0, "WATCHDOG")} == {"1"}
+    running.send(signal.SIGSTOP)
+    stopped = f"/proc/{running.pid}/stat"
+    wait(lambda: Path(stopped).read_text().rpartition(")")[2].split()[0] == "T")
+    so_far = len(place.told(0, "WATCHDOG"))
+    time.sleep(0.5)
+    assert len(place.told(0, "WATCHDOG")) == so_far
+    running.send(signal.SIGCONT)
+    wait(lambda: len(place.told(0, "WATCHDOG")) > so_far, running)
+
+
+def test_a_reload_is_announced_and_loses_nothing(place):
+    running = place.ready()
+    media = node.Media(place)
+    since, before_us = len(place.manager.told), time.monotonic_ns() // 1000
+    running.send(signal.SIGHUP)
+    media.run(lambda: place.told(since, "READY"))
+    reloading, ready = place.told(since, "RELOADING", "READY")
+    assert reloading["RELOADING"] == "1" and reloading["STATUS"] == "reloading"
+    assert before_us <= int(reloading["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    assert ready == {"READY": "1", "STATUS": "serving"}
+    media.run()
+    assert media.lost() == 0
+
+
+def test_a_drain_is_announced_and_asks_for_time(place):
+    running = place.ready()
+    media = node.Media(place)
+    since = len(place.manager.told)
+    running.send(signal.SIGTERM)
+    media.run(lambda: place.told(since, "EXTEND_TIMEOUT_USEC"))
+    (stopping,) = place.told(since, "STOPPING")
+    assert stopping == {"STOPPING": "1", "STATUS": "draining"}
+    (more,) = place.told(since, "EXTEND_TIMEOUT_USEC")
+    assert int(more["EXTEND_TIMEOUT_USEC"]) == supervisor.STOP_EXTENSION_S * 1e6
+    media.run()
+    assert media.lost() == 0 and not running.ended()
+    running.send(signal.SIGTERM)
+    assert running.code() == supervisor.Exit.STOPPED
+    assert place.told(since, "STOPPING")[-1]["STATUS"] == "stopping"
+
+
+# --- the units ------------------------------------------------------------------------------------
+
+NAMES = [
+    "earshot-relay.service",
+    "earshot-relay.socket",
+    "earshot-signaling.service",
+    "earshot-transceiver@.service",
+]
+SERVICES = [name for name in NAMES if name.endswith(".service")]
+
+
+def parsed(name):
+    """Sections of a unit file, with a list of values for each key: systemd.syntax(7)."""
+    found = {}
+    for line in (UNITS / name).read_text().splitlines():
+        if line.startswith("["):
+            section = found.setdefault(line.strip("[]"), {})
+        elif line and not line.startswith("#"):
+            key, equals, value = line.partition("=")
+            assert equals and key.isalnum() and not value.endswith("\\"), line
+            section.setdefault(key, []).append(value)
+    return found
+
+
+def one(name, section, key):
+    """The value of a key that stands there once."""
+    (value,) = parsed(name)[section][key]
+    return value
+
+
+def seconds(text):
+    number, unit = re.fullmatch(r"(\d+)(ms|s)", text).groups()
+    return int(number) / (1000 if unit == "ms" else 1)
+
+
+def test_these_are_all_units():
+    assert sorted(path.name for path in UNITS.iterdir()) == NAMES
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_starts_what_is_there(name):
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    unit = parsed(name)["Service"]
+    command = shlex.split(*unit["ExecStart"])
+    program = Path(command[0])
+    assert str(program.parent) == "/opt/earshot/current/venv/bin" and program.name in scripts
+    assert program.name in name
+    assert command[1:3] == ["run", "--config"]
+    # One that starts beforehand would be time in which nobody reads the sockets, and its status
+    # 78 no reason to end.
+    assert "ExecStartPre" not in unit
+    assert unit["RestartPreventExitStatus"] == [str(int(supervisor.Exit.CONFIGURATION))]
+    assert unit["Restart"] == ["on-failure"] and seconds(*unit["RestartSec"]) <= 1
+    assert unit["Environment"] == ["PYTHONSAFEPATH=1"]  # asserts are checks: no PYTHONOPTIMIZE
+    assert unit["User"] == ["earshot"] and unit["NoNewPrivileges"] == ["yes"]
+    assert unit["ProtectSystem"] == ["strict"] and unit["UMask"] == ["0077"]
+    assert "AF_UNIX" in unit["RestrictAddressFamilies"][0]
+
+
+def test_the_relay_stops_in_two_ways():
+    """What supervisor.py does with these signals: one drains, the other does not."""
+    unit = parsed("earshot-relay.service")["Service"]
+    assert (unit["KillSignal"], unit["RestartKillSignal"]) == (["SIGTERM"], ["SIGINT"])
+    assert unit["KillMode"] == ["mixed"] and "ExecStop" not in unit
+    # The first request for more time comes at once, and what is asked for is renewed thrice.
+    stop_s = seconds(*unit["TimeoutStopSec"])
+    assert supervisor.STOP_S < stop_s < supervisor.STOP_EXTENSION_S
+    assert unit["ExecReload"][-1] == "kill -HUP $MAINPID"
+    assert shlex.split(unit["ExecReload"][0])[1] == "check"
+
+
+def test_the_relay_notifies_and_is_given_time():
+    unit = parsed("earshot-relay.service")["Service"]
+    assert unit["Type"] == ["notify"] and unit["NotifyAccess"] == ["main"]
+    assert seconds(*unit["WatchdogSec"]) > 2 * supervisor.BEAT_S_MAX
+    starts_s = supervisor.START_FAILURES_MAX * supervisor.START_S_MAX
+    assert seconds(*unit["TimeoutStartSec"]) > starts_s
+    # No number of failures may lose what is in the store.
+    assert parsed("earshot-relay.service")["Unit"]["StartLimitIntervalSec"] == ["0"]
+    for other in ("earshot-signaling.service", "earshot-transceiver@.service"):
+        assert one(other, "Service", "Type") == "exec"
+
+
+def test_the_store_has_room_for_all_workers_that_can_be_configured():
+    table = typing.get_type_hints(settings.RelayTable, include_extras=True)
+    (meta,) = table["workers"].__metadata__
+    room = int(one("earshot-relay.service", "Service", "FileDescriptorStoreMax"))
+    assert room > 3 * meta.le
+    assert int(one("earshot-relay.service", "Service", "LimitNOFILE")) > 10 * room
+    assert "FileDescriptorStorePreserve" not in parsed("earshot-relay.service")["Service"]
+
+
+def test_the_units_and_the_settings_agree():
+    defaults = {each.name: each.default for each in msgspec.structs.fields(settings.RelayTable)}
+    found = tomllib.loads((ROOT / "config" / "relay.toml").read_text())["relay"]
+    assert one("earshot-relay.service", "Service", "RuntimeDirectory") == defaults["state_dir"].name
+    address, _, port = found["public"].rpartition(":")
+    listens = parsed("earshot-relay.socket")["Socket"]["ListenDatagram"]
+    assert set(listens) == {f"[::ffff:{address}]:{port}"}
+    unit = parsed("earshot-relay.socket")["Socket"]
+    assert unit["ReusePort"] == ["yes"] and unit["BindIPv6Only"] == ["both"]
+    assert not legacy._OURS.fullmatch(*unit["FileDescriptorName"])
+    assert ":" not in unit["FileDescriptorName"][0]
+
+
+def test_only_the_relay_has_a_capability():
+    unit = parsed("earshot-relay.service")["Service"]
+    assert unit["AmbientCapabilities"] == unit["CapabilityBoundingSet"] == ["CAP_NET_ADMIN"]
+    for other in ("earshot-signaling.service", "earshot-transceiver@.service"):
+        assert one(other, "Service", "CapabilityBoundingSet") == ""
+        assert "AmbientCapabilities" not in parsed(other)["Service"]
+
+
+def test_systemd_finds_no_fault_in_them(tmp_path):
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("needs systemd-analyze")
+    for name in NAMES:
+        text = (UNITS / name).read_text()
+        # What it cannot find on this host is not the matter here.
+        text = text.replace("/opt/earshot/current/venv/bin/", f"{RELAY.parent}/")
+        text = re.sub("(?m)^(User|Group)=.*$", r"\1=root", text)
+        (tmp_path / name.replace("@.", "@0.")).write_text(text)
+    done = subprocess.run(
+        [analyze, "verify", *sorted(tmp_path.iterdir())],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    about_these = [line for line in done.stderr.splitlines() if "earshot" in line]
+    assert done.returncode == 0 and not about_these, done.stderr
