@@ -8,6 +8,7 @@ counter, and the calls lose nothing while there is CPU left. Where there is none
 import contextlib
 import os
 import random
+import signal
 import time
 from collections import Counter
 
@@ -178,6 +179,32 @@ def test_a_flood_while_nobody_answers_the_worker(scene, hung):
     assert account.lost <= LOSS_MAX * account.sent
     assert after - octets <= FIRST_OCTETS_MAX
     assert {"lookup_failed", "lookup_limit"} <= inbound.drops().keys()
+    live.finish(inbound[IN.FORWARDED] + inbound[IN.RECOVERED])
+    assert live.strange == 0
+    scene.assert_nobody_was_sent_anything(flood)
+    relay.stop()
+
+
+def test_workers_killed_in_a_flood_lose_and_miscount_nothing(scene):
+    """Each death finds datagrams in hand, and others that wait for an answer about their client."""
+    relay, live, flood = scene.relay, scene.live, scene.flood(no_stun(scene))
+    due, kills = flood.paced(FLOOD_PER_S), 4
+    live.begin(siege.RATE, 10.0)
+    for number in range(kills):
+        os.kill(relay.worker(), signal.SIGKILL)
+
+        def again(number=number):
+            due()
+            return relay.said("worker 0 serves again") > number
+
+        assert live.run(siege.PATIENCE_S / kills, until=again)
+        live.run(0.2, until=due)
+    account = live.settle()
+    inbound, _, dropped = relay.taken(live.datagrams + flood.sent)
+    print(f"{inbound}; {account.figures()}")
+    assert account.duplicated == account.foreign == 0
+    assert account.lost <= dropped + relay.socket_drops("internal")
+    assert sum(inbound.drops().values()) + dropped >= flood.sent
     live.finish(inbound[IN.FORWARDED] + inbound[IN.RECOVERED])
     assert live.strange == 0
     scene.assert_nobody_was_sent_anything(flood)
