@@ -36,7 +36,7 @@ import stun
 import supervisor
 import ufrag
 
-from . import node
+from . import alone, node
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = ROOT / "config" / "systemd"
@@ -466,3 +466,355 @@ def test_systemd_finds_no_fault_in_them(tmp_path):
     )
     about_these = [line for line in done.stderr.splitlines() if "earshot" in line]
     assert done.returncode == 0 and not about_these, done.stderr
+
+
+# --- a real systemd -------------------------------------------------------------------------------
+
+SYSTEMD = Path("/lib/systemd/systemd")
+TOOLS = ("mount", "nsenter", "setpriv", "sh", "systemctl", "unshare")
+
+INSIDE = """
+set -eu
+mount -t proc proc /proc
+mount --bind /proc/sys /proc/sys
+mount -o remount,ro,bind /proc/sys
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t tmpfs -o mode=755 tmpfs /run
+mkdir /run/log-of-test /run/site /run/units /run/dev /run/dev/shm /run/dev/pts
+mount --bind "$1" /run/log-of-test
+cp -r "$1"/units/. /run/units
+. "$1"/way
+for name in null zero full random urandom tty; do
+    touch /run/dev/$name
+    mount --bind /dev/$name /run/dev/$name
+done
+ln -s pts/ptmx /run/dev/ptmx
+mount --rbind /run/dev /dev
+mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /var/tmp
+for name in passwd group; do
+    cp /etc/$name /run/$name
+    mount --bind /run/$name /etc/$name
+done
+echo "earshot:x:64999:64999::/:/usr/sbin/nologin" >> /run/passwd
+echo "earshot:x:64999:" >> /run/group
+exec env -i container=earshot-test PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+    SYSTEMD_UNIT_PATH=/run/units /lib/systemd/systemd --system --unit=basic.target \
+    --log-target=null --show-status=no
+"""
+"""In new namespaces: nothing that is written from here on is the machine's, and what the kernel
+has only once (/proc/sys) cannot be written."""
+
+STILL = """
+[Service]
+StandardOutput=append:/run/log-of-test/out
+StandardError=append:/run/log-of-test/out
+# The tree under test may be in somebody's home, and its interpreter too.
+ProtectHome=no
+# Shorter than the drain of the test: what goes on longer was asked for.
+TimeoutStopSec=2s
+"""
+"""The drop-in: all that is different from the unit as it is shipped, beside paths."""
+
+
+class Machine:
+    """A systemd that is process 1 of namespaces of its own, in this process's network namespace."""
+
+    def __init__(self, folder, stack):
+        self.folder, self.stack, self.out = folder, stack, folder / "out"
+        self.out.touch()
+        self.cgroup = cgroups() / f"earshot-test-{os.getpid()}"
+        self.cgroup.mkdir()
+        stack.callback(self._remove_cgroup)
+        (folder / "inside").write_text(INSIDE)
+        (folder / "way").write_text(way_in())
+        self._write_units(folder / "units")
+        # It must not outlive us, whatever ends us; and process 1 takes the rest with it.
+        joins = "sh", "-ec", 'echo $$ > "$0"/cgroup.procs; exec "$@"'
+        words = "setpriv --pdeathsig KILL unshare --fork --kill-child=KILL"
+        words += " --pid --mount --uts --ipc --cgroup sh"
+        self.process = subprocess.Popen(
+            [*joins, self.cgroup, *words.split(), folder / "inside", folder],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / "errors").open("wb"),
+        )
+        stack.callback(self._stop)
+        self.pid = 0
+        wait(self._is_up)
+
+    def _write_units(self, folder):
+        (folder / "earshot-relay.service.d").mkdir(parents=True)
+        (folder / "earshot-relay.service.d" / "test.conf").write_text(STILL)
+        for name in ("sysinit", "basic", "shutdown", "sockets", "network-online"):
+            text = "[Unit]\nDescription=Nothing\nDefaultDependencies=no\n"
+            (folder / f"{name}.target").write_text(text)
+        text = (UNITS / "earshot-relay.service").read_text()
+        for before, after in (
+            ("/opt/earshot/current/venv/bin", str(RELAY.parent)),
+            ("/etc/earshot", "/run/site"),
+        ):
+            assert before in text
+            text = text.replace(before, after)
+        (folder / "earshot-relay.service").write_text(text)
+
+    def _is_up(self):
+        """systemctl is heard, whatever it says of the state."""
+        if self.process.poll() is not None:
+            raise AssertionError((self.folder / "errors").read_text())
+        tasks = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        self.pid = int((tasks.read_text().split() or [0])[0])
+        return self.pid and self.run("systemctl", "show", "-p", "Version").returncode == 0
+
+    def _stop(self):
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        else:
+            self.process.kill()
+        self.process.wait(PATIENCE_S)
+
+    def _remove_cgroup(self):
+        wait(lambda: not any(path.read_text() for path in self.cgroup.rglob("cgroup.procs")))
+        for folder, _, _ in os.walk(self.cgroup, topdown=False):
+            os.rmdir(folder)
+
+    def popen(self, *words):
+        """A command inside."""
+        return subprocess.Popen(
+            ["nsenter", "-t", str(self.pid), "-m", "-p", "-C", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *words):
+        """The same, to its end."""
+        process = self.popen(*words)
+        said, _ = process.communicate(timeout=2 * PATIENCE_S)
+        return subprocess.CompletedProcess(words, process.returncode, said)
+
+    def do(self, verb, *words):
+        """`systemctl` with the relay's unit, which must succeed."""
+        done = self.run("systemctl", verb, *(words or ["earshot-relay.service"]))
+        if done.returncode:
+            status = self.run("systemctl", "status", "--no-pager", "earshot-relay.service").stdout
+            raise AssertionError("\n".join((done.stdout, status, self.out.read_text())))
+
+    def show(self, key):
+        """A property of the relay's unit."""
+        words = ("show", "--value", "-p", key, "earshot-relay.service")
+        return self.run("systemctl", *words).stdout.strip()
+
+    def path(self, name):
+        """A file of the relay's configuration, from here."""
+        return Path("/proc", str(self.pid), "root", "run", "site", name)
+
+    def said(self, part, times=1):
+        """True once the relay's log has it that often."""
+        return self.out.read_text().count(part) >= times
+
+    def flows(self):
+        """The relay's flows, as it prints them, without their age."""
+        done = self.run(str(RELAY), "flows", "--config", "/run/site/relay.toml")
+        assert done.returncode == 0, done.stdout
+        return {tuple(line.split()[2:5]) for line in done.stdout.splitlines()}
+
+
+class Served(node.Site):
+    """A site whose relay a real systemd runs."""
+
+    def __init__(self, folder, stack):
+        super().__init__(folder, stack)
+        self.machine = Machine(folder, stack)
+        self.install()
+
+    def install(self, more=""):
+        """Write configuration and keys where the unit looks for them, as its user's."""
+        self.configure(more=f'metrics = "127.0.0.1:0"\n{more}')
+        text = self.config.read_text().replace('state_dir = "state"\n', "")  # as the unit has it
+        assert "state_dir" not in text
+        for name, content in (("relay.toml", text), ("keys", (self.folder / "keys").read_text())):
+            path = self.machine.path(name)
+            path.write_text(content)
+            path.chmod(0o600)
+            os.chown(path, 64999, 64999)
+
+
+def way_in():
+    """Commands, for namespaces alone, that let any user reach the program that is under test."""
+    needed = {ROOT, Path(sys.prefix), Path(sys.base_prefix)}
+    barred = {}
+    for path in sorted(needed):
+        closed = [each for each in path.parents if not each.stat().st_mode & 0o001]
+        if closed:
+            barred[path] = closed[-1]
+    lines = []
+    for number, path in enumerate(barred):
+        held = f"/run/held-{number}"
+        lines += [f"mkdir {held}", f"mount --rbind {shlex.quote(str(path))} {held}"]
+    for top in sorted(set(barred.values())):
+        lines.append(f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(top))}")
+    for number, path in enumerate(barred):
+        name = shlex.quote(str(path))
+        lines += [f"mkdir -p {name}", f"mount --rbind /run/held-{number} {name}"]
+    return "\n".join(lines)
+
+
+def cgroups():
+    """The folder of this process's cgroup of version 2. Raises OSError and ValueError."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    (at, *_) = [Path(words[1]) for words in mounts if words[2] == "cgroup2"] or [None]
+    (ours, *_) = re.findall(r"(?m)^0::/(.*)$", Path("/proc/self/cgroup").read_text()) or [None]
+    if at is None or ours is None:
+        raise ValueError("there is no cgroup2")
+    return at / ours
+
+
+def obstacle():
+    """Why there can be no systemd for a test; empty where there can."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if not SYSTEMD.exists() or missing:
+        return f"needs {SYSTEMD}, {', '.join(TOOLS)}"
+    if os.geteuid():
+        return "needs root"
+    if alone.REASON:
+        return alone.REASON
+    try:
+        if not os.access(cgroups(), os.W_OK):
+            return f"may not write to {cgroups()}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    words = "unshare --fork --pid --mount --uts --ipc --cgroup mount -t cgroup2 none /sys/fs/cgroup"
+    done = subprocess.run(words.split(), capture_output=True, text=True, check=False)
+    return f"may not make namespaces: {done.stderr.strip()}" if done.returncode else ""
+
+
+def under_systemd(folder, work):
+    """Run `work` with a site that a systemd serves, and nothing but loopback around it."""
+    reason = obstacle()
+    if reason:
+        pytest.skip(reason)
+
+    def inside():
+        alone.unshare()
+        pyroute2 = pytest.importorskip("pyroute2")
+        with pyroute2.IPRoute() as routes:
+            routes.link("set", index=1, state="up")
+        with contextlib.ExitStack() as stack:
+            work(Served(folder, stack))
+
+    alone.joined(*alone.child(inside))
+
+
+def test_systemd_restarts_it_without_loss(tmp_path):
+    """Asked to, three ways, and unasked; what is sent meanwhile arrives, once."""
+
+    def work(site):
+        machine = site.machine
+        machine.do("start")
+        assert machine.show("StatusText") == "serving"
+        assert machine.show("NFileDescriptorStore") == str(len(OURS))
+        media = node.Media(site)
+        media.run()
+        before = machine.flows()
+        assert len(before) == media.CLIENTS
+        for turn, verb in enumerate(("restart", "try-restart", "reload-or-restart", "crash"), 1):
+            pid, sent = machine.show("MainPID"), media.sent
+            if verb == "crash":
+                machine.do("kill", "-s", "KILL", "--kill-who=main", "earshot-relay.service")
+            elif verb == "reload-or-restart":  # it can be reloaded, and is
+                machine.do(verb)
+                media.run(lambda: machine.said("INFO reloaded"))
+                assert machine.show("MainPID") == pid
+                continue
+            else:
+                asked = machine.popen("systemctl", verb, "earshot-relay.service")
+                media.run(lambda: asked.poll() is not None)  # noqa: B023
+                assert asked.wait() == 0, asked.stdout.read()
+            count = turn if turn < 3 else 3
+            media.run(lambda: machine.said("taken over as they are", count))  # noqa: B023
+            media.run(lambda: machine.show("ActiveState") == "active", at_least=100)
+            assert machine.show("MainPID") != pid and media.sent > sent
+            assert machine.show("NFileDescriptorStore") == str(len(OURS))
+        assert media.lost() == 0
+        assert machine.flows() == before
+        assert machine.show("NRestarts") == "1"
+        assert machine.said("stopping on SIGINT", 2) and not machine.said("draining")
+
+    under_systemd(tmp_path, work)
+
+
+def test_systemd_stops_it_when_it_has_drained(tmp_path):
+    """Also when that takes longer than TimeoutStopSec: it asks for time."""
+
+    def work(site):
+        machine = site.machine
+        site.install("flow_idle_s = 1.0\ntentative_idle_s = 1.0")
+        machine.do("start")
+        media = node.Media(site)
+        stopping = machine.popen("systemctl", "stop", "earshot-relay.service")
+        media.run(lambda: machine.said("draining on SIGTERM"))
+        since = time.monotonic()
+        media.run(lambda: time.monotonic() - since > 4)
+        assert machine.show("SubState") == "stop-sigterm"
+        assert machine.show("StatusText") == "draining"
+        assert media.lost() == 0
+        assert stopping.wait(PATIENCE_S) == 0  # the clients are silent now
+        assert machine.said("relay[") and machine.said("INFO drained")
+        assert machine.show("ActiveState") == "inactive" and machine.show("Result") == "success"
+        assert machine.show("NFileDescriptorStore") == "0"
+
+    under_systemd(tmp_path, work)
+
+
+def test_systemd_tells_who_is_at_fault_when_the_configuration_is_wrong(tmp_path):
+    """A reload of it fails and changes nothing; a start of it is not tried again."""
+
+    def work(site):
+        machine = site.machine
+        machine.do("start")
+        media = node.Media(site)
+        machine.path("relay.toml").write_text("nonsense")
+        reload = machine.run("systemctl", "reload", "earshot-relay.service")
+        assert reload.returncode != 0
+        assert machine.said("/run/site/relay.toml: ") and not machine.said("reading")
+        media.run()
+        assert media.lost() == 0
+        restart = machine.run("systemctl", "restart", "earshot-relay.service")
+        assert restart.returncode != 0
+        assert machine.show("ActiveState") == "failed" and machine.show("NRestarts") == "0"
+        assert machine.show("ExecMainStatus") == str(int(supervisor.Exit.CONFIGURATION))
+        site.install()
+        machine.do("start")
+        assert node.Media(site).lost() == 0
+
+    under_systemd(tmp_path, work)
+
+
+def test_systemd_starts_it_when_a_datagram_comes(tmp_path):
+    """The socket unit, with a line for each worker; a restart has its sockets twice."""
+
+    def work(site):
+        machine = site.machine
+        text = (UNITS / "earshot-relay.socket").read_text()
+        line = re.search("(?m)^ListenDatagram=.*\n", text)[0]
+        here = f"ListenDatagram=[::ffff:127.0.0.1]:{site.public}\n"
+        unit = machine.path("../units/earshot-relay.socket")
+        unit.write_text(text.replace(line, 2 * here))
+        machine.do("daemon-reload", "--quiet")
+        machine.do("start", "earshot-relay.socket")
+        assert machine.show("ActiveState") == "inactive"
+        media = node.Media(site)  # its first check starts the relay
+        assert machine.show("ActiveState") == "active"
+        for turn in range(2):
+            asked = machine.popen("systemctl", "restart", "earshot-relay.service")
+            media.run(lambda: asked.poll() is not None, at_least=100)  # noqa: B023
+            assert asked.wait() == 0, asked.stdout.read()
+            media.run(lambda: machine.said("taken over as they are", turn + 1))  # noqa: B023
+        assert media.lost() == 0
+        assert not machine.said("left over") and not machine.said("not taken over")
+        assert machine.show("NFileDescriptorStore") == str(len(OURS))
+
+    under_systemd(tmp_path, work)
