@@ -4,16 +4,35 @@ import ctypes
 import os
 import sys
 import traceback
+from pathlib import Path
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x1000_0000, 0x4000_0000
 
 
 def unshare():
     """Into a network namespace of this process's own; OSError where that is not allowed."""
+    if not _called("unshare", CLONE_NEWNET):
+        return
+    # Who has no right to it has one in a user namespace of its own, and there may go on. As its
+    # root, since only that keeps its rights in the programs that it starts: user_namespaces(7).
+    uid, gid = os.getuid(), os.getgid()
+    if refused := _called("unshare", CLONE_NEWNET | CLONE_NEWUSER):
+        raise OSError(refused, os.strerror(refused))
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+
+
+def enter(namespace):
+    """Into the network namespace behind a descriptor. Raises OSError."""
+    if refused := _called("setns", namespace, CLONE_NEWNET):
+        raise OSError(refused, os.strerror(refused))
+
+
+def _called(name, *words):
+    """Make a system call of the C library; returns 0, or the number of its error."""
     libc = ctypes.CDLL(None, use_errno=True)
-    # Who has no right to it has one in a user namespace of its own, and there may go on.
-    if libc.unshare(CLONE_NEWNET) and libc.unshare(CLONE_NEWNET | CLONE_NEWUSER):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return ctypes.get_errno() if getattr(libc, name)(*words) else 0
 
 
 def child(work):
@@ -40,15 +59,16 @@ def joined(pid, reader):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
 
 
-def may_unshare():
+def may(work):
+    """Why a child cannot do this, in its own words; empty if it can."""
     if sys.platform != "linux":
         return "needs Linux"
     try:
-        joined(*child(unshare))
+        joined(*child(work))
     except AssertionError as error:
         return f"may not make a network namespace: {str(error).splitlines()[-2:]}"
     return ""
 
 
-REASON = may_unshare()
+REASON = may(unshare)
 """Why there can be none; empty where it can."""
