@@ -83,13 +83,16 @@ _MARK, _LIVE = b"\x80L", struct.Struct("!2sHI")
 _HELLO = b"\x16 hello"
 
 
-def inside(folder, work):
-    """Run `work` with a fabric, in a process of its own; its files are in `folder`."""
+def inside(folder, work, virtual=False):
+    """Run `work` with a fabric, in a process of its own; its files are in `folder`.
+
+    With `virtual` addresses it is the relays that give their hosts the public address.
+    """
 
     def alone_there():
         alone.unshare()
         with contextlib.ExitStack() as stack:
-            work(Fabric(stack, folder))
+            work(Fabric(stack, folder, virtual))
         sys.stdout.flush()
 
     alone.joined(*alone.child(alone_there))
@@ -286,6 +289,16 @@ class Relay(Program):
         assert [way.missing() for way in ways] == [0, 0], (self.name, [str(way) for way in ways])
         return ways
 
+    @contextlib.contextmanager
+    def frozen(self):
+        """Its worker stands still: what comes meanwhile comes in one batch."""
+        pid = self.memories[0].section("control").cast("Q")[handover.Control.PID]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
     def stop(self):
         """It ends in order; returns the counters."""
         if self.process.poll() is None:
@@ -298,7 +311,7 @@ class Relay(Program):
 class Fabric:
     """The hosts of the figure above."""
 
-    def __init__(self, stack, folder):
+    def __init__(self, stack, folder, virtual):
         self.stack, self.folder = stack, folder
         home = os.open("/proc/self/ns/net", os.O_RDONLY)
         stack.callback(os.close, home)
@@ -308,7 +321,7 @@ class Fabric:
         self.hosts = {name: Host(stack, home) for name in NAMES}
         for name in NAMES:
             self._link(name)
-        for name in ("a", "b"):
+        for name in () if virtual else ("a", "b"):
             for address in PUBLIC.values():
                 self.hosts[name].address("lo", address)
         self.lead("a")
@@ -422,11 +435,18 @@ class Caller:
         self.ufrag = ufrag.mint(crowd.keyring, home, at, TRANSCEIVER_PORT, number)
 
     def move(self, at):
-        """On with another address and port."""
+        """On with another address and port; returns the socket and the header from before."""
+        before = self.sock, self.header
+        del self.crowd._by_header[self.header]
         self.sock = self.crowd.fabric.stack.enter_context(self.crowd.fabric.hosts["client"].udp(at))
         self.header = frame.header(*self.sock.getsockname()[:2])
         self.key = registry.PREFIX + frame.key(self.header)
         self.crowd.know(self)
+        return before
+
+    def by(self, relay):
+        """What one relay has brought upward."""
+        return [each for each in self.up if each[2] == relay]
 
     def send(self, datagram):
         self.sock.sendto(datagram, self.crowd.public)
@@ -476,12 +496,24 @@ class Crowd:
         for caller in self.callers:
             caller.check()
         self.go_on(lambda: all(caller.hellos for caller in self.callers))
-        self._calling = self.callers
+        self.resume(self.callers)
         return self
 
+    def resume(self, callers):
+        """The calls of these go on."""
+        self._calling = callers
+
     def hang_up(self):
-        """No more is sent; what was sent arrives, or is counted by a relay, until `settled`."""
-        self._calling = []
+        """No more is sent."""
+        self.resume([])
+
+    def settle(self):
+        """No more is sent, and all that was sent has arrived."""
+        self.hang_up()
+        everything = [(way, caller) for caller in self.callers for way in (caller.up, caller.down)]
+        self.go_on(lambda: all(len(way) >= caller.sent for way, caller in everything))
+        for way, caller in everything:
+            assert sorted(each[0] for each in way) == [*range(caller.sent)], caller.number
 
     def go_on(self, until=lambda: True, seconds=0.0):
         """Let the calls go on until something is so, and at least so long."""

@@ -4,12 +4,15 @@ The hosts are network namespaces (nets.py), the relays and Redis are the program
 said otherwise the clients and their transceiver are sockets of this process.
 """
 
-import contextlib
+import errno
+import statistics
+import time
 
 import pytest
 
 pytest.importorskip("pyroute2", reason="needs pyroute2")
 
+import flows
 import metrics
 
 from . import nets, redises
@@ -25,7 +28,7 @@ pytestmark = [
 
 
 def known(redis, fabric, callers):
-    """Redis has all of these."""
+    """True once Redis has all of these."""
 
     def there():
         with fabric.hosts["redis"].inside():
@@ -34,15 +37,196 @@ def known(redis, fabric, callers):
     return there
 
 
-@pytest.mark.parametrize(("public", "internal"), [(4, 4), (6, 6)])
-def test_a_relay_is_lost(tmp_path, public, internal):
+def states(relay):
+    return {flow.header: flow.state for flow in flows.read_all(relay.memories[0].section("flows"))}
+
+
+def in_ms(times):
+    """Median and 99th percentile, as one reads them."""
+    ordered = sorted(1000 * each for each in times)
+    at = ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]
+    return f"p50 {statistics.median(ordered):.1f} ms, p99 {at:.1f} ms, {len(ordered)} calls"
+
+
+@pytest.mark.parametrize(
+    ("public", "internal", "seconds"), [(4, 4, 30), (6, 6, 1), (6, 4, 1)], ids=["4", "6", "6-4"]
+)
+def test_a_relay_is_lost(tmp_path, public, internal, seconds):
+    """The other one has never seen these clients, and they do not check again."""
+
     def work(fabric):
         redis = fabric.redis(internal)
         a, b = fabric.relays(public=public, internal=internal)
         crowd = nets.Crowd(fabric, CALLS, public, internal).begin()
+        callers = crowd.callers
+        crowd.go_on(known(redis, fabric, callers), seconds=0.5)
+        assert all(caller.up and caller.down for caller in callers)
+        checks = [caller.checks for caller in callers]
+        fabric.lose(a)
+        switched = time.monotonic()
+        fabric.lead("b")
+        crowd.go_on(lambda: all(caller.by(b.at) for caller in callers))
+        recovered = [caller.by(b.at)[0] for caller in callers]
+        began = [(each, up[0]) for each, up in zip(callers, recovered, strict=True)]
+        crowd.go_on(lambda: all(each.down[-1][0] >= first for each, first in began))
+        answered = [
+            next(at for count, at in each.down if count >= first and at > switched)
+            for each, first in began
+        ]
+        up_s = [at - switched for _, at, _ in recovered]
+        down_s = [at - switched for at in answered]
+        print(f"\nIPv{public} to IPv{internal}: first datagram up, {in_ms(up_s)}")
+        print(f"IPv{public} to IPv{internal}: first datagram down, {in_ms(down_s)}")
+        assert max(*up_s, *down_s) < 1.0
+        crowd.go_on(seconds=seconds)
+        crowd.hang_up()
+        crowd.go_on(lambda: all(each.up[-1][0] == each.sent - 1 for each in callers))
+        crowd.go_on(lambda: all(each.down[-1][0] == each.sent - 1 for each in callers))
+        # From the first one on nothing is missing: as many as there are numbers, none twice.
+        for each, first in began:
+            assert [count for count, *_ in each.by(b.at)] == [*range(first, each.sent)]
+            down = [count for count, _ in each.down if count >= first]
+            assert down == [*range(down[0], each.sent)]
+            assert each.sent - first > 45 * seconds
+        assert [caller.checks for caller in callers] == checks, "a client sent STUN"
+        assert states(b) == {each.header: flows.State.ASSURED for each in callers}
+        a.law()
+        inbound, outbound = b.stop()
+        assert inbound[IN.RECOVERED] >= CALLS and inbound.drops() == outbound.drops() == {}
+
+    nets.inside(tmp_path, work)
+
+
+def test_the_network_changes_its_mind(tmp_path):
+    """To the other relay and back, while both are alive: nothing is lost, either way."""
+
+    def work(fabric):
+        redis = fabric.redis()
+        a, b = fabric.relays()
+        crowd = nets.Crowd(fabric, CALLS).begin()
         crowd.go_on(known(redis, fabric, crowd.callers), seconds=0.5)
-        print(a.counters())
+        recovered = []
+        for name in ("b", "a") * 3:
+            fabric.lead(name)
+            crowd.go_on(seconds=0.2)
+            recovered.append(b.counters()[0][IN.RECOVERED])
+        crowd.settle()
+        assert recovered[0] >= CALLS and len(set(recovered)) == 1, "each was asked about once"
+        ways = [relay.stop() for relay in (a, b)]
+        assert all(way.drops() == {} for of_relay in ways for way in of_relay)
+        sent = sum(caller.sent for caller in crowd.callers)
+        inbound, outbound = zip(*ways, strict=True)
+        assert sum(way[IN.RECEIVED] for way in inbound) == sent + CALLS  # and a check each
+        assert sum(way[OUT.FORWARDED] for way in outbound) == sent + CALLS
+        assert inbound[0][IN.RECOVERED] == 0 < inbound[1][IN.FORWARDED]
+
+    nets.inside(tmp_path, work)
+
+
+def test_a_client_moves(tmp_path):
+    """Only its check is believed at the new address, and soon nothing is left at the old one."""
+
+    def work(fabric):
+        redis = fabric.redis()
+        short = {"relay": "flow_idle_s = 1.0\ntentative_idle_s = 1.0", "more": "ttl_s = 1.5"}
+        a = nets.Relay(fabric, "a", **short).ready()
+        crowd = nets.Crowd(fabric, 3).begin()
+        mover = crowd.callers[0]
+        crowd.go_on(known(redis, fabric, crowd.callers))
+        crowd.settle()
+        fabric.hosts["client"].address("up", "10.77.1.3")
+        old_key = mover.key
+        old_sock, old_header = mover.move("10.77.1.3")
+        assert mover.sock.getsockname()[1] != old_sock.getsockname()[1]
+        crowd.resume(crowd.callers[1:])
+        mover.send(b"\x80 media from nowhere")
+        crowd.go_on(lambda: a.counters()[0].drops() == {"unknown_client": 1})
+        mover.check()
+        crowd.go_on(lambda: mover.hellos == 2)
+        crowd.resume(crowd.callers)
+        crowd.go_on(known(redis, fabric, crowd.callers))
+
+        def forgotten():
+            with fabric.hosts["redis"].inside():
+                return old_header not in states(a) and not redis.exists(old_key)
+
+        crowd.go_on(forgotten)
+        assert states(a) == {each.header: flows.State.ASSURED for each in crowd.callers}
+        # Whoever has the old address and port now gets nothing, and gets nowhere.
+        crowd.transceiver.sendto(old_header + b"\x80 late", mover.back)
+        old_sock.sendto(b"\x80 late", crowd.public)
+        crowd.go_on(lambda: a.counters()[1].drops() == {"unknown_client": 1})
+        crowd.go_on(lambda: a.counters()[0].drops() == {"unknown_client": 2})
+        crowd.settle()
         a.stop()
-        b.stop()
+        assert not crowd.strange
+
+    nets.inside(tmp_path, work)
+
+
+HEADERS = {4: 28, 6: 48}
+"""Octets of IP and UDP."""
+
+FRAME = 32
+
+
+def flight(sizes, number):
+    """DTLS by its first octet."""
+    return [b"\x16%04d" % number + bytes(size - 5) for size in sizes]
+
+
+def heard(crowd, datagrams):
+    """Exactly these have come, in this order; they are forgotten."""
+    crowd.go_on(lambda: len(crowd.strange) >= len(datagrams))
+    came, crowd.strange[:] = [datagram for _, datagram in crowd.strange], []
+    assert [len(each) for each in came] == [len(each) for each in datagrams]
+    assert came == datagrams
+
+
+def too_large(send, *datagram):
+    """The sender's own host refuses it."""
+    with pytest.raises(OSError, match="too long") as refused:
+        send(*datagram)
+    assert refused.value.errno == errno.EMSGSIZE
+
+
+@pytest.mark.parametrize(("public", "internal"), [(4, 4), (6, 6), (6, 4), (4, 6)])
+def test_what_fits_an_mtu_of_1500(tmp_path, public, internal):
+    """Up to the frame's header and the other network's, and what does not fit is counted."""
+    most, room = 1500 - HEADERS[public], 1500 - HEADERS[internal] - FRAME
+
+    def work(fabric):
+        tap = nets.Tap(fabric, "a")
+        a = nets.Relay(fabric, "a", public=public, internal=internal).ready()
+        crowd = nets.Crowd(fabric, 2, public, internal).begin()
+        crowd.settle()
+        caller, other = crowd.callers
+        fits = flight([1200, 1400, room - 1, room], 1)
+        fails = flight([size for size in (room + 1, most) if size > room], 2)
+        for datagram in (*fits, *fails, *fits):
+            caller.send(datagram)
+        heard(crowd, fits + fits)
+        too_large(caller.send, bytes(most + 1))
+        # Towards the client it is the way to the relay that is the narrower one.
+        down = flight([1200, room - 1, min(room, most)], 3)
+        for datagram in down:
+            crowd.transceiver.sendto(caller.header + datagram, caller.back)
+        heard(crowd, down)
+        too_large(crowd.transceiver.sendto, caller.header + bytes(room + 1), caller.back)
+        # In one batch with others', what is refused harms nobody.
+        with a.frozen():
+            for number in range(4, 44):
+                (other if number % 2 else caller).send(flight([1200], number)[0])
+                if number % 8 == 0:
+                    caller.send(fails[0])
+        heard(crowd, [flight([1200], number)[0] for number in range(4, 44)])
+        assert fabric.fragments() == 0
+        seen = tap.udp()
+        largest = max(len(payload) for *_, payload, _ in seen)
+        assert largest == max(most, room + FRAME)
+        assert all(whole for *_, whole in seen), "some could have been cut on their way"
+        inbound, outbound = a.stop()
+        assert inbound.drops() == {"send_failed": len(fails) + 5}
+        assert outbound.drops() == {}
 
     nets.inside(tmp_path, work)
