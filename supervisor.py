@@ -181,9 +181,9 @@ class Supervisor:
         self.loop = events.Loop(log)
         self._log, self._on_ready, self._on_death = log, on_ready, on_death
         self._on_reload, self._on_drain, self._drained = on_reload, on_drain, drained
-        self._announced = self._draining = self._ending = False
+        self._announced = self._draining = self._ending = self._reloading = self._news = False
         self._suspended: Callable[[], None] | None = None
-        self._reloading, self._to_replace = False, list[_Child]()
+        self._to_replace: list[_Child] = []
         self._turn: _Child | None = None
         self._code = Exit.STOPPED
         self._wake_reader, self._wake_writer = socket.socketpair()
@@ -415,7 +415,7 @@ class Supervisor:
         )
         if self.loop.guarded(self._on_reload, lambda: False):
             # The others last, and those that are replaced already once more: it is newer news.
-            self._to_replace = list(self._children)
+            self._to_replace, self._news = list(self._children), True
         self._reloading = True
         if self._turn is None:
             self._replace_next()
@@ -431,8 +431,8 @@ class Supervisor:
                     self._turn = child
                     return
         if self._reloading:
-            self._reloading = False
-            self._log.info("reloaded")
+            self._log.info("reloaded" if self._news else "nothing was reloaded")
+            self._reloading = self._news = False
             manager.notify(f"READY=1\nSTATUS={'draining' if self._draining else 'serving'}")
 
     # --- the end, and what comes before it --------------------------------------------------------
@@ -480,7 +480,8 @@ class Supervisor:
 
         For handing over: what they worked with stays as it is.
         """
-        self._suspended, self._to_replace, self._turn, self._reloading = then, [], None, False
+        self._suspended, self._to_replace, self._turn = then, [], None
+        self._reloading = self._news = False
         for child in self._children:
             self.loop.cancel(f"restart {child.role.name}")
             self._ask(child)

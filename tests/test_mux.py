@@ -16,7 +16,7 @@ import peer
 import sdp
 import stun
 import ufrag
-from metrics import Counters
+from ledger import Counters
 from metrics import Transceiver as Count
 
 from . import shim

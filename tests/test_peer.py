@@ -18,7 +18,7 @@ import peer
 import rtp
 import sdp
 import stun
-from metrics import Counters
+from ledger import Counters
 from metrics import Transceiver as Count
 
 from . import shim

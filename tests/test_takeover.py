@@ -19,7 +19,7 @@ import metrics
 from . import workbench
 
 IN, OUT = metrics.Inbound, metrics.Outbound
-MODULES = ("relay.py", "udp.py", "metrics.py", "gate.py", "flows.py", "recovery.py")
+MODULES = ("worker.py", "udp.py", "ledger.py", "gate.py", "flows.py", "recovery.py")
 
 
 class Death(BaseException):
