@@ -509,6 +509,26 @@ def test_one_that_is_slow_is_not_waited_for(single):
     asyncio.run(story())
 
 
+def test_a_probe_that_is_answered_late_is_no_loss(single):
+    """It was taken: what stands there then is newer than the last answer, and not what was lost."""
+
+    async def story():
+        port = single().servers[0].port
+        async with (
+            redises.Proxy(port) as proxy,
+            opened(f"redis://127.0.0.1:{proxy.port}") as (found, lines),
+        ):
+            await until_stored(found, 1)
+            await asyncio.sleep(2 * registry.PROBE_S)
+            proxy.how = "delay"
+            await until(lambda: not found.up)
+            proxy.how = "pass"
+            await until(lambda: found.up)
+            assert lines.begin() == [UNREACHABLE, BACK] and found.losses == 0
+
+    asyncio.run(story())
+
+
 def test_a_late_answer_is_nobodys(single):
     """Calls that were given up, in each moment of theirs: no later one gets what comes then."""
 
