@@ -299,6 +299,9 @@ class Relay(Program):
         finally:
             os.kill(pid, signal.SIGCONT)
 
+    def drain(self):
+        self.process.send_signal(signal.SIGTERM)
+
     def stop(self):
         """It ends in order; returns the counters."""
         if self.process.poll() is None:

@@ -230,3 +230,91 @@ def test_what_fits_an_mtu_of_1500(tmp_path, public, internal):
         assert outbound.drops() == {}
 
     nets.inside(tmp_path, work)
+
+
+TOO_BIG = {4: "IpFragFails", 6: "Ip6InTooBigErrors"}
+"""What a router counts that it neither forwards nor cuts."""
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_what_fits_an_mtu_of_1280(tmp_path, family):
+    """IPv6's least, on the way to the relay and then on the way to the client.
+
+    Over IPv6 what WebRTC calls full-size, 1,200 octets, fits to the octet. What a router on the way
+    refuses is nobody's to count but that router's; and no word of its makes the relay send less.
+    """
+    room = 1280 - HEADERS[family] - FRAME
+    assert room >= 1200
+
+    def work(fabric):
+        fabric.narrow("a", 1280)
+        a = nets.Relay(fabric, "a", public=family, internal=family).ready()
+        crowd = nets.Crowd(fabric, 1, family, family).begin()
+        crowd.settle()
+        (caller,) = crowd.callers
+        lost = fabric.router.counted()[TOO_BIG[family]]
+
+        def router_lost(more):
+            crowd.go_on(lambda: fabric.router.counted()[TOO_BIG[family]] == lost + more)
+
+        fits, fails = flight([1200, room], 1), flight([room + 1, room + FRAME], 2)
+        for datagram in (*fits, *fails, *flight([room + FRAME + 1], 3), *fits):
+            caller.send(datagram)
+        heard(crowd, fits + fits)
+        router_lost(1)
+        for datagram in (*fits, *flight([room + 1], 4), *fits):
+            crowd.transceiver.sendto(caller.header + datagram, caller.back)
+        heard(crowd, fits + fits)
+        router_lost(2)
+        assert a.counters()[0].drops() == {"send_failed": 2}
+
+        fabric.narrow("a", 1500)
+        fabric.narrow("client", 1280)
+        fits = flight([1200, room + FRAME], 5)
+        largest = flight([room + FRAME + 1, 1500 - HEADERS[family] - FRAME], 6)
+        for datagram in (*fits, *largest, *fits):
+            crowd.transceiver.sendto(caller.header + datagram, caller.back)
+        heard(crowd, fits + fits)
+        router_lost(4)
+        fabric.narrow("client", 1500)
+        for datagram in largest:
+            crowd.transceiver.sendto(caller.header + datagram, caller.back)
+        heard(crowd, largest)
+        assert fabric.fragments() == 0
+        inbound, outbound = a.stop()
+        assert inbound.drops() == {"send_failed": 2} and outbound.drops() == {}
+
+    nets.inside(tmp_path, work)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_moved_on_purpose(tmp_path, family):
+    """A relay drains: its address goes from its host, the route follows, nothing is lost."""
+
+    def work(fabric):
+        redis, address = fabric.redis(family), nets.PUBLIC[family]
+        virtual = f'[vip]\naddresses = ["{address}"]\ninterface = "lo"'
+        a, b = fabric.relays(public=family, internal=family, more=virtual)
+
+        def announced():
+            return [name for name in "ab" if address in fabric.hosts[name].addresses("lo")]
+
+        crowd = nets.Crowd(fabric, CALLS, family, family)
+        crowd.go_on(lambda: announced() == ["a", "b"])
+        crowd.begin()
+        crowd.go_on(known(redis, fabric, crowd.callers), seconds=0.5)
+        a.drain()
+        crowd.go_on(lambda: announced() == ["b"])
+        before = a.counters()[0][IN.FORWARDED]
+        crowd.go_on(lambda: a.counters()[0][IN.FORWARDED] >= before + CALLS)
+        fabric.lead("b")
+        crowd.go_on(lambda: all(caller.by(b.at) for caller in crowd.callers), seconds=0.5)
+        crowd.settle()
+        a.stop()
+        inbound, outbound = b.stop()
+        assert inbound[IN.RECOVERED] >= CALLS
+        assert inbound.drops() == outbound.drops() == {}
+        # Both have gone, and so has what they had set up.
+        assert announced() == []
+
+    nets.inside(tmp_path, work, virtual=True)
