@@ -184,6 +184,7 @@ class Keeper:
         values[metrics.Keeper.FLOWS_LEFT] = sum(map(sum, counts))
         values[metrics.Keeper.DRAINED] = draining and not any(assured for _, assured in counts)
         self._note_health(now, draining)
+        values[metrics.Keeper.BEAT] = int(now * 1e9)
 
     def _note_health(self, now: float, draining: bool) -> None:
         ailments = ["it drains"] if draining else []

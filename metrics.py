@@ -320,6 +320,7 @@ class Supervisor(ledger.Kinds):
 class Keeper(ledger.Kinds):
     """The relay's keeper: Redis, health, virtual addresses."""
 
+    BEAT = "nanoseconds of CLOCK_MONOTONIC", "When it last looked at the workers.", "", True
     REDIS_UP = "state", "1 while Redis answers.", "", True
     DRAINED = "state", "1 when a relay that drains has no assured flow left.", "", True
     FLOWS_LEFT = "flows", "Flows of all workers when it was last looked.", "", True

@@ -89,7 +89,7 @@ class Relay:
             self._work,
             _log,
             self._ready,
-            others=[supervisor.Role("keeper", self._keep)],
+            others=[supervisor.Role("keeper", self._keep, beat=lambda: own[metrics.Keeper.BEAT])],
             beat=lambda number: int(beats[number][handover.Control.BEAT]),
             on_death=self._died,
             on_reload=self._reload,

@@ -242,6 +242,14 @@ def test_ready_is_who_serves(make):
     assert get(url + "/")[0] == 404
 
 
+def test_its_heart_beats(make):
+    relay = make().start()
+    for _ in range(2):
+        seen = relay.counters[KINDS.BEAT]
+        relay.until(lambda: relay.counters[KINDS.BEAT] > seen)  # noqa: B023
+        assert relay.counters[KINDS.BEAT] <= time.monotonic_ns()
+
+
 def sample(url):
     status, body = get(url + "/metrics")
     assert status == 200
