@@ -450,3 +450,32 @@ def test_lying(town, server):
     assert inbound[IN.RECEIVED] == sent
     town.finish()
     assert relay.story() == []
+
+
+def test_a_cluster_loses_a_primary(town):
+    cluster = redises.Cluster(town.folder / "cluster", town.stack)
+    relay = town.start(cluster.url)
+    calls = town.begin(relay)
+    where = {call.key: cluster.keeper_of(call.key) for call in calls}
+    town.go_on(lambda: all(where[c.key].do("GET", c.key) for c in calls))
+    lost = where[calls[0].key]
+    town.go_on(lambda: lost.do("WAIT", "1", "100") == 1)
+    lost.kill()
+    town.go_on(lambda: REFUSES in relay.story())
+    town.go_on(lambda: TAKES in relay.story())
+    assert cluster.keeper_of(calls[0].key) is not lost
+    town.move_to_another(cluster.url, *calls)
+    town.finish()
+    assert relay.story() == [REFUSES, TAKES]
+
+
+def test_it_ends_while_redis_says_nothing(town, server):
+    relay = town.start(server.start().url)
+    town.known_to(server, *town.begin(relay))
+    server.freeze()
+    try:
+        town.begin(relay, 1)
+        town.finish()
+    finally:
+        server.thaw()
+    assert relay.story() in ([], [UNREACHABLE])

@@ -452,6 +452,22 @@ def test_one_that_comes_later_is_used(tmp_path):
         asyncio.run(story())
 
 
+def test_a_user_needs_no_more_than_two_commands(single):
+    redis = single()
+    rights = "on", ">horse", "~earshot:*", "-@all", "+set", "+getrange"
+    redis.servers[0].do("ACL", "SETUSER", "relay", *rights)
+
+    async def story():
+        at = redis.url.partition("://")[2]
+        async with opened(f"redis://relay:horse@{at}") as (found, lines):
+            assert await found.store(flows(1)) == []
+            assert await found.look_up([key(1)]) == [ufrag(1)]
+            await asyncio.sleep(2 * registry.PROBE_S)
+            assert lines.all == [] and found.up
+
+    asyncio.run(story())
+
+
 PASSWORD = "correct-horse"
 
 
