@@ -400,6 +400,10 @@ class Tap:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
         self._sock = fabric.stack.enter_context(sock)
 
+    def wait(self, seconds):
+        """Until there is something, or so long."""
+        select.select([self._sock], [], [], seconds)
+
     def udp(self):
         """UDP since the last time: source, destination, payload, and True if no router may, or
         did, cut it."""

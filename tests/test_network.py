@@ -4,18 +4,28 @@ The hosts are network namespaces (nets.py), the relays and Redis are the program
 said otherwise the clients and their transceiver are sockets of this process.
 """
 
+import asyncio
 import errno
+import json
+import os
+import select
 import statistics
+import sys
 import time
 
+import aiohttp
 import pytest
+from aiortc.mediastreams import AudioStreamTrack
 
 pytest.importorskip("pyroute2", reason="needs pyroute2")
 
 import flows
 import metrics
 
-from . import nets, redises
+from . import nets, redises, shim
+from .alone import child, joined
+
+PATIENCE_S = nets.PATIENCE_S
 
 IN, OUT, KEEPER = metrics.Inbound, metrics.Outbound, metrics.Keeper
 
@@ -318,3 +328,115 @@ def test_moved_on_purpose(tmp_path, family):
         assert announced() == []
 
     nets.inside(tmp_path, work, virtual=True)
+
+
+TRANSCEIVER = """
+[transceiver]
+listen = "{at}"
+relay_prefixes = ["10.77.2.0/24", "10.77.3.0/24", "fd77:2::/64", "fd77:3::/64"]
+control_prefixes = ["10.77.1.0/24", "fd77:1::/64"]
+[keys]
+file = "keys"
+[[cluster]]
+id = 1
+prefix = "{prefix}"
+ports = [{port}, {port}]
+"""
+
+
+async def call(control, relay, told, tell):
+    """A stock client: calls, says so, and when it is told to go on asks until it is answered."""
+    client = shim.Client()
+    async with aiohttp.ClientSession() as http:
+        offer = {"offer": await client.offer(AudioStreamTrack()), "candidates": [relay]}
+        async with http.post(f"http://{control}/v1/sessions", json=offer) as response:
+            assert response.status == 201, await response.text()
+            await client.accept((await response.json())["answer"])
+    await shim.until(lambda: client.messages)
+    os.write(tell, b"+")
+    go_on = asyncio.Event()
+    asyncio.get_running_loop().add_reader(told, go_on.set)
+    async with asyncio.timeout(PATIENCE_S):
+        await go_on.wait()
+    asyncio.get_running_loop().remove_reader(told)
+    known = len(client.messages)
+    client.channel.send('{"type": "input_audio_buffer.clear"}')
+    await shim.until(lambda: len(client.messages) > known)
+    assert json.loads(client.messages[-1])["type"] == "input_audio_buffer.cleared"
+    os.write(tell, b"+")
+    await client.close()
+
+
+def one_octet(pipe):
+    """Wait for one; False if there will be none."""
+    assert select.select([pipe], [], [], PATIENCE_S)[0], "nothing is said"
+    return bool(os.read(pipe, 1))
+
+
+def until_seen(tap, wanted):
+    """What the tap has seen up to and with the first datagram that is `wanted`."""
+    seen, deadline = [], time.monotonic() + PATIENCE_S
+    while not any(wanted(*each) for each in seen):
+        assert time.monotonic() < deadline, len(seen)
+        tap.wait(0.1)
+        seen += tap.udp()
+    return seen
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_call_goes_on(tmp_path, family):
+    """A stock client and the transceiver: set up in whole datagrams through one relay, and then
+    carried by another one before the client's next check."""
+    public = nets.PUBLIC[family]
+
+    def work(fabric):
+        redis = fabric.redis(family)
+        a, b = fabric.relays(public=family, internal=family)
+        at = nets.bracketed(nets.numbers("transceiver")[family], nets.TRANSCEIVER_PORT)
+        config = tmp_path / "transceiver.toml"
+        prefix = nets.PREFIXES[family]
+        config.write_text(TRANSCEIVER.format(at=at, prefix=prefix, port=nets.TRANSCEIVER_PORT))
+        fabric.keys(tmp_path)
+        command = sys.executable, "-P", "-m", "transceiver", "run", "--config", config
+        transceiver = nets.Program(fabric.stack, fabric.hosts["transceiver"], *command)
+        transceiver.line("transceiver ready")
+        near_a, near_b = nets.Tap(fabric, "a"), nets.Tap(fabric, "b")
+        told, tell = os.pipe()
+        says, say = os.pipe()
+        with fabric.hosts["client"].inside():
+            client = child(lambda: asyncio.run(call(at, [public, nets.PORT], told, say)))
+        os.close(say)
+        if not one_octet(says):
+            joined(*client)
+        set_up = near_a.udp()
+        dtls = [payload for *_, payload, _ in set_up if 20 <= payload[0] < 64]
+        framed = [p for *_, p, _ in set_up if p[0] == 0xC5 and 20 <= p[32] < 64]
+        print(f"\nIPv{family}: DTLS of up to {max(map(len, dtls))} octets at the client's side,")
+        print(f"of up to {max(map(len, framed))} in {len(framed)} frames")
+        assert all(whole for *_, whole in set_up) and fabric.fragments() == 0
+
+        def stored():
+            with fabric.hosts["redis"].inside():
+                return redis.dbsize() >= 1
+
+        redises.until(stored, "the flow does not reach Redis")
+        # A check of consent, so that the next one is seconds away.
+        until_seen(near_a, lambda _, target, payload, __: target == public and payload[0] < 4)
+        fabric.lose(a)
+        switched = time.monotonic()
+        fabric.lead("b")
+        os.write(tell, b"!")
+        seen = until_seen(near_b, lambda source, *_: source == public)
+        down_s = time.monotonic() - switched
+        assert not any(target == public and payload[0] < 4 for _, target, payload, _ in seen)
+        if not one_octet(says):
+            joined(*client)
+        answered_s = time.monotonic() - switched
+        print(f"first datagram down {down_s * 1000:.0f} ms, answer {answered_s * 1000:.0f} ms")
+        joined(*client)
+        assert fabric.fragments() == 0
+        a.law()
+        inbound, outbound = b.stop()
+        assert inbound[IN.RECOVERED] > 0 and inbound.drops() == outbound.drops() == {}
+
+    nets.inside(tmp_path, work)
