@@ -116,7 +116,8 @@ class Registry:
         written = [(b"SET", PREFIX + key, ufrag, b"EX", self._ttl) for key, ufrag in entries]
         replies = await self._call(written, STORE_S)
         refused = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
-        self._note_writes("store", next((replies[at] for at in refused), None))
+        if entries:
+            self._note_writes("store", next((replies[at] for at in refused), None))
         return refused
 
     async def watch(self) -> None:

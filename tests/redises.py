@@ -286,10 +286,14 @@ class Cluster(Single):
         alive = [each for each in self.servers if each.process]
         for each in alive:
             nodes = self._nodes(each).values()
-            if sum("master" in node["flags"] and bool(node["slots"]) for node in nodes) != 3:
+            primaries = {node["node_id"] for node in nodes if node["slots"]}
+            if len(primaries) != self.SHARDS:
                 return False
-            if len(alive) == len(self.servers) and any("fail" in node["flags"] for node in nodes):
-                return False
+            if len(alive) == len(self.servers):  # each has its replica, and everybody knows it
+                if any("fail" in node["flags"] for node in nodes):
+                    return False
+                if {node["master_id"] for node in nodes} != {"-", *primaries}:
+                    return False
             if each.do("CLUSTER INFO")["cluster_state"] != "ok":
                 return False
             if each.info("role") == "slave" and each.info("master_link_status") != "up":
