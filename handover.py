@@ -139,11 +139,13 @@ class Shared:
             ("relay", self.relay.fd),
         ]
 
-    def store(self) -> None:
-        """Have the service manager, if there is one, keep all of it for the next start."""
+    def store(self) -> bool:
+        """Have the service manager, if there is one, keep all of it for the next start; true if it
+        does."""
         kept = [manager.keep(name, fd) for name, fd in self.descriptors()]
         if any(kept) and not all(kept):
             _log.warning("the service manager did not take all descriptors: a restart would lose")
+        return all(kept)
 
 
 def _public(

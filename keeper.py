@@ -312,8 +312,13 @@ class Keeper:
         announced: bool | None = None
         withdrawn_once = False
         steady_at = check_at = 0.0
+        # What a relay before left announced stays so while our workers start.
+        patient_until = time.monotonic() + HEARD_S_MAX
         while True:
             now = time.monotonic()
+            if self.ailments and announced is None and now < patient_until:
+                await asyncio.sleep(0.05)
+                continue
             if self.ailments and (announced or withdrawn_once):
                 withdrawn_once, steady_at = True, now + VIP_STEADY_S
             wanted = not self.ailments and now >= steady_at

@@ -69,7 +69,7 @@ class Relay:
 
     def __init__(self, path: Path, successor: succession.Successor | None = None) -> None:
         """Make or take over what the workers share. Raises settings.SettingsError and OSError."""
-        self._path, self._successor = path, successor
+        self._path, self._successor, self._kept = path, successor, False
         self._found, self._keyring = load(path)
         table = self._found.relay
         self._state = handover.state_file(table)
@@ -115,10 +115,20 @@ class Relay:
         finally:
             self._testator.close()
             host.unpublish(self._state)
-        keeper.retire(self._found.vip, _log)
+        self._retire(code)
         for way in zip(*map(handover.counters_in, self._shared.memories), strict=True):
             _log.info("stopped: %s", ledger.total(way))
         return code
+
+    def _retire(self, code: int) -> None:
+        """Virtual addresses go with the relay, unless another takes over what is sent to them."""
+        draining = self._counted[metrics.Supervisor.DRAINING_UNTIL]
+        if self._testator.succeeded or self._found.vip is None:
+            return
+        if self._kept and not draining and code == supervisor.Exit.STOPPED:
+            _log.info("virtual addresses stay: the service manager keeps the sockets")
+            return
+        keeper.retire(self._found.vip, _log)
 
     # --- in the children --------------------------------------------------------------------------
 
@@ -146,7 +156,7 @@ class Relay:
             _log.warning("%s: relay flows, top and the like will not work", error)
 
     def _ready(self) -> None:
-        self._shared.store()
+        self._kept = self._shared.store()
         if self._successor:
             self._successor.serving()
         try:

@@ -71,6 +71,9 @@ class SuccessionError(Exception):
 class Testator:
     """The part of the relay that runs."""
 
+    succeeded: bool
+    """A successor serves."""
+
     def __init__(
         self,
         path: Path,
@@ -86,7 +89,7 @@ class Testator:
         self._inode = 0
         self._peer: socket.socket | None = None
         self._pid = 0
-        self._expected = ""
+        self._expected, self.succeeded = "", False
 
     def listen(self) -> None:
         """Be there for a successor from now on, in the place of any relay before. Raises OSError.
@@ -190,6 +193,7 @@ class Testator:
             self._loop.cancel("succession")
             self._loop.unwatch(self._peer)  # kept open: it sees when we have ended
             _log.info("process %d serves: this one ends", self._pid)
+            self.succeeded = True
             self._supervisor.stop()
 
     def _offer(self, said: dict[str, Any]) -> None:

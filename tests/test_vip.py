@@ -4,12 +4,17 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
 import host
 
+from . import node
 from .alone import REASON, child, joined, unshare
 
 pyroute2 = pytest.importorskip("pyroute2", reason="needs pyroute2")
@@ -227,3 +232,71 @@ def test_flows_are_served_after_the_address_has_gone():
         sock.sendto(datagram.upper(), client)
 
     inside(work)
+
+
+class Program:
+    """The relay at a virtual address, as a program in a namespace that has nothing else."""
+
+    def __init__(self, site, *words, manager=None):
+        self.log = site.folder / "log"
+        environment = {**os.environ, "NOTIFY_SOCKET": str(manager.path)} if manager else None
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "relay", *words, "--config", site.config],
+                stderr=log,
+                env=environment,
+            )
+        site.stack.callback(self.process.kill)
+        self.manager = manager
+
+    def until(self, condition):
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, self.log.read_text()
+            if self.manager:
+                self.manager.hear()
+            time.sleep(0.01)
+
+    def ends(self, number=signal.SIGINT):
+        self.process.send_signal(number)
+        self.until(lambda: self.process.poll() is not None)
+        assert self.process.returncode == 0
+
+
+def test_it_stays_where_another_relay_takes_over(tmp_path):
+    """A restart through a descriptor store, and a handover: what is sent to it is not refused."""
+
+    def story():
+        unshare()
+        with contextlib.ExitStack() as stack, pyroute2.IPRoute() as routes:
+            routes.link("set", index=1, state="up")
+            site, manager = node.Site(tmp_path, stack), node.Manager(tmp_path, stack)
+            site.configure(more=f'metrics = "127.0.0.1:0"\n[vip]\naddresses = ["{FOUR}"]')
+            text = site.config.read_text()
+            site.config.write_text(text.replace('public = "127.0.0.1:', f'public = "{FOUR}:'))
+
+            def here():
+                dump = routes.addr("dump", index=1)
+                return str(FOUR) in {entry.get("address") for entry in dump}
+
+            first = Program(site, "run", manager=manager)
+            first.until(here)
+            first.until(lambda: b"ready:" in first.log.read_bytes())
+            first.ends()
+            assert here(), "systemd restarts it"
+            while manager.held:
+                os.close(manager.held.pop()[1])
+            second = Program(site, "run")
+            second.until(lambda: b"ready:" in second.log.read_bytes())
+            third = Program(site, "handover")
+            gone = []
+            third.until(lambda: gone.append(not here()) or second.process.poll() is not None)
+            assert not any(gone) and here() and second.process.returncode == 0
+            third.ends()
+            assert not here(), "nobody is left"
+            last = Program(site, "run", manager=manager)
+            last.until(here)
+            last.ends(signal.SIGTERM)
+            assert not here(), "it was drained"
+
+    joined(*child(story))
