@@ -24,6 +24,7 @@ import metrics
 
 from . import nets, redises, shim
 from .alone import child, joined
+from .test_peer import RsaCertificate
 
 PATIENCE_S = nets.PATIENCE_S
 
@@ -344,9 +345,9 @@ ports = [{port}, {port}]
 """
 
 
-async def call(control, relay, told, tell):
+async def call(control, relay, certificate, told, tell):
     """A stock client: calls, says so, and when it is told to go on asks until it is answered."""
-    client = shim.Client()
+    client = shim.Client(certificate)
     async with aiohttp.ClientSession() as http:
         offer = {"offer": await client.offer(AudioStreamTrack()), "candidates": [relay]}
         async with http.post(f"http://{control}/v1/sessions", json=offer) as response:
@@ -367,12 +368,6 @@ async def call(control, relay, told, tell):
     await client.close()
 
 
-def one_octet(pipe):
-    """Wait for one; False if there will be none."""
-    assert select.select([pipe], [], [], PATIENCE_S)[0], "nothing is said"
-    return bool(os.read(pipe, 1))
-
-
 def until_seen(tap, wanted):
     """What the tap has seen up to and with the first datagram that is `wanted`."""
     seen, deadline = [], time.monotonic() + PATIENCE_S
@@ -383,60 +378,115 @@ def until_seen(tap, wanted):
     return seen
 
 
-@pytest.mark.parametrize("family", [4, 6])
-def test_a_call_goes_on(tmp_path, family):
+class Call:
+    """A stock client on the client's host, and the transceiver that it calls by relay `a`."""
+
+    def __init__(self, fabric, family, certificate=None):
+        self.fabric, self.public, at = fabric, nets.PUBLIC[family], nets.numbers("transceiver")
+        at = nets.bracketed(at[family], nets.TRANSCEIVER_PORT)
+        config = fabric.folder / "transceiver.toml"
+        config.write_text(
+            TRANSCEIVER.format(at=at, prefix=nets.PREFIXES[family], port=nets.TRANSCEIVER_PORT)
+        )
+        fabric.keys(fabric.folder)
+        words = sys.executable, "-P", "-m", "transceiver", "run", "--config", config
+        started = nets.Program(fabric.stack, fabric.hosts["transceiver"], *words)
+        started.line("transceiver ready")
+        self.near_a, self.near_b = nets.Tap(fabric, "a"), nets.Tap(fabric, "b")
+        told, self._tell = os.pipe()
+        self._says, say = os.pipe()
+        relay = self.public, nets.PORT
+
+        def calls():
+            os.close(self._tell)
+            asyncio.run(call(at, relay, certificate, told, say))
+
+        with fabric.hosts["client"].inside():
+            self._client = child(calls)
+        os.close(say)
+        os.close(told)
+        self.heard()
+        self.set_up = self.near_a.udp()
+
+    def heard(self):
+        """Wait until the client has said that it is so far."""
+        assert select.select([self._says], [], [], 2 * PATIENCE_S)[0], "nothing is said"
+        if not os.read(self._says, 1):
+            joined(*self._client)
+
+    def go_on(self):
+        os.write(self._tell, b"!")
+
+    def end(self):
+        joined(*self._client)
+        os.close(self._tell)
+        os.close(self._says)
+        assert self.fabric.fragments() == 0
+
+    def up(self, _, target, payload, __):
+        """True for a client's check."""
+        return target == self.public and payload[0] < 4
+
+    def down(self, source, *_):
+        return source == self.public
+
+    def largest(self):
+        """The largest datagram of DTLS, and the largest frame of it, in octets."""
+        assert all(whole for *_, whole in self.set_up), "some could have been cut on their way"
+        dtls = [len(each) for *_, each, _ in self.set_up if 20 <= each[0] < 64]
+        framed = [
+            len(each) for *_, each, _ in self.set_up if each[0] == 0xC5 and 20 <= each[32] < 64
+        ]
+        print(f"\nDTLS of up to {max(dtls)} octets, {max(framed)} with the header: {sorted(dtls)}")
+        return max(dtls), max(framed)
+
+
+def test_a_call_with_large_flights_goes_on(tmp_path):
     """A stock client and the transceiver: set up in whole datagrams through one relay, and then
     carried by another one before the client's next check."""
-    public = nets.PUBLIC[family]
+    certificate = RsaCertificate.make()
 
     def work(fabric):
-        redis = fabric.redis(family)
-        a, b = fabric.relays(public=family, internal=family)
-        at = nets.bracketed(nets.numbers("transceiver")[family], nets.TRANSCEIVER_PORT)
-        config = tmp_path / "transceiver.toml"
-        prefix = nets.PREFIXES[family]
-        config.write_text(TRANSCEIVER.format(at=at, prefix=prefix, port=nets.TRANSCEIVER_PORT))
-        fabric.keys(tmp_path)
-        command = sys.executable, "-P", "-m", "transceiver", "run", "--config", config
-        transceiver = nets.Program(fabric.stack, fabric.hosts["transceiver"], *command)
-        transceiver.line("transceiver ready")
-        near_a, near_b = nets.Tap(fabric, "a"), nets.Tap(fabric, "b")
-        told, tell = os.pipe()
-        says, say = os.pipe()
-        with fabric.hosts["client"].inside():
-            client = child(lambda: asyncio.run(call(at, [public, nets.PORT], told, say)))
-        os.close(say)
-        if not one_octet(says):
-            joined(*client)
-        set_up = near_a.udp()
-        dtls = [payload for *_, payload, _ in set_up if 20 <= payload[0] < 64]
-        framed = [p for *_, p, _ in set_up if p[0] == 0xC5 and 20 <= p[32] < 64]
-        print(f"\nIPv{family}: DTLS of up to {max(map(len, dtls))} octets at the client's side,")
-        print(f"of up to {max(map(len, framed))} in {len(framed)} frames")
-        assert all(whole for *_, whole in set_up) and fabric.fragments() == 0
+        redis = fabric.redis()
+        a, b = fabric.relays()
+        on = Call(fabric, 4, certificate)
+        dtls, framed = on.largest()
+        assert dtls > 1200 and framed == dtls + FRAME
 
         def stored():
             with fabric.hosts["redis"].inside():
-                return redis.dbsize() >= 1
+                return redis.dbsize() > 2  # beside the relays' marks
 
         redises.until(stored, "the flow does not reach Redis")
-        # A check of consent, so that the next one is seconds away.
-        until_seen(near_a, lambda _, target, payload, __: target == public and payload[0] < 4)
+        until_seen(on.near_a, on.up)  # a check of consent, so that the next one is seconds away
         fabric.lose(a)
         switched = time.monotonic()
         fabric.lead("b")
-        os.write(tell, b"!")
-        seen = until_seen(near_b, lambda source, *_: source == public)
+        on.go_on()
+        seen = until_seen(on.near_b, on.down)
         down_s = time.monotonic() - switched
-        assert not any(target == public and payload[0] < 4 for _, target, payload, _ in seen)
-        if not one_octet(says):
-            joined(*client)
+        assert not any(on.up(*each) for each in seen), "it has checked again"
+        on.heard()
         answered_s = time.monotonic() - switched
         print(f"first datagram down {down_s * 1000:.0f} ms, answer {answered_s * 1000:.0f} ms")
-        joined(*client)
-        assert fabric.fragments() == 0
-        a.law()
+        on.end()
+        inbound, outbound = a.law()
+        assert inbound.drops() == outbound.drops() == {}
         inbound, outbound = b.stop()
         assert inbound[IN.RECOVERED] > 0 and inbound.drops() == outbound.drops() == {}
+
+    nets.inside(tmp_path, work)
+
+
+def test_a_call_over_ipv6(tmp_path):
+    def work(fabric):
+        a = nets.Relay(fabric, "a", public=6, internal=6).ready()
+        on = Call(fabric, 6)
+        on.largest()
+        on.go_on()
+        on.heard()
+        on.end()
+        inbound, outbound = a.stop()
+        assert inbound.drops() == outbound.drops() == {}
 
     nets.inside(tmp_path, work)
