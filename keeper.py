@@ -120,7 +120,7 @@ class Keeper:
         self._due = asyncio.Event()
         self._received, self._refused, self._losses = -1, False, 0
         self._looked_at = self._refreshed_at = time.monotonic()
-        self.ailments: list[str] = []
+        self.ailments, self._serves = list[str](), False
 
     async def serve(self, link: socket.socket) -> None:
         """Keep until `link` becomes readable."""
@@ -194,10 +194,11 @@ class Keeper:
                 ailments.append(f"worker {number} has not served yet")
             elif now - beat * 1e-9 > HEARD_S_MAX:
                 ailments.append(f"worker {number} was not heard of for {HEARD_S_MAX:.0f} s")
-        if ailments and ailments != self.ailments:
-            self._log.info("out of service: %s", ", ".join(ailments))
-        elif self.ailments and not ailments:
+        if self.ailments and not ailments:
             self._log.info("in service: all workers serve")
+            self._serves = True
+        elif ailments != self.ailments and (self._serves or draining):  # not at every start
+            self._log.info("out of service: %s", ", ".join(ailments))
         self.ailments = ailments
 
     # --- Redis ------------------------------------------------------------------------------------
