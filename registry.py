@@ -96,7 +96,7 @@ class Registry:
         self._marks: dict[bytes, int | None] = {
             b"%b%b:%d" % (MARK_PREFIX, name, number): None for number in range(count)
         }
-        self._written = 0
+        self._written, self._lost = 0, False
 
     async def look_up(self, keys: Sequence[bytes]) -> list[bytes | Unavailable | None]:
         """The value of each client: at most `VALUE_OCTETS_MAX` octets, None if there is none.
@@ -151,9 +151,10 @@ class Registry:
             # Older than what was written last: a replica took over that had not got it. Newer: so
             # was a probe whose answer came too late.
             lost |= before is not None and not _at_least(reply, before)
-        if lost:
-            self.losses += 1
+        self.losses += lost
+        if lost and not self._lost:
             self._log.warning("redis lost what it had: all flows are written again")
+        self._lost = lost
         self._note_writes("probe", refusal)
 
     async def _call(

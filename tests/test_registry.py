@@ -545,6 +545,19 @@ def test_a_probe_that_is_answered_late_is_no_loss(single):
     asyncio.run(story())
 
 
+def test_one_that_forgets_all_the_time_says_it_once(single):
+    async def story():
+        redis = single()
+        async with opened(redis.url) as (found, lines):
+            await until_stored(found, 1)
+            while found.losses < 3:
+                redis.flush()
+                await asyncio.sleep(0.1 * registry.PROBE_S)
+            assert lines.begin() == [LOST]
+
+    asyncio.run(story())
+
+
 def test_a_late_answer_is_nobodys(single):
     """Calls that were given up, in each moment of theirs: no later one gets what comes then."""
 
