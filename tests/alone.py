@@ -66,7 +66,7 @@ def may(work):
     try:
         joined(*child(work))
     except AssertionError as error:
-        return f"may not make a network namespace: {str(error).splitlines()[-2:]}"
+        return f"may not make a network namespace: {str(error).splitlines()[-1]}"
     return ""
 
 

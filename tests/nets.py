@@ -22,29 +22,21 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyroute2
 import redis
 
-import frame
 import handover
 import host
 import ledger
 import metrics
-import registry
 import settings
-import stun
-import ufrag
 
 from . import alone, redises
 
 PATIENCE_S = 20
 """How long anything may take before the test has failed."""
-
-TICK_S = 0.02
-"""Between two datagrams of a call, each way."""
 
 PUBLIC = {4: "203.0.113.5", 6: "2001:db8::5"}
 PORT, INTERNAL_PORT, TRANSCEIVER_PORT, REDIS_PORT = 3478, 3500, 9000, 6379
@@ -76,23 +68,25 @@ url = "redis://{redis}/0"
 {more}
 """
 
-_DF, _MORE_OR_OFFSET = 0x4000, 0x3FFF  # of an IPv4 header's third word
+_DF, _FRAGMENT = 0x4000, 0x3FFF  # of an IPv4 header: may not be cut; is a piece of one that was
 _NODAD = 2  # IFA_F_NODAD: an address that may be used at once
 _PROBE = 3  # IP_PMTUDISC_PROBE, and IPv6's: never a fragment, and no ICMP is believed
-_MARK, _LIVE = b"\x80L", struct.Struct("!2sHI")
-_HELLO = b"\x16 hello"
 
 
 def inside(folder, work, virtual=False):
     """Run `work` with a fabric, in a process of its own; its files are in `folder`.
 
-    With `virtual` addresses it is the relays that give their hosts the public address.
+    With `virtual` addresses it is the relays that give their hosts the public address. In the end
+    every relay stops in order, if it still runs, and has every datagram in one counter.
     """
 
     def alone_there():
         alone.unshare()
         with contextlib.ExitStack() as stack:
-            work(Fabric(stack, folder, virtual))
+            fabric = Fabric(stack, folder, virtual)
+            work(fabric)
+            for relay in fabric.started:
+                relay.stop()
         sys.stdout.flush()
 
     alone.joined(*alone.child(alone_there))
@@ -268,6 +262,7 @@ class Relay(Program):
         command = sys.executable, "-P", "-m", "relay", "run", "--config", self.config
         super().__init__(fabric.stack, fabric.hosts[name], *command)
         self.memories = []
+        fabric.started.append(self)
 
     def ready(self):
         self.line(" ready:")
@@ -315,7 +310,7 @@ class Fabric:
     """The hosts of the figure above."""
 
     def __init__(self, stack, folder, virtual):
-        self.stack, self.folder = stack, folder
+        self.stack, self.folder, self.started = stack, folder, []
         home = os.open("/proc/self/ns/net", os.O_RDONLY)
         stack.callback(os.close, home)
         self.router = Host(stack, home)
@@ -413,7 +408,7 @@ class Tap:
                 packet = self._sock.recv(65536)
                 if packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_UDP:
                     (word,) = struct.unpack_from("!H", packet, 6)
-                    whole = bool(word & _DF) and not word & 0x1FFF and not word & 0x2000
+                    whole = bool(word & _DF) and not word & _FRAGMENT
                     ends = packet[12:16], packet[16:20]
                     payload = packet[(packet[0] & 15) * 4 + 8 :]
                 elif packet[0] >> 4 == 6 and packet[6] in (socket.IPPROTO_UDP, 44):
@@ -424,161 +419,6 @@ class Tap:
                 source, target = (str(ipaddress.ip_address(end)) for end in ends)
                 found.append((source, target, payload, whole))
         return found
-
-
-class Caller:
-    """A client, and what has come of its call at both ends."""
-
-    def __init__(self, crowd, number, at):
-        self.crowd, self.number = crowd, number
-        self.sock = crowd.fabric.stack.enter_context(crowd.fabric.hosts["client"].udp(at))
-        self.header = frame.header(*self.sock.getsockname()[:2])
-        self.key = registry.PREFIX + frame.key(self.header)
-        self.sent, self.checks, self.hellos, self.back = 0, 0, 0, None
-        self.up, self.down = [], []
-        """What came, each with the moment, and upward with the relay that brought it."""
-        at = ipaddress.ip_address(crowd.transceiver.getsockname()[0])
-        home = ufrag.Cluster(1, ipaddress.ip_network(PREFIXES[at.version]), 1, 65535)
-        self.ufrag = ufrag.mint(crowd.keyring, home, at, TRANSCEIVER_PORT, number)
-
-    def move(self, at):
-        """On with another address and port; returns the socket and the header from before."""
-        before = self.sock, self.header
-        del self.crowd._by_header[self.header]
-        self.sock = self.crowd.fabric.stack.enter_context(self.crowd.fabric.hosts["client"].udp(at))
-        self.header = frame.header(*self.sock.getsockname()[:2])
-        self.key = registry.PREFIX + frame.key(self.header)
-        self.crowd.know(self)
-        return before
-
-    def by(self, relay):
-        """What one relay has brought upward."""
-        return [each for each in self.up if each[2] == relay]
-
-    def send(self, datagram):
-        self.sock.sendto(datagram, self.crowd.public)
-
-    def check(self):
-        password = ufrag.password(self.crowd.keyring, self.ufrag)
-        self.send(stun.request(os.urandom(12), f"{self.ufrag}:client", password))
-
-    def tick(self):
-        """One datagram each way."""
-        datagram = _LIVE.pack(_MARK, self.number, self.sent)
-        self.send(datagram)
-        self.crowd.transceiver.sendto(self.header + datagram, self.back)
-        self.sent += 1
-
-
-class Crowd:
-    """Clients on the one host, their transceiver on the other, and the calls between them."""
-
-    def __init__(self, fabric, count, public=4, internal=4):
-        self.fabric, self.keyring = fabric, fabric.keys(fabric.folder)
-        self.public = PUBLIC[public], PORT
-        at = numbers("transceiver")[internal]
-        self.transceiver = fabric.hosts["transceiver"].udp(at, TRANSCEIVER_PORT)
-        fabric.stack.enter_context(self.transceiver)
-        self._poll = select.epoll()
-        fabric.stack.callback(self._poll.close)
-        self._poll.register(self.transceiver, select.EPOLLIN)
-        self._socks = {self.transceiver.fileno(): self.transceiver}
-        self._by_header = {}
-        self.strange = []
-        """Whatever else came: the socket and the datagram."""
-        at = numbers("client")[public]
-        self.callers = [Caller(self, number, at) for number in range(count)]
-        for caller in self.callers:
-            self.know(caller)
-        self._calling = []
-
-    def know(self, caller):
-        """Hear what comes to it."""
-        self._poll.register(caller.sock, select.EPOLLIN)
-        self._socks[caller.sock.fileno()] = caller.sock
-        self._by_header[caller.header] = caller
-
-    def begin(self):
-        """All of them check, their transceiver answers, and the calls go on from there."""
-        for caller in self.callers:
-            caller.check()
-        self.go_on(lambda: all(caller.hellos for caller in self.callers))
-        self.resume(self.callers)
-        return self
-
-    def resume(self, callers):
-        """The calls of these go on."""
-        self._calling = callers
-
-    def hang_up(self):
-        """No more is sent."""
-        self.resume([])
-
-    def settle(self):
-        """No more is sent, and all that was sent has arrived."""
-        self.hang_up()
-        everything = [(way, caller) for caller in self.callers for way in (caller.up, caller.down)]
-        self.go_on(lambda: all(len(way) >= caller.sent for way, caller in everything))
-        for way, caller in everything:
-            assert sorted(each[0] for each in way) == [*range(caller.sent)], caller.number
-
-    def go_on(self, until=lambda: True, seconds=0.0):
-        """Let the calls go on until something is so, and at least so long."""
-        began = due = time.monotonic()
-        share, turn = TICK_S / max(1, len(self._calling)), 0
-        while not (until() and time.monotonic() - began >= seconds):
-            assert due - began < PATIENCE_S + seconds, "it does not come true"
-            if self._calling:
-                self._calling[turn % len(self._calling)].tick()
-            turn, due = turn + 1, due + share
-            self._pump(due)
-
-    def _pump(self, due):
-        while True:
-            left = due - time.monotonic()
-            for fd, _ in self._poll.poll(max(0.0, left)):
-                self._drain(self._socks[fd])
-            if left <= 0:
-                return
-
-    def _drain(self, sock):
-        with contextlib.suppress(OSError):
-            while True:
-                datagram, source = sock.recvfrom(4096)
-                if sock is self.transceiver:
-                    self._above(datagram, source)
-                else:
-                    self._below(sock, datagram)
-
-    def _above(self, datagram, source):
-        header, payload = datagram[: frame.HEADER_OCTETS], datagram[frame.HEADER_OCTETS :]
-        caller = self._by_header[header]
-        if payload[0] < 4:
-            caller.checks += 1
-            caller.back = source
-            self.transceiver.sendto(header + _HELLO, source)
-        elif payload.startswith(_MARK):
-            _, number, count = _LIVE.unpack(payload)
-            assert number == caller.number
-            caller.up.append((count, time.monotonic(), source[0]))
-            caller.back = source
-        else:
-            self.strange.append((sock_name(self.transceiver), payload))
-
-    def _below(self, sock, datagram):
-        if datagram == _HELLO:
-            self._by_header[frame.header(*sock.getsockname()[:2])].hellos += 1
-        elif datagram.startswith(_MARK):
-            _, number, count = _LIVE.unpack(datagram)
-            caller = self.callers[number]
-            assert sock is caller.sock
-            caller.down.append((count, time.monotonic()))
-        else:
-            self.strange.append((sock_name(sock), datagram))
-
-
-def sock_name(sock):
-    return sock.getsockname()[0]
 
 
 REASON = alone.REASON or alone.may(_router_alone)

@@ -24,6 +24,7 @@ import metrics
 
 from . import nets, redises, shim
 from .alone import child, joined
+from .crowd import Crowd
 from .test_peer import RsaCertificate
 
 PATIENCE_S = nets.PATIENCE_S
@@ -68,7 +69,7 @@ def test_a_relay_is_lost(tmp_path, public, internal, seconds):
     def work(fabric):
         redis = fabric.redis(internal)
         a, b = fabric.relays(public=public, internal=internal)
-        crowd = nets.Crowd(fabric, CALLS, public, internal).begin()
+        crowd = Crowd(fabric, CALLS, public, internal).begin()
         callers = crowd.callers
         crowd.go_on(known(redis, fabric, callers), seconds=0.5)
         assert all(caller.up and caller.down for caller in callers)
@@ -114,7 +115,7 @@ def test_the_network_changes_its_mind(tmp_path):
     def work(fabric):
         redis = fabric.redis()
         a, b = fabric.relays()
-        crowd = nets.Crowd(fabric, CALLS).begin()
+        crowd = Crowd(fabric, CALLS).begin()
         crowd.go_on(known(redis, fabric, crowd.callers), seconds=0.5)
         recovered = []
         for name in ("b", "a") * 3:
@@ -141,7 +142,7 @@ def test_a_client_moves(tmp_path):
         redis = fabric.redis()
         short = {"relay": "flow_idle_s = 1.0\ntentative_idle_s = 1.0", "more": "ttl_s = 1.5"}
         a = nets.Relay(fabric, "a", **short).ready()
-        crowd = nets.Crowd(fabric, 3).begin()
+        crowd = Crowd(fabric, 3).begin()
         mover = crowd.callers[0]
         crowd.go_on(known(redis, fabric, crowd.callers))
         crowd.settle()
@@ -189,7 +190,7 @@ def flight(sizes, number):
 def heard(crowd, datagrams):
     """Exactly these have come, in this order; they are forgotten."""
     crowd.go_on(lambda: len(crowd.strange) >= len(datagrams))
-    came, crowd.strange[:] = [datagram for _, datagram in crowd.strange], []
+    came, crowd.strange[:] = [*crowd.strange], []
     assert [len(each) for each in came] == [len(each) for each in datagrams]
     assert came == datagrams
 
@@ -209,7 +210,7 @@ def test_what_fits_an_mtu_of_1500(tmp_path, public, internal):
     def work(fabric):
         tap = nets.Tap(fabric, "a")
         a = nets.Relay(fabric, "a", public=public, internal=internal).ready()
-        crowd = nets.Crowd(fabric, 2, public, internal).begin()
+        crowd = Crowd(fabric, 2, public, internal).begin()
         crowd.settle()
         caller, other = crowd.callers
         fits = flight([1200, 1400, room - 1, room], 1)
@@ -260,7 +261,7 @@ def test_what_fits_an_mtu_of_1280(tmp_path, family):
     def work(fabric):
         fabric.narrow("a", 1280)
         a = nets.Relay(fabric, "a", public=family, internal=family).ready()
-        crowd = nets.Crowd(fabric, 1, family, family).begin()
+        crowd = Crowd(fabric, 1, family, family).begin()
         crowd.settle()
         (caller,) = crowd.callers
         lost = fabric.router.counted()[TOO_BIG[family]]
@@ -310,7 +311,7 @@ def test_moved_on_purpose(tmp_path, family):
         def announced():
             return [name for name in "ab" if address in fabric.hosts[name].addresses("lo")]
 
-        crowd = nets.Crowd(fabric, CALLS, family, family)
+        crowd = Crowd(fabric, CALLS, family, family)
         crowd.go_on(lambda: announced() == ["a", "b"])
         crowd.begin()
         crowd.go_on(known(redis, fabric, crowd.callers), seconds=0.5)
