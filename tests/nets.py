@@ -30,7 +30,6 @@ import redis
 import handover
 import host
 import ledger
-import metrics
 import settings
 
 from . import alone, redises
@@ -267,16 +266,12 @@ class Relay(Program):
     def ready(self):
         self.line(" ready:")
         state = handover.state_file(settings.load(self.config, settings.Relay).relay)
-        *self.memories, self._own = host.attach(state, handover.LAYOUT, handover.MEMORY)
+        self.memories = host.attach(state, handover.LAYOUT, handover.MEMORY)[:-1]
         return self
 
     def counters(self):
         rows = zip(*map(handover.counters_in, self.memories), strict=True)
         return [ledger.total(way) for way in rows]
-
-    def keeper(self, kind):
-        """One of its keeper's counters."""
-        return ledger.Counters(metrics.Keeper, self._own.section("keeper"))[kind]
 
     def law(self):
         """Every datagram is in one counter; returns the counters."""

@@ -29,7 +29,7 @@ from .test_peer import RsaCertificate
 
 PATIENCE_S = nets.PATIENCE_S
 
-IN, OUT, KEEPER = metrics.Inbound, metrics.Outbound, metrics.Keeper
+IN, OUT = metrics.Inbound, metrics.Outbound
 
 CALLS = 20
 
@@ -347,7 +347,8 @@ ports = [{port}, {port}]
 
 
 async def call(control, relay, certificate, told, tell):
-    """A stock client: calls, says so, and when it is told to go on asks until it is answered."""
+    """A stock client: calls, says so, and when it is told to go on says something that fills
+    several datagrams, which is said back to it."""
     client = shim.Client(certificate)
     async with aiohttp.ClientSession() as http:
         offer = {"offer": await client.offer(AudioStreamTrack()), "candidates": [relay]}
@@ -362,9 +363,12 @@ async def call(control, relay, certificate, told, tell):
         await go_on.wait()
     asyncio.get_running_loop().remove_reader(told)
     known = len(client.messages)
-    client.channel.send('{"type": "input_audio_buffer.clear"}')
+    session = {"type": "realtime", "instructions": "Answer in one word. " * 200}
+    client.channel.send(json.dumps({"type": "session.update", "session": session}))
     await shim.until(lambda: len(client.messages) > known)
-    assert json.loads(client.messages[-1])["type"] == "input_audio_buffer.cleared"
+    answer = json.loads(client.messages[-1])
+    assert answer["type"] == "session.updated"
+    assert answer["session"]["instructions"] == session["instructions"]
     os.write(tell, b"+")
     await client.close()
 
@@ -479,14 +483,22 @@ def test_a_call_with_large_flights_goes_on(tmp_path):
     nets.inside(tmp_path, work)
 
 
-def test_a_call_over_ipv6(tmp_path):
+def test_a_call_over_ipv6_at_its_least_mtu(tmp_path):
+    """A client behind a tunnel: messages of several full-size datagrams both ways, none cut."""
+
     def work(fabric):
+        fabric.narrow("client", 1280)
         a = nets.Relay(fabric, "a", public=6, internal=6).ready()
         on = Call(fabric, 6)
         on.largest()
         on.go_on()
         on.heard()
         on.end()
+        seen = on.near_a.udp()
+        largest = max(len(each) for source, _, each, _ in seen if source == on.public)
+        print(f"messages in datagrams of up to {largest} octets")
+        assert 1200 < largest <= 1280 - HEADERS[6]
+        assert fabric.router.counted()[TOO_BIG[6]] == 0
         inbound, outbound = a.stop()
         assert inbound.drops() == outbound.drops() == {}
 
