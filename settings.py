@@ -245,7 +245,7 @@ class RelayTable(_Table, frozen=True):
     """Datagrams taken from a socket at once. Where that many wait, 64 at once cost a tenth more CPU
     each; the last of a batch waits for the first, half a millisecond then. Fewer change nothing."""
     datagram_octets_max: Annotated[int, Meta(ge=576, le=9000)] = 1500
-    """Largest datagram that is forwarded. WebRTC stays under 1,200; a larger one is dropped."""
+    """Largest datagram that is forwarded. Nearly all of WebRTC stays under 1,200."""
     flows_max: Annotated[int, Meta(ge=1, le=4_000_000)] = 65_536
     """Flows in total, over all workers: 128 octets of shared memory each."""
     flows_tentative_max: Annotated[int, Meta(ge=1, le=4_000_000)] = 8_192

@@ -66,7 +66,8 @@ _NOTHING = 0xFFFF_FFFF  # a length that no datagram has
 
 # Linux's names that Python's socket module does not have.
 _SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
-_IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
+_IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER = 10, 23
+_PMTUDISC_DONT, _PMTUDISC_PROBE = 0, 3
 _IPV6_FREEBIND = 78
 
 
@@ -112,13 +113,20 @@ def _prepare(sock: socket.socket, buffer_octets: int) -> None:
             sock.setsockopt(socket.SOL_SOCKET, force, buffer_octets)
         except OSError:  # only CAP_NET_ADMIN may go beyond net.core.rmem_max: take what is given
             sock.setsockopt(socket.SOL_SOCKET, plain, buffer_octets)
-    # IP_PMTUDISC_PROBE (ip(7)): Don't Fragment, and no forged ICMP shrinks the path. WebRTC stays
-    # under 1,200 octets, and a datagram without fragments needs no identification: choosing one
-    # was 4.6 % of the relay's time a datagram (Linux 6.18, loopback).
+    _forbid_fragments(sock)
+
+
+def _forbid_fragments(sock: socket.socket, forbidden: bool = True) -> None:
+    """IP_PMTUDISC_PROBE (ip(7)): Don't Fragment, and no forged ICMP shrinks the path.
+
+    Nearly all of WebRTC stays under 1,200 octets, and a datagram without fragments needs no
+    identification: choosing one was 4.6 % of the relay's time a datagram (Linux 6.18, loopback).
+    """
+    how = _PMTUDISC_PROBE if forbidden else _PMTUDISC_DONT
     try:
-        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
+        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, how)
         if sock.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE)
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, how)
     except OSError:  # other kernels: fragments, as they please
         pass
 
@@ -203,6 +211,7 @@ class Batch:
         self._receive_blank = _with_lengths(self._receive_octets, _NOTHING)
         self._send_blank = _with_lengths(self._send_octets, _NOTHING)
         self._views = [self._view(n) for n in range(size + 1)]
+        _forbid_fragments(target)  # a process may have died while it allowed them
         self._taken = size
         self.number = self._number[0]
 
@@ -346,10 +355,26 @@ class Batch:
                 waited = True
                 _wait_until_writable(self.target)
             else:
-                refused.append(start)
+                if ctypes.get_errno() != errno.EMSGSIZE or not self._send_in_fragments(start):
+                    refused.append(start)
                 start += 1
                 waited = False
         return refused
+
+    def _send_in_fragments(self, i: int) -> bool:
+        """What fitted the client's path may be 32 octets too long for that to its transceiver: a
+        flight of DTLS with a large certificate, once a call. True if it has been sent."""
+        if self._way is not Way.INBOUND:
+            return False
+        _forbid_fragments(self.target, False)
+        try:
+            return self._send_alone(i)
+        finally:
+            _forbid_fragments(self.target)
+
+    def _send_alone(self, i: int) -> bool:
+        entry = ctypes.c_void_p(self._send_entry(i))
+        return bool(_sendmmsg(self._target_fd, entry, 1, _DONT_WAIT) == 1)
 
 
 class PortableBatch(Batch):
@@ -385,7 +410,7 @@ class PortableBatch(Batch):
     def _send_run(self, start: int, end: int) -> list[int]:
         return [i for i in range(start, end) if not self._send_one(i)]
 
-    def _send_one(self, i: int) -> bool:
+    def _send_one(self, i: int, in_fragments: bool = False) -> bool:
         at = i * self._stride
         if self._way is Way.INBOUND:
             peer = bytes(self._names[i * self._name : (i + 1) * self._name])
@@ -401,11 +426,15 @@ class PortableBatch(Batch):
                 self._sent[i] = self.target.sendto(frame_, (host, port))
             except BlockingIOError:
                 _wait_until_writable(self.target)
-            except OSError:
-                return False
+            except OSError as error:
+                too_long = error.errno == errno.EMSGSIZE and not in_fragments
+                return too_long and self._send_in_fragments(i)
             else:
                 return True
         return False
+
+    def _send_alone(self, i: int) -> bool:
+        return self._send_one(i, True)
 
 
 def _with_lengths(table: memoryview, length: int) -> memoryview:
