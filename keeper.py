@@ -47,6 +47,11 @@ LOOK_S = 0.5
 """Between two looks at the flow tables. A flow reaches Redis so long after it was assured, in the
 mean half of it; a look at 100,000 slots costs a millisecond."""
 
+SLOTS_AT_ONCE, SLOTS_PAUSE_S = 4096, 0.002
+"""Of them, looked at in one go, 50 us, and the pause after that. A worker on the same CPU waits for
+its end, whatever the scheduler is told: with 65,536 at once the 99th percentile of round trips at
+20,000 a second was 0.4 to 0.7 ms, and is about 0.2."""
+
 LOOK_IDLE_S = 5.0
 """The same while no worker receives anything: then flows can only expire."""
 
@@ -159,16 +164,27 @@ class Keeper:
     async def _keep_looking(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
-            self._look(time.monotonic())
+            now = time.monotonic()
+            received = sum(way.values[0] for ways in self._ways for way in ways)
+            idle = received == self._received and not self._is_draining()
+            # What has received nothing has assured nothing, and an idle relay costs nothing.
+            if not idle or now - self._looked_at >= LOOK_IDLE_S:
+                for _ in self.index.looks(SLOTS_AT_ONCE):
+                    await asyncio.sleep(SLOTS_PAUSE_S)
+                self._received, self._looked_at = received, now
+            self._note(time.monotonic())
 
     def _look(self, now: float) -> None:
-        """One look at the workers, and what follows from it for others to read."""
-        received = sum(way.values[0] for ways in self._ways for way in ways)
-        draining = self._supervisor[metrics.Supervisor.DRAINING_UNTIL] > 0
-        # What has received nothing has assured nothing, and an idle relay costs nothing.
-        if received != self._received or draining or now - self._looked_at >= LOOK_IDLE_S:
-            self.index.look()
-            self._received, self._looked_at = received, now
+        """One look at all of it, at once: somebody asks."""
+        self.index.look()
+        self._note(now)
+
+    def _is_draining(self) -> bool:
+        return self._supervisor[metrics.Supervisor.DRAINING_UNTIL] > 0
+
+    def _note(self, now: float) -> None:
+        """What follows from a look for others to read."""
+        draining = self._is_draining()
         values, counts = self.counters.values, self.index.count()
         if self._redis and self._found.redis:
             period = self._found.redis.ttl_s / REFRESHES
