@@ -99,7 +99,6 @@ EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STOP_S = 0.5
 """How long the last flows may take to Redis when the relay stops."""
 
-_PID = handover.Control.__members__.get("PID")
 _SO_MEMINFO, _MEMINFO = 55, struct.Struct("=9I")  # linux/sock_diag.h: SK_MEMINFO_*
 _RMEM_ALLOC, _RCVBUF, _DROPS = 0, 1, 8
 
@@ -434,7 +433,7 @@ class Keeper:
             row.values[kinds.FLOWS_TENTATIVE] = tentative
             row.values[kinds.FLOWS_ASSURED] = assured
             row.values[kinds.HEARD_AGO] = max(0, now_ns - control[handover.Control.BEAT]) // 10**6
-            used_s = host.cpu_seconds(control[_PID]) if _PID is not None else None
+            used_s = host.cpu_seconds(control[handover.Control.PID])
             row.values[kinds.CPU] = int((used_s or 0) * 1000)
             yield row
 

@@ -146,16 +146,13 @@ def sample(
                 (ledger.total(ways[:1]), ledger.total(ways[1:])),
                 *census.count(census.states(memory.section("flows")).tobytes()),
                 beat_s=control[handover.Control.BEAT] * 1e-9,
-                cpu_s=cpu_s(control[_PID]) if _PID is not None else None,
+                cpu_s=cpu_s(control[handover.Control.PID]),
                 kernel_drops=(kernel_drops or {}).get(number),
             )
         )
     supervisor = ledger.Counters(metrics.Supervisor, own.section("supervisor"))
     keeper = ledger.Counters(metrics.Keeper, own.section("keeper"))
     return Sample(now, rows, ledger.total([supervisor]), ledger.total([keeper]))
-
-
-_PID = handover.Control.__members__.get("PID")
 
 
 def rates(

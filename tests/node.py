@@ -78,8 +78,7 @@ def main(word, path):
             raise SystemError("it cannot start")
         shared.memories[number].claim()
         works = worker.Worker(shared, number, found, keyring, time.monotonic())
-        if hasattr(works, "take_over"):
-            works.take_over()
+        works.take_over()
         gc.freeze()
         link.send(supervisor.READY)
         works.serve(link)
