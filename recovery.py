@@ -72,7 +72,7 @@ class Recovery:
 
         `octets_max` is the largest payload, `counted` the number of the last batch counted.
         """
-        self._memory, self._limits, self._now = memory, limits, now
+        self._memory, self._limits = memory, limits
         self._stride = _stride(octets_max)
         self._slots: dict[bytes, list[int]] = {}
         self.asked_at = {}
