@@ -1,7 +1,8 @@
 """Counters as numbers in memory: plain ones, and a ledger that changes a batch at a time.
 
-What it owns: `Kinds`, the base of every catalogue of counters (metrics.py has the catalogues);
-`Counters` over plain or shared memory; `Ledger`, whose writer may be killed at any instruction.
+What it owns: `Kinds` and `Measures`, the bases of every catalogue (metrics.py has the catalogues);
+`Counters` over plain or shared memory; `Ledger`, whose writer may be killed at any instruction;
+`Histograms` of how long things take.
 
 Rules that stay true:
 - Counting costs one increment of a number in memory; reading, summing and printing happen
@@ -16,6 +17,9 @@ Sans-IO.
 """
 
 import enum
+import itertools
+import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
@@ -149,6 +153,63 @@ class Ledger(Counters):
         for kind, by in changes.items():
             new[kind] += by
         self._switch[0] = self._valid = 1 - self._valid
+
+
+class Measures(enum.IntEnum):
+    """Base of the catalogues of histograms: a member is `NAME = unit, help, steps[, meaning]`."""
+
+    unit: str
+    """What is measured, and the end of its name in an exposition: seconds, or ratio."""
+    help: str
+    """One sentence: from where to where it is measured."""
+    steps: tuple[float, ...]
+    """Upper bounds, ascending, each included; beyond the last there is one more."""
+    meaning: str
+    """What high values tell an operator."""
+
+    def __new__(cls, unit: str, help: str, steps: tuple[float, ...], meaning: str) -> Self:
+        value = len(cls.__members__)
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.unit, member.help, member.steps, member.meaning = unit, help, steps, meaning
+        return member
+
+
+class Histograms:
+    """The histograms of one enumeration, in this process's memory."""
+
+    __slots__ = ("_counts", "_steps", "_sums", "kinds")
+
+    def __init__(self, kinds: type[Measures]) -> None:
+        """Begin with nothing observed."""
+        self.kinds = kinds
+        self._steps = tuple(kind.steps for kind in kinds)
+        self._counts = tuple([0] * (len(steps) + 1) for steps in self._steps)
+        self._sums = [0.0] * len(self._steps)
+
+    def observe(self, kind: Measures, value: float) -> None:
+        """Count one value, in the unit of its kind: 0.2 us."""
+        self._counts[kind][bisect_left(self._steps[kind], value)] += 1
+        self._sums[kind] += value
+
+    def count(self, kind: Measures) -> int:
+        """How many values have been observed."""
+        return sum(self._counts[kind])
+
+    def total(self, kind: Measures) -> float:
+        """The sum of all values observed."""
+        return self._sums[kind]
+
+    def cumulative(self, kind: Measures) -> list[tuple[float, int]]:
+        """For each step how many values were not above it; the last step is infinite."""
+        counts = itertools.accumulate(self._counts[kind])
+        return list(zip((*kind.steps, math.inf), counts, strict=True))
+
+    def quantile(self, kind: Measures, q: float) -> float:
+        """The step that holds the q-th part of all values: an upper bound. 0 if there are none."""
+        reached = q * self.count(kind)
+        steps = self.cumulative(kind) if reached else []
+        return next((step for step, below in steps if below >= reached), 0.0)
 
 
 def ledger_octets(kinds: type[Kinds]) -> int:

@@ -1,20 +1,31 @@
 """Metrics: a catalogue of all that is counted, and its exposition.
 
 What it owns: for each program an enumeration of what it counts (name, unit, help, what a non-zero
-value means) and Prometheus' text of counters. The numbers themselves are ledger.py's.
+value means; the transceiver's are in vitals.py) and Prometheus' text of counters and histograms.
+The numbers themselves are ledger.py's.
 
 It samples nothing, serves nothing, knows no socket.
 
 https://prometheus.io/docs/instrumenting/exposition_formats/
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 import ledger
+import vitals
+
+Transceiver = vitals.Transceiver
+Timing = vitals.Timing
 
 
 class Inbound(ledger.Kinds):
@@ -175,103 +186,6 @@ class Outbound(ledger.Kinds):
     )
 
 
-class Transceiver(ledger.Kinds):
-    """The transceiver: its media socket and its sessions."""
-
-    RECEIVED = "datagrams", "Taken from the media socket."
-    FORWARDED = "datagrams", "Handed to the session they belong to."
-    DROPPED_NOT_RELAY = (
-        "datagrams",
-        "From an address outside relay_prefixes.",
-        "Something else sends to the media port, or a relay is missing from relay_prefixes.",
-    )
-    DROPPED_BAD_FRAME = (
-        "datagrams",
-        "Without the header that stands before every client's datagram.",
-        "A relay of another version.",
-    )
-    DROPPED_UNKNOWN_CLIENT = (
-        "datagrams",
-        "From a client address that no session knows.",
-        "Media that outlived its session, or came before its first check.",
-    )
-    DROPPED_UNKNOWN_SESSION = (
-        "datagrams",
-        "A check for a ufrag that no session has.",
-        "A client that outlived its session, or a replay.",
-    )
-    DROPPED_STUN_MALFORMED = (
-        "datagrams",
-        "STUN that is no well-formed Binding Request.",
-        "Garbage that came through a live flow.",
-    )
-    DROPPED_BAD_INTEGRITY = (
-        "datagrams",
-        "A check whose MESSAGE-INTEGRITY is wrong.",
-        "A client with a stale answer, or someone who injects into a flow.",
-    )
-    DROPPED_UNKNOWN_KIND = (
-        "datagrams",
-        "Neither STUN, DTLS nor RTP by the first octet.",
-        "Garbage that came through a live flow.",
-    )
-    DROPPED_OVERSIZED = (
-        "datagrams",
-        "Larger than 1,500 octets without the frame.",
-        "A relay that forwards more than clients send, or garbage.",
-    )
-    DROPPED_STUN_REPLAYED = (
-        "datagrams",
-        "A check whose transaction id came from another address before.",
-        "Someone replays recorded checks; the session does not move.",
-    )
-    DROPPED_ADDRESS_HELD = (
-        "datagrams",
-        "A check for a session from an address where another session is alive.",
-        "A forged source, or a client that reuses a port within a second of another call.",
-    )
-    DROPPED_BAD_SRTP = (
-        "datagrams",
-        "SRTP or SRTCP that does not authenticate, or that came before.",
-        "Duplicated packets, or someone who injects into a flow.",
-    )
-    DROPPED_EARLY = (
-        "datagrams",
-        "SRTP before its keys, beyond the second of it that is kept.",
-        "A client that speaks but does not finish its DTLS handshake.",
-    )
-    DROPPED_BACKLOG = (
-        "datagrams",
-        "DTLS that its session has not kept up with.",
-        "A client that floods its data channel, or an overloaded process.",
-    )
-    DROPPED_FAULT = (
-        "datagrams",
-        "Met a mistake in this program; the log has it.",
-        "A defect: please report it. The session it belonged to has ended, others go on.",
-    )
-    SENT = "datagrams", "Sent to a relay."
-    SEND_FAILED = (
-        "datagrams",
-        "Refused by the kernel when sent to a relay.",
-        "No route, or a send buffer that stayed full.",
-    )
-    PACED_LATE = (
-        "packets",
-        "Audio that left more than 5 ms after its time.",
-        "An overloaded process: lower sessions_max, or give it more of a CPU.",
-    )
-    SESSIONS_OPENED = "sessions", "Offers answered."
-    SESSIONS_CONNECTED = "sessions", "Sessions whose media became live."
-    SESSIONS_REFUSED = (
-        "sessions",
-        "Offers refused because the process was full or draining.",
-        "More calls than sessions_max.",
-    )
-    SESSIONS_CLOSED = "sessions", "Sessions that ended, whatever the reason."
-    SESSIONS = "sessions", "Sessions now.", "", True
-
-
 class Signaling(ledger.Kinds):
     """Signaling: its requests, by how they ended."""
 
@@ -404,4 +318,30 @@ def exposition(name: str, rows: Sequence[tuple[Mapping[str, str], ledger.Counter
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Rows(name, rows))
+    return generate_latest(registry)
+
+
+class _Steps(Collector):
+    """The same for histograms."""
+
+    def __init__(self, name: str, histograms: ledger.Histograms) -> None:
+        self._name, self._histograms = name, histograms
+
+    def collect(self) -> Iterable[Metric]:
+        for kind in self._histograms.kinds:
+            steps = self._histograms.cumulative(kind)
+            yield HistogramMetricFamily(
+                f"{self._name}_{kind.name.lower()}_{kind.unit}",
+                kind.help,
+                buckets=[
+                    ("+Inf" if step == math.inf else str(step), below) for step, below in steps
+                ],
+                sum_value=self._histograms.total(kind),
+            )
+
+
+def histograms(name: str, found: ledger.Histograms) -> bytes:
+    """Prometheus' text of histograms: a family `name_kind_unit` a member."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Steps(name, found))
     return generate_latest(registry)

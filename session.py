@@ -62,6 +62,7 @@ class Owner(Protocol):
     """What a session needs of the process that it runs in."""
 
     counters: ledger.Counters
+    timings: ledger.Histograms
     limits: settings.TransceiverTable
 
     def clock(self) -> float:
@@ -165,6 +166,7 @@ class Session:
     def connected(self, now: float) -> None:
         """DTLS is up: the line opens, and what the backend has said so far begins to play."""
         self.live_at = now
+        self._owner.timings.observe(metrics.Timing.SETUP_CONNECTED, now - self.opened_at)
         self._owner.counters.values[metrics.Transceiver.SESSIONS_CONNECTED] += 1
         log.info("%s live after %.0f ms", self, 1000 * (now - self.opened_at))
         if self._offer.takes_audio and self._playout.wakes_at is None:
@@ -196,6 +198,7 @@ class Session:
 
     def opened(self, now: float) -> None:
         """The data channel is open: session.created goes first."""
+        self._owner.timings.observe(metrics.Timing.SETUP_CHANNEL, now - self.opened_at)
         self._conversation.opened(now)
         self.flow(now)
 

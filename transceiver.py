@@ -152,6 +152,7 @@ class Transceiver:
         """Raises SettingsError if the keys or the backend cannot be used; binds nothing yet."""
         self.clock, self.unix = clock, unix
         self.counters = ledger.Counters(metrics.Transceiver)
+        self.timings = ledger.Histograms(metrics.Timing)
         self.sessions: dict[str, Session] = {}
         self.draining = False
         self._config, self.limits = config, config.transceiver
@@ -360,6 +361,7 @@ def _application(transceiver: Transceiver) -> web.Application:
 
     async def exposition(_: web.Request) -> web.Response:
         text = metrics.exposition("earshot_transceiver", [({}, transceiver.counters)])
+        text += metrics.histograms("earshot_transceiver", transceiver.timings)
         return web.Response(body=text, headers={"Content-Type": EXPOSITION_TYPE})
 
     application = web.Application(middlewares=[guard], client_max_size=REQUEST_OCTETS_MAX)

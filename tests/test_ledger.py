@@ -68,3 +68,18 @@ def test_a_successor_goes_on_with_the_valid_copy():
     assert (second[metrics.Inbound.RECEIVED], second.mark) == (5, 7)
     second.book(8, 1, 1, 10)
     assert ledger.Ledger(metrics.Inbound, memory)[metrics.Inbound.RECEIVED] == 6
+
+
+def test_histograms_count_what_they_observe():
+    found = ledger.Histograms(metrics.Timing)
+    kind = metrics.Timing.PACER
+    assert (found.count(kind), found.quantile(kind, 0.99)) == (0, 0.0)
+    for value in (*[0.0001] * 98, 0.003, 7.0):
+        found.observe(kind, value)
+    assert found.count(kind) == 100
+    assert found.cumulative(kind)[0] == (0.0001, 98)
+    assert found.cumulative(kind)[-1] == (float("inf"), 100)
+    assert found.quantile(kind, 0.5) == 0.0001
+    assert found.quantile(kind, 0.99) == 0.005
+    assert found.quantile(kind, 1.0) == float("inf")
+    assert found.count(metrics.Timing.LOOP_LAG) == 0

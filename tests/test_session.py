@@ -11,6 +11,7 @@ import pytest
 import backend
 import ice
 import ledger
+import metrics
 import opus
 import rtp
 import sdp
@@ -104,6 +105,7 @@ class Call:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, direction: str = "sendrecv") -> None:
         self.now = 1000.0
         self.counters = ledger.Counters(Count)
+        self.timings = ledger.Histograms(metrics.Timing)
         self.limits = LIMITS
         self.peer = FakePeer()
         self.endings: list[str] = []

@@ -1,0 +1,231 @@
+"""What the transceiver counts and times: its counters, and its histograms.
+
+What it owns: two catalogues. `Transceiver` counts datagrams, sessions and what became of frames;
+`Timing` says what is timed, in which unit and in which steps. Programs reach both as
+`metrics.Transceiver` and `metrics.Timing`; the numbers themselves are ledger.py's.
+
+Rules that stay true:
+- Base units: seconds, and fractions of one. A histogram's steps end where the answer to "is it
+  good?" changes: at a promise, at what a person hears, at a deadline.
+- What happens for every packet is counted, never timed, but for the pacer's ticks: an observation
+  costs a fifth of a microsecond.
+
+https://prometheus.io/docs/practices/histograms/
+"""
+
+import ledger
+
+
+class Transceiver(ledger.Kinds):
+    """The transceiver: its media socket and its sessions."""
+
+    RECEIVED = "datagrams", "Taken from the media socket."
+    FORWARDED = "datagrams", "Handed to the session they belong to."
+    DROPPED_NOT_RELAY = (
+        "datagrams",
+        "From an address outside relay_prefixes.",
+        "Something else sends to the media port, or a relay is missing from relay_prefixes.",
+    )
+    DROPPED_BAD_FRAME = (
+        "datagrams",
+        "Without the header that stands before every client's datagram.",
+        "A relay of another version.",
+    )
+    DROPPED_UNKNOWN_CLIENT = (
+        "datagrams",
+        "From a client address that no session knows.",
+        "Media that outlived its session, or came before its first check.",
+    )
+    DROPPED_UNKNOWN_SESSION = (
+        "datagrams",
+        "A check for a ufrag that no session has.",
+        "A client that outlived its session, or a replay.",
+    )
+    DROPPED_STUN_MALFORMED = (
+        "datagrams",
+        "STUN that is no well-formed Binding Request.",
+        "Garbage that came through a live flow.",
+    )
+    DROPPED_BAD_INTEGRITY = (
+        "datagrams",
+        "A check whose MESSAGE-INTEGRITY is wrong.",
+        "A client with a stale answer, or someone who injects into a flow.",
+    )
+    DROPPED_UNKNOWN_KIND = (
+        "datagrams",
+        "Neither STUN, DTLS nor RTP by the first octet.",
+        "Garbage that came through a live flow.",
+    )
+    DROPPED_OVERSIZED = (
+        "datagrams",
+        "Larger than 1,500 octets without the frame.",
+        "A relay that forwards more than clients send, or garbage.",
+    )
+    DROPPED_STUN_REPLAYED = (
+        "datagrams",
+        "A check whose transaction id came from another address before.",
+        "Someone replays recorded checks; the session does not move.",
+    )
+    DROPPED_ADDRESS_HELD = (
+        "datagrams",
+        "A check for a session from an address where another session is alive.",
+        "A forged source, or a client that reuses a port within a second of another call.",
+    )
+    DROPPED_BAD_SRTP = (
+        "datagrams",
+        "SRTP or SRTCP that does not authenticate, or that came before.",
+        "Duplicated packets, or someone who injects into a flow.",
+    )
+    DROPPED_EARLY = (
+        "datagrams",
+        "SRTP before its keys, beyond the second of it that is kept.",
+        "A client that speaks but does not finish its DTLS handshake.",
+    )
+    DROPPED_BACKLOG = (
+        "datagrams",
+        "DTLS that its session has not kept up with.",
+        "A client that floods its data channel, or an overloaded process.",
+    )
+    DROPPED_FAULT = (
+        "datagrams",
+        "Met a mistake in this program; the log has it.",
+        "A defect: please report it. The session it belonged to has ended, others go on.",
+    )
+    SENT = "datagrams", "Sent to a relay."
+    SEND_FAILED = (
+        "datagrams",
+        "Refused by the kernel when sent to a relay.",
+        "No route, or a send buffer that stayed full.",
+    )
+    PACED_LATE = (
+        "packets",
+        "Audio that left more than 5 ms after its time.",
+        "An overloaded process: lower sessions_max, or give it more of a CPU.",
+    )
+    SESSIONS_OPENED = "sessions", "Offers answered."
+    SESSIONS_CONNECTED = "sessions", "Sessions whose media became live."
+    SESSIONS_REFUSED = (
+        "sessions",
+        "Offers refused because the process was full or draining.",
+        "More calls than sessions_max.",
+    )
+    SESSIONS_CLOSED = "sessions", "Sessions that ended, whatever the reason."
+    SESSIONS = "sessions", "Sessions now.", "", True
+
+
+_SETUP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 15.0)
+"""A call's set-up: two round trips are 20 ms in a city and 500 ms by satellite; at 15 s it ends."""
+
+_ANSWER = (0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 5.0)
+"""An answer in a conversation: 60 ms is the promise for the parrot, a second is what people find
+slow."""
+
+_NETWORK = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
+"""A network's delays: jitter is heard beyond the 20 ms of a frame, a round trip beyond 300 ms."""
+
+_LOSS = (0.0, 0.001, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+"""Lost packets, of all. Redundancy hides 5 %, concealment 10 % for a while."""
+
+_PROCESS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Delays of our own: 5 ms at p99 is the promise, 20 ms are a frame, 100 ms a hole that is heard."""
+
+
+class Timing(ledger.Measures):
+    """What the transceiver times, call by call but for the last four."""
+
+    SETUP_CHECK = (
+        "seconds",
+        "From the offer to the client's first authenticated check.",
+        _SETUP,
+        "The way of the answer through signaling, and the client's own time; not ours.",
+    )
+    SETUP_CONNECTED = (
+        "seconds",
+        "From the offer to DTLS being up.",
+        _SETUP,
+        "Beyond the first check plus a round trip: lost flights, or an overloaded process.",
+    )
+    SETUP_AUDIO = (
+        "seconds",
+        "From the offer to the first audio packet of the client.",
+        _SETUP,
+        "Clients that take long to open their microphone.",
+    )
+    SETUP_CHANNEL = (
+        "seconds",
+        "From the offer to the opening of the data channel, when session.created leaves.",
+        _SETUP,
+        "Beyond DTLS plus two round trips: lost packets of SCTP, or an overloaded process.",
+    )
+    BACKEND_CONNECT = (
+        "seconds",
+        "From the attempt to reach the model server to its session.created.",
+        _ANSWER,
+        "A model server that is far away or overloaded: callers wait for its greeting.",
+    )
+    REPLY = (
+        "seconds",
+        "From the end of the client's turn, as the backend says it, to the reply's first packet.",
+        _ANSWER,
+        "The model server's time to its first sound. The parrot's is under 20 ms.",
+    )
+    INTERRUPTION = (
+        "seconds",
+        "From the event that interrupts a reply until nothing more of it is sent.",
+        _PROCESS,
+        "An overloaded process: people hear a voice that goes on over their own.",
+    )
+    ROUND_TRIP = (
+        "seconds",
+        "To the client and back, by its reports.",
+        _NETWORK,
+        "Clients far away, or on crowded links.",
+    )
+    JITTER_IN = (
+        "seconds",
+        "Of the client's packets as they arrive (RFC 3550), once a second.",
+        _NETWORK,
+        "Crowded links; beyond a frame some packets come too late to be used.",
+    )
+    JITTER_OUT = (
+        "seconds",
+        "Of our packets as they arrive at the client, by its reports.",
+        _NETWORK,
+        "Crowded links, or our pacer: compare with PACER.",
+    )
+    LOSS_IN = (
+        "ratio",
+        "Of the client's packets, those that never came, of the last second.",
+        _LOSS,
+        "Loss between client and relay, or a full buffer at one of the sockets.",
+    )
+    LOSS_OUT = (
+        "ratio",
+        "Of our packets, those that did not reach the client, by its reports.",
+        _LOSS,
+        "Loss between relay and client.",
+    )
+    PACER = (
+        "seconds",
+        "How late the pacer sends a frame of audio.",
+        _PROCESS,
+        "An overloaded process: lower sessions_max or load_max, or give it more of a CPU.",
+    )
+    LOOP_LAG = (
+        "seconds",
+        "How late the event loop runs what is due, twenty times a second.",
+        _PROCESS,
+        "Something holds up the loop: too many sessions, or a pause of the collector.",
+    )
+    COLLECTION = (
+        "seconds",
+        "Pauses of Python's garbage collector.",
+        _PROCESS,
+        "Part of LOOP_LAG: sessions leave cycles behind, which only the collector frees.",
+    )
+    TICK = (
+        "seconds",
+        "How long the process takes for its round of all sessions, twenty times a second.",
+        _PROCESS,
+        "Too many sessions, or a backend that is slow in its own process.",
+    )
