@@ -37,11 +37,12 @@ MODULE_LINES_MAX = 500
 # Each outside dependency has the importers named here and no other.
 # fmt: off
 IMPORTERS = {
-    "aiohttp": {"transceiver", "signaling", "placement", "keeper"},
+    "aiohttp": {"control", "transceiver", "signaling", "placement", "keeper"},
     "aioice": set(),
     "aiortc": {"peer"},
     "asyncio": {
         "mux",
+        "pacer",
         "peer",
         "transceiver",
         "signaling",
@@ -60,7 +61,7 @@ IMPORTERS = {
         "conversation",
         "keeper",
         "realtime",
-        "transceiver",
+        "control",
         "signaling",
         "placement",
         "top",

@@ -22,7 +22,7 @@ from aiortc.contrib.media import MediaPlayer
 from aiortc.mediastreams import AudioStreamTrack
 
 import backend
-import ledger
+import control
 import settings
 import stun
 import transceiver
@@ -284,7 +284,7 @@ def test_refusals(tmp_path: Path) -> None:
             assert (await on.offer(text))[0] == 201
         status, body, headers = await on.offer(text)
         assert status == 503
-        assert headers["Retry-After"] == str(transceiver.RETRY_AFTER_S)
+        assert headers["Retry-After"] == str(control.RETRY_AFTER_S)
         assert body["error"]["type"] == "server_error"
         assert on.transceiver.counters[Count.SESSIONS_REFUSED] == 1
 
@@ -296,37 +296,6 @@ def test_refusals(tmp_path: Path) -> None:
         assert (await on.ask("GET", "/nowhere"))[0] == 404
 
     house(tmp_path, scenario)
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (b"{", "the body: expected JSON."),
-        (b"[]", "the body: expected a JSON object."),
-        (b"{}", "offer: expected a session description as text."),
-        (b'{"offer": "", "session": 1}', "session: expected an object or null."),
-        (b'{"offer": "", "model": 1}', "model: expected text or null."),
-        (b'{"offer": ""}', "candidates: expected 1 to 8 of [address, port]."),
-        (
-            b'{"offer": "", "candidates": [["relay.example", 1]]}',
-            "candidates: expected [address, port], the address as a literal.",
-        ),
-        (
-            b'{"offer": "", "candidates": [["192.0.2.1", 0]]}',
-            "candidates: expected a port between 1 and 65535.",
-        ),
-    ],
-)
-def test_a_request_that_is_wrong(body: bytes, message: str) -> None:
-    with pytest.raises(transceiver.Refusal) as raised:
-        transceiver._call(body)
-    assert raised.value.status == 400
-    assert str(raised.value) == message
-
-
-def test_the_model_is_part_of_what_is_wanted() -> None:
-    body = b'{"offer": "v=0", "model": "m", "session": {"voice": "x"}, "candidates": [["::1", 9]]}'
-    assert transceiver._call(body) == ("v=0", {"model": "m", "voice": "x"}, [("::1", 9)])
 
 
 def test_the_control_api_is_for_signaling_only(tmp_path: Path) -> None:
@@ -493,35 +462,3 @@ def test_a_wrong_configuration_fails_at_start(tmp_path: Path, extra: str, reason
         assert ended.returncode == os.EX_CONFIG
         assert ended.stderr.startswith("transceiver: ")
         assert reason in ended.stderr
-
-
-def test_the_pacer_calls_in_time_and_forgets_what_is_withdrawn() -> None:
-    class Due:
-        def __init__(self, wakes_at: float | None) -> None:
-            self.wakes_at = wakes_at
-
-    async def run() -> None:
-        loop = asyncio.get_running_loop()
-        counters = ledger.Counters(Count)
-        played: list[tuple[Any, float]] = []
-
-        def play(session: Any, now: float) -> None:
-            played.append((session, now))
-            session.wakes_at = None
-            pacer.schedule(session)
-
-        pacer = transceiver.Pacer(loop, loop.time, play, counters)
-        begun = loop.time()
-        soon, later, never = Due(begun + 0.01), Due(begun + 0.02), Due(begun + 0.015)
-        for session in (later, soon, never):
-            pacer.schedule(session)  # type: ignore[arg-type]  # all that a pacer needs of a session
-        never.wakes_at = None
-        pacer.schedule(never)  # type: ignore[arg-type]
-        await shim.until(lambda: len(played) == 2)
-        assert [session for session, _ in played] == [soon, later]
-        assert all(
-            now >= at for (_, now), at in zip(played, (begun + 0.01, begun + 0.02), strict=True)
-        )
-        pacer.stop()
-
-    asyncio.run(run())
