@@ -1,13 +1,15 @@
-"""Repeatable measurements of the relay, for its developers: what it loses, delays and costs.
+"""Repeatable measurements for developers: what a relay loses and costs, a transceiver carries.
 
     bench.py relay                          every part, as tables; some ten minutes
+    bench.py transceiver                    the same for the transceiver, beside stock aiortc
     bench.py relay --json > figures.json    the same with machine, kernel, commit and command
     bench.py relay --only kill --quick      one part, in seconds: does it still work?
     bench.py relay --only latency --beside c='peer_relay 3478 9000'
 
 Everything runs on loopback and is started and ended here: the relay as an operator would start it
 (rig.py), and its clients and their transceiver in this process (load.py), which keeps to one CPU,
-the relay to the others where there are any. What is measured is in losses.py and costs.py.
+the relay to the others where there are any. What is measured is in losses.py and costs.py, and of
+a transceiver in capacity.py.
 
 Rules that stay true:
 - What must hold exactly (nothing lost or twice, the law of the counters, flows unchanged) and did
@@ -28,10 +30,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import capacity
 import costs
 import dev
 import flood
@@ -43,7 +46,9 @@ from rig import Setting, Skip
 import host
 import settings
 
+Parts = Mapping[str, Callable[[Setting], Figures]]
 PARTS = losses.PARTS | costs.PARTS
+TRANSCEIVER_PARTS = capacity.PARTS
 
 
 def about(seed: int) -> Figures:
@@ -123,15 +128,42 @@ def _relay(
     ] = None,
 ) -> None:
     """Measure the relay of this tree."""
-    chosen = only or list(PARTS)
-    if unknown := set(chosen) - PARTS.keys():
-        raise typer.BadParameter(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if wrong := [each for each in beside or () if "=" not in each]:
         raise typer.BadParameter(f"{wrong[0]!r} is not NAME=COMMAND")
     others = {name: command for name, _, command in (each.partition("=") for each in beside or ())}
+    _report(PARTS, only, as_json, quick, seed, others)
+
+
+@cli.command("transceiver")
+def _transceiver(
+    as_json: Annotated[bool, typer.Option("--json", help="Figures as JSON.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A part: {', '.join(TRANSCEIVER_PARTS)}.", metavar="NAME"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small: does it work?")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of all random moments.")] = None,
+) -> None:
+    """Measure the transceiver of this tree, beside a server on stock aiortc."""
+    _report(TRANSCEIVER_PARTS, only, as_json, quick, seed, {})
+
+
+def _report(
+    parts: Parts,
+    only: list[str] | None,
+    as_json: bool,
+    quick: bool,
+    seed: int | None,
+    beside: Mapping[str, str],
+) -> None:
+    """Measure and print; ends the program, with 1 if something did not hold."""
+    chosen = only or list(parts)
+    if unknown := set(chosen) - parts.keys():
+        raise typer.BadParameter(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupted)
-    found = measure(chosen, quick, secrets.randbits(32) if seed is None else seed, others)
+    named = {name: parts[name] for name in chosen}
+    found = measure(named, quick, secrets.randbits(32) if seed is None else seed, beside)
     typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
     raise typer.Exit(1 if found["failures"] else 0)
 
@@ -140,7 +172,7 @@ def _interrupted(number: int, _: object) -> None:
     raise KeyboardInterrupt  # on its way up it ends all that was started
 
 
-def measure(chosen: Sequence[str], quick: bool, seed: int, beside: Mapping[str, str]) -> Figures:
+def measure(parts: Parts, quick: bool, seed: int, beside: Mapping[str, str]) -> Figures:
     """Run the parts, one after the other; a part that cannot be run says why."""
     found = about(seed)
     cpus = host.cpus()
@@ -159,14 +191,15 @@ def measure(chosen: Sequence[str], quick: bool, seed: int, beside: Mapping[str, 
             relay_cpus=set(cpus[:-1] or cpus),
             load_cpu=load_cpu,
         )
-        setting.limit_per_s = found["load_limit_per_s"] = limit(0.1 if quick else 0.5)
-        setting.say(f"load alone: {setting.limit_per_s} round trips a second")
+        if parts.items() <= PARTS.items():
+            setting.limit_per_s = found["load_limit_per_s"] = limit(0.1 if quick else 0.5)
+            setting.say(f"load alone: {setting.limit_per_s} round trips a second")
         found["parts"] = {}
-        for name in chosen:
+        for name, part in parts.items():
             setting.part = name
             started = time.monotonic()
             try:
-                found["parts"][name] = PARTS[name](setting)
+                found["parts"][name] = part(setting)
             except Skip as reason:
                 found["parts"][name] = {"skipped": str(reason)}
             except (dev.StartError, OSError) as error:  # TimeoutError is one
