@@ -24,6 +24,7 @@ from typing import Any
 import aiohttp
 import orjson
 
+import endpoints
 import ledger
 import metrics
 import settings
@@ -60,7 +61,7 @@ class UnknownCall(Exception):
 class Peer:
     """A transceiver, as far as signaling knows it."""
 
-    endpoint: settings.Endpoint
+    endpoint: endpoints.Endpoint
     serving: bool = True
     """False while it drains or cannot be reached. Such a one is asked last, but it is asked: a
     second-old opinion must not turn a caller away."""

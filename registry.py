@@ -34,6 +34,7 @@ from redis.asyncio import cluster, sentinel
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+import endpoints
 import settings
 
 PREFIX = b"earshot:flow:"
@@ -331,7 +332,7 @@ class _Cluster:
             await self._nodes.aclose(each)
 
 
-def _client(url: settings.RedisUrl, timeout_s: float) -> _Server | _Cluster:
+def _client(url: endpoints.RedisUrl, timeout_s: float) -> _Server | _Cluster:
     # Calls have deadlines of their own, and what fails is tried again by whoever wants it: the one
     # retry is for a connection that was closed while nobody used it.
     common: dict[str, Any] = {

@@ -13,11 +13,9 @@ Rules that stay true:
 - Secrets are read here and appear in no message.
 """
 
-import ipaddress
 import os
 import stat
 import tomllib
-import urllib.parse
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -25,170 +23,11 @@ import msgspec
 from msgspec import Meta
 
 import ufrag
+from endpoints import Address, Endpoint, Prefix, RedisUrl
 
 
 class SettingsError(ValueError):
     """A configuration that cannot be used: the message names file, key and reason."""
-
-
-class Endpoint:
-    """An address and a port, written `192.0.2.1:3478` or `[2001:db8::1]:3478`."""
-
-    __slots__ = ("address", "port")
-
-    def __init__(self, text: str) -> None:
-        """Raises ValueError with the reason. Names are not resolved: a start needs no DNS."""
-        host, colon, port = text.rpartition(":")
-        bracketed = host.startswith("[") and host.endswith("]")
-        try:
-            self.address = ipaddress.ip_address(host[1:-1] if bracketed else host)
-        except ValueError:
-            raise ValueError(f"{text!r} is not ADDRESS:PORT or [IPV6]:PORT") from None
-        if not colon or bracketed != (self.address.version == 6):
-            raise ValueError(f"{text!r} is not ADDRESS:PORT or [IPV6]:PORT")
-        if not (port.isascii() and port.isdigit() and int(port) <= 0xFFFF):
-            raise ValueError(f"{port!r} in {text!r} is not a port (0 to 65535)")
-        self.port = int(port)
-
-    @property
-    def host(self) -> str:
-        """The address as sockets take it, without brackets."""
-        return str(self.address)
-
-    def __str__(self) -> str:
-        return (
-            f"[{self.host}]:{self.port}"
-            if self.address.version == 6
-            else f"{self.host}:{self.port}"
-        )
-
-    def __repr__(self) -> str:
-        return f"Endpoint({str(self)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Endpoint) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash((self.address, self.port))
-
-
-class Address:
-    """An address without a port, written `192.0.2.1` or `2001:db8::1`."""
-
-    __slots__ = ("address",)
-
-    def __init__(self, text: str) -> None:
-        """Raises ValueError with the reason."""
-        self.address = ipaddress.ip_address(text)
-
-    def __str__(self) -> str:
-        return str(self.address)
-
-    def __repr__(self) -> str:
-        return f"Address({str(self)!r})"
-
-
-class Prefix:
-    """A network, written `10.4.0.0/16` or `fd00:4::/96`."""
-
-    __slots__ = ("network",)
-
-    def __init__(self, text: str) -> None:
-        """Raises ValueError with the reason, such as host bits that are set."""
-        self.network = ipaddress.ip_network(text)
-
-    def __contains__(self, host: object) -> bool:
-        """True for an address literal inside; a v4-mapped one counts as the IPv4 it stands for."""
-        try:
-            address = ipaddress.ip_address(str(host).partition("%")[0])
-        except ValueError:
-            return False
-        return (getattr(address, "ipv4_mapped", None) or address) in self.network
-
-    def __repr__(self) -> str:
-        return f"Prefix({str(self.network)!r})"
-
-
-class RedisUrl:
-    """Where Redis is: one server, those that its Sentinels name, or a Cluster."""
-
-    __slots__ = ("database", "kind", "nodes", "password", "path", "service", "text", "tls", "user")
-
-    kind: str
-    """`redis`, `unix`, `sentinel` or `cluster`."""
-    nodes: tuple[tuple[str, int], ...]
-    """Host and port of the server, of each Sentinel, or of some servers of the Cluster."""
-
-    def __init__(self, text: str) -> None:
-        """Raises ValueError with the reason, which repeats no password."""
-        scheme, separator, rest = text.partition("://")
-        self.kind, self.tls = _REDIS_SCHEMES.get(scheme, ("", False))
-        if not (separator and self.kind):
-            raise ValueError(f"starts with none of {', '.join(f'{s}://' for s in _REDIS_SCHEMES)}")
-        login, _, rest = rest.rpartition("@")
-        user, colon, password = login.partition(":")
-        self.user = urllib.parse.unquote(user) or None
-        self.password = urllib.parse.unquote(password) if colon else None
-        self.path, self.service, self.database, self.nodes = "", "", 0, ()
-        if self.kind == "unix":
-            self.path, _, database = rest.partition("?db=")
-            if not self.path.startswith("/"):
-                raise ValueError(f"{rest!r} is not an absolute path")
-        else:
-            hosts, _, database = rest.partition("/")
-            port = 26379 if self.kind == "sentinel" else 6379
-            self.nodes = tuple(_redis_node(each, port) for each in hosts.split(","))
-        if self.kind == "redis" and len(self.nodes) > 1:
-            raise ValueError("names several servers: redis+cluster:// or redis+sentinel:// do")
-        if self.kind == "cluster" and database:
-            raise ValueError(f"a Cluster has no database {database!r}")
-        if self.kind == "sentinel":
-            self.service, _, database = database.partition("/")
-            if not self.service:
-                raise ValueError("names no service: redis+sentinel://host:port/service")
-        if database and not (database.isascii() and database.isdigit()):
-            raise ValueError(f"{database!r} is not the number of a database")
-        self.database = int(database or 0)
-        self.text = f"{scheme}://{rest}"
-
-    def __str__(self) -> str:
-        """Without user and password."""
-        return self.text
-
-    def __repr__(self) -> str:
-        return f"RedisUrl({self.text!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RedisUrl) and all(
-            getattr(self, slot) == getattr(other, slot) for slot in self.__slots__
-        )
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-
-_REDIS_SCHEMES = {
-    "redis": ("redis", False),
-    "rediss": ("redis", True),
-    "unix": ("unix", False),
-    "redis+sentinel": ("sentinel", False),
-    "rediss+sentinel": ("sentinel", True),
-    "redis+cluster": ("cluster", False),
-    "rediss+cluster": ("cluster", True),
-}
-"""By the scheme: what is there, and whether it is spoken to over TLS."""
-
-
-def _redis_node(text: str, default: int) -> tuple[str, int]:
-    """`host`, `host:port` or `[IPv6]:port`."""
-    if text.startswith("["):
-        host, _, port = text[1:].partition("]")
-        port = port.removeprefix(":")
-    else:
-        host, _, port = text.partition(":")
-    if not host or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16)):
-        raise ValueError(f"{text!r} is not HOST:PORT or [IPV6]:PORT")
-    return host, int(port or default)
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -33,6 +33,7 @@ import orjson
 import typer
 from aiohttp import web
 
+import endpoints
 import ledger
 import metrics
 import placement
@@ -386,7 +387,7 @@ async def serve(config: settings.Signaling) -> None:
         listen = config.signaling.listen
         await web.TCPSite(runner, listen.host, listen.port, backlog=1024).start()
         port = runner.addresses[0][1]  # what the kernel chose, if the setting says 0
-        where = settings.Endpoint(str(listen).rpartition(":")[0] + f":{port}")
+        where = endpoints.Endpoint(str(listen).rpartition(":")[0] + f":{port}")
         log.info("http://%s/ is ready, transceivers: %d", where, len(config.signaling.transceivers))
         await stop.wait()
         log.info("stopping")

@@ -35,6 +35,7 @@ from aiohttp import web
 
 import backend
 import control
+import endpoints
 import ledger
 import metrics
 import sdp
@@ -202,7 +203,7 @@ class Transceiver:
             self.ended(session, "a fault in the server")
 
 
-def _media_socket(at: settings.Endpoint, receive_buffer_octets: int) -> socket.socket:
+def _media_socket(at: endpoints.Endpoint, receive_buffer_octets: int) -> socket.socket:
     """The bound, non-blocking UDP socket. Raises OSError."""
     family = socket.AF_INET6 if at.address.version == 6 else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_DGRAM)
@@ -217,7 +218,7 @@ def _media_socket(at: settings.Endpoint, receive_buffer_octets: int) -> socket.s
     return sock
 
 
-def _inside(prefixes: tuple[settings.Prefix, ...]) -> Callable[[str], bool]:
+def _inside(prefixes: tuple[endpoints.Prefix, ...]) -> Callable[[str], bool]:
     return lambda host: any(host in prefix for prefix in prefixes)
 
 

@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+import endpoints
 import settings
 import stun
 import ufrag
@@ -57,8 +58,8 @@ def first(
         keyring = settings.load_keys(path, found.keys.mint_id)
         homes = settings.clusters(found.cluster)
         home = homes[found.cluster[0].id if cluster is None else cluster]
-        address = settings.Endpoint(f"[{host}]:{port}" if ":" in host else f"{host}:{port}").address
-        records = [record(check(keyring, home, address, port)) for _ in range(clients)]
+        at = endpoints.Endpoint(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        records = [record(check(keyring, home, at.address, port)) for _ in range(clients)]
     except KeyError:
         raise typer.BadParameter(f"{config} has no cluster {cluster}") from None
     except ValueError as error:  # settings' and ufrag's sentences

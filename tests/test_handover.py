@@ -12,6 +12,7 @@ import socket
 
 import pytest
 
+import endpoints
 import flows
 import frame
 import handover
@@ -25,8 +26,8 @@ from . import node
 def test_limits_are_shared_out() -> None:
     """No worker has less than its part, and all of them together no less than was configured."""
     table = settings.RelayTable(
-        public=settings.Endpoint("127.0.0.1:3478"),
-        internal=settings.Endpoint("127.0.0.1:3500"),
+        public=endpoints.Endpoint("127.0.0.1:3478"),
+        internal=endpoints.Endpoint("127.0.0.1:3500"),
         workers=3,
         flows_max=10,
         flows_tentative_max=4,

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 PROGRAMS = {"relay", "transceiver", "signaling"}
 SANS_IO = {
+    "endpoints",
     "frame",
     "ufrag",
     "stun",

@@ -5,10 +5,10 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-import settings
+import endpoints
 from placement import Peer, order
 
-AT = settings.Endpoint("127.0.0.1:9000")
+AT = endpoints.Endpoint("127.0.0.1:9000")
 PEERS = st.lists(
     st.builds(Peer, st.just(AT), st.booleans(), st.integers(0, 12), st.just(10)),
     min_size=1,

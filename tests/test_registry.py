@@ -9,13 +9,14 @@ import time
 
 import pytest
 
+import endpoints
 import registry
 import settings
 
 from . import redises
 from .redises import PATIENCE_S, SLOW_S
 
-TIMEOUT_S = settings.Redis(settings.RedisUrl("redis://h")).timeout_s
+TIMEOUT_S = settings.Redis(endpoints.RedisUrl("redis://h")).timeout_s
 LATE_S = 1.0
 """Within it a call has ended whose time is TIMEOUT_S: a busy machine has pauses."""
 
@@ -62,7 +63,7 @@ async def opened(url, **more):
     """A registry that watches, and its log."""
     log, lines = logging.Logger("registry"), Lines()
     log.addHandler(lines)
-    found = registry.Registry(settings.Redis(settings.RedisUrl(url), **more), log)
+    found = registry.Registry(settings.Redis(endpoints.RedisUrl(url), **more), log)
     watching = asyncio.create_task(found.watch())
     try:
         yield found, lines

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 import backend
+import endpoints
 import ice
 import ledger
 import metrics
@@ -22,9 +23,9 @@ from session import State
 
 HINT, PASSWORD = "APeT9ekG4r6OlO9+HGsokz4", b"Z4K/XErQpQxJ6rgyZhiW2+BN"
 LIMITS = settings.TransceiverTable(
-    listen=settings.Endpoint("127.0.0.1:9000"),
-    relay_prefixes=(settings.Prefix("127.0.0.0/8"),),
-    control_prefixes=(settings.Prefix("127.0.0.0/8"),),
+    listen=endpoints.Endpoint("127.0.0.1:9000"),
+    relay_prefixes=(endpoints.Prefix("127.0.0.0/8"),),
+    control_prefixes=(endpoints.Prefix("127.0.0.0/8"),),
 )
 CREATED = {"type": "session.created", "event_id": "event_1", "session": {"type": "realtime"}}
 TONE = bytes(range(256)) * 10

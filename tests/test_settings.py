@@ -131,19 +131,6 @@ def test_key_files_that_cannot_be_trusted(tmp_path: Path) -> None:
     assert isinstance(settings.load_keys(path), ufrag.Keyring)
 
 
-def test_endpoints_and_prefixes() -> None:
-    assert str(settings.Endpoint("[::1]:80")) == "[::1]:80"
-    assert settings.Endpoint("127.0.0.1:80") == settings.Endpoint("127.0.0.1:80")
-    assert len({settings.Endpoint("[::1]:80"), settings.Endpoint("[0::1]:80")}) == 1
-    prefix = settings.Prefix("10.4.0.0/16")
-    assert "10.4.255.1" in prefix
-    assert "::ffff:10.4.0.1" in prefix
-    assert "10.5.0.1" not in prefix
-    assert "::1" not in prefix
-    assert "nonsense" not in prefix
-    assert "fe80::1%eth0" in settings.Prefix("fe80::/10")
-
-
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import endpoints
 import metrics
 import settings
 import signaling
@@ -89,8 +90,8 @@ class FakeTransceiver:
 
 
 def mint(port: int, nonce: int, ring: ufrag.Keyring = RING) -> str:
-    cluster = ufrag.Cluster(1, settings.Prefix("127.0.0.0/8").network, 1024, 65535)
-    address = settings.Endpoint("127.0.0.1:1").address
+    cluster = ufrag.Cluster(1, endpoints.Prefix("127.0.0.0/8").network, 1024, 65535)
+    address = endpoints.Endpoint("127.0.0.1:1").address
     return ufrag.call_id(ufrag.mint(ring, cluster, address, port, nonce))
 
 
@@ -323,7 +324,7 @@ def test_the_next_transceiver_is_asked_when_one_cannot(tmp_path: Path, trouble: 
                 bad.refusal = (503 if trouble == "full" else 500, {})
             peer = stage.door.placement.peers[0]
             if trouble == "gone":
-                peer.endpoint = settings.Endpoint(f"127.0.0.1:{unused_port()}")
+                peer.endpoint = endpoints.Endpoint(f"127.0.0.1:{unused_port()}")
             # Chance decides who is asked first: in enough calls the bad one surely is.
             for _ in range(8):
                 await stage.call(**sdp())

@@ -23,6 +23,7 @@ from aiortc.mediastreams import AudioStreamTrack
 
 import backend
 import control
+import endpoints
 import settings
 import stun
 import transceiver
@@ -358,7 +359,7 @@ class Stopwatch:
         self.heard: list[tuple[float, float, float]] = []
         """When the packet was read, when its PCM came here, and how long after its arrival."""
 
-    def listen(self, at: settings.Endpoint, octets: int) -> Stamped:
+    def listen(self, at: endpoints.Endpoint, octets: int) -> Stamped:
         """Stands in for the function that opens the media socket."""
         self.sock = Stamped(fileno=OPEN(at, octets).detach())
         self.sock.setblocking(False)
