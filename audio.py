@@ -267,7 +267,7 @@ class Started(NamedTuple):
 
 
 class Drained(NamedTuple):
-    """The last packet of a finished item has been sent; `ms` is the length of what was written."""
+    """Nothing more of an item will be sent: `ms` is the length of what was taken of it."""
 
     item: str
     ms: int
@@ -337,6 +337,7 @@ class Playout:
                 return True
             if len(self._queue) >= ITEMS_MAX or self._octets >= self._octets_max:
                 self._remember(item, 0)
+                self._events.append(Drained(item, 0))
                 return False
             if self._queue:
                 self._finish(self._queue[-1])
@@ -485,8 +486,7 @@ class Playout:
             del self._open[entry.name]
             self._octets -= len(entry.pcm)
             self._remember(entry.name, self._ms(entry))
-            if entry.packets:
-                self._events.append(Drained(entry.name, self._ms(entry)))
+            self._events.append(Drained(entry.name, self._ms(entry)))
 
     def _ms(self, entry: _Item) -> int:
         """A model server refuses to truncate an item behind its end: padding does not count."""

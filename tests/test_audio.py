@@ -424,13 +424,13 @@ def test_a_flush_before_the_first_packet_is_followed_by_nothing() -> None:
     assert out.wakes_at is None
 
 
-def test_items_without_a_whole_sample_make_no_sound_and_no_event() -> None:
+def test_items_without_a_whole_sample_make_no_sound_but_end() -> None:
     out = playout()
     out.write("a", b"", 10.0)
     out.write("b", b"x", 10.0)
     out.finish("a", 10.0)
     out.finish("b", 10.0)
-    assert (out.wakes_at, out.events(), out.flush(10.0)) == (None, [], [])
+    assert (out.wakes_at, out.events(), out.flush(10.0)) == (None, [audio.Drained("b", 0)], [])
     assert (out.write("b", speech(1), 10.0), out.wakes_at) == (True, None), "b has ended"
 
 
