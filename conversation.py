@@ -97,6 +97,9 @@ class Conversation:
         self._last_sounding: str | None = None
         self._speeches: dict[str, _Speech] = {}
         self._history = realtime.History()
+        self.expires_at: int | None = None
+        """When the call ends at the latest, in seconds since 1970; stands in the session object."""
+        self._shown: Event = {}  # the session as the client last saw it
 
     # --- verbs -------------------------------------------------------------------------------
 
@@ -112,6 +115,23 @@ class Conversation:
         self._backlog.clear()
         self._speeches.clear()
         self._history = realtime.History()
+
+    def notice(self, expires_at: int) -> None:
+        """Tell the client when the call will end: session.updated with another `expires_at`.
+
+        The API has that field, and no event for this; some clients end at an event that they do
+        not know, and others at any `error`.
+        """
+        self.expires_at = expires_at
+        if self._shown and not self._closed:
+            self._shown = self._shown | {"expires_at": expires_at}
+            self._say({"type": "session.updated", "session": self._shown})
+
+    def fault(self, code: str, message: str, kind: str = "server_error") -> None:
+        """Tell the client of something that no event of its own has caused, at once."""
+        if not self._closed:
+            self._release()
+            self._error(Refused(code, message), None, kind)
 
     def client_message(self, message: str | bytes, now: float) -> None:
         """A message of the data channel, text or binary: the same JSON is taken either way."""
@@ -241,7 +261,11 @@ class Conversation:
     def _session(self, event: Event, kind: str) -> None:
         session = event.get("session")
         session = _without_secrets(session) if isinstance(session, dict) else {}
-        event = event | {"session": session | {"id": self._session_id}}
+        session["id"] = self._session_id
+        if self.expires_at is not None:
+            session["expires_at"] = self.expires_at
+        self._shown = session
+        event = event | {"session": session}
         detection = _at(session, "audio", "input", "turn_detection")
         if isinstance(detection, dict):
             self._interruptible = detection.get("interrupt_response") is not False
