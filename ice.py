@@ -8,10 +8,15 @@ Rules that stay true:
 - MESSAGE-INTEGRITY is verified before anything of a check has an effect.
 - Every authenticated check is answered, also one without USE-CANDIDATE.
 - The session moves to another address of the client on an authenticated check from there if it
-  carries USE-CANDIDATE or the old address is silent, and on authenticated SRTP from an address
+  carries USE-CANDIDATE or the old address is silent, and on authenticated media from an address
   that a check has verified. A replayed check moves nothing.
+- Authenticated SRTP from an address that no check has verified (a NAT has given the client another
+  port) is followed once the old address has been silent for some packets: somebody who copies a
+  packet and is faster than the original must not have the call. Such an address needs a check
+  within seconds, and until then any sign of life from a verified one outweighs it.
 - Media goes back by the relay that last delivered an authenticated packet of that address, so a
-  restarted relay, or another one, is only a new return address.
+  restarted relay, or another one, is only a new return address. A data channel's packet counts as
+  much as SRTP: both are encrypted, authenticated and safe from replay.
 
 Why `a=ice-lite` is not announced: a full agent that faces a lite one nominates in an extra round
 trip (RFC 8445 section 8.1.1); unannounced, clients are connected after two round trips instead of
@@ -29,6 +34,7 @@ https://www.rfc-editor.org/rfc/rfc6347#section-4.2.4 (re-sending a flight).
 """
 
 import enum
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import frame
@@ -54,6 +60,22 @@ SILENT_S = 0.3
 Shorter would follow a jitter burst (audio comes every 20 ms); longer is silence that the caller
 hears."""
 
+FOLLOWED_S = 0.06
+"""How long an address that SRTP alone speaks for must have been the only one heard before media
+goes there: three packets of speech. Less, and a copied packet that overtakes its original by a
+jitter burst would turn the call away; more is silence that the caller hears."""
+
+UNCHECKED_S_MAX = 10.0
+"""How long SRTP alone speaks for an address. Clients check every 2.5 s (browsers) to 6 s (RFC 7675
+section 5.1), so that one check may be lost; an impostor who holds out so long has had seconds of a
+call that he cannot decrypt."""
+
+UNCHECKED_MAX = 2
+"""Such addresses at a time: a NAT gives one, a second rebinding another."""
+
+EXPIRED_MAX = 8
+"""Remembered addresses that SRTP spoke for in vain: their time does not begin again."""
+
 RESEND_S = 0.1
 """First wait before a DTLS flight is sent again, doubled each time. Longer than most round trips,
 so that a flight is rarely sent twice for nothing; a loss costs this and not OpenSSL's second."""
@@ -76,6 +98,14 @@ class Path(NamedTuple):
     """The 32 octets that stand in front of its datagrams, both ways (frame.py)."""
     relay: Sockaddr
     """Where to send them."""
+
+
+class _Unchecked(NamedTuple):
+    """What is known of an address that SRTP alone speaks for."""
+
+    learned_at: float
+    alone_since: float
+    """Its first packet since the active address showed itself last."""
 
 
 class Verdict(enum.Enum):
@@ -104,7 +134,11 @@ class Agent:
     def __init__(self, ufrag: bytes, password: bytes) -> None:
         self._credentials: dict[bytes, bytes] = {ufrag: password}
         self._heard: dict[bytes, float] = {}  # verified addresses by key: when last heard
+        self._unchecked: dict[bytes, _Unchecked] = {}  # addresses that SRTP alone speaks for
+        self._expired: dict[bytes, None] = {}  # those whose check never came, oldest first
         self._transactions: dict[bytes, bytes] = {}  # transaction id: key of its address
+        self._alive_at = -math.inf  # when the active address last showed that it is in use
+        self._home: Path | None = None  # the last active path that a check has verified
         self.active: Path | None = None
         """Where media goes; None until the first authenticated check."""
         self.heard_at: float | None = None
@@ -112,8 +146,8 @@ class Agent:
 
     @property
     def keys(self) -> list[bytes]:
-        """The keys (frame.key) of all verified addresses."""
-        return list(self._heard)
+        """The keys (frame.key) of all addresses, whether verified or known by SRTP alone."""
+        return [*self._heard, *self._unchecked]
 
     @property
     def ufrags(self) -> list[bytes]:
@@ -140,26 +174,93 @@ class Agent:
         if request.controlled is not None:
             conflict = stun.error(request.transaction_id, _ROLE_CONFLICT, "Role Conflict", password)
             return Checked(Verdict.CONFLICT, conflict)
+        self._unchecked.pop(key, None)
+        self._expired.pop(key, None)
         path = Path(header, relay)
         if self._moves(path, request.use_candidate, now):
-            self.active = path
+            self._use(path, now)
         self._heard[key] = self.heard_at = now
         host, port = frame.client(header)
         success = stun.success(request.transaction_id, host, port, password)
         return Checked(Verdict.ANSWERED, success, self._make_room(key))
 
     def media(self, header: bytes, relay: Sockaddr, now: float) -> None:
-        """Note SRTP that authenticated: a sign of life, and it shows where the client is now.
+        """Note media or data that authenticated: a sign of life, and it shows where the client is.
 
-        An address that no check has verified, or that is forgotten by now, gets nothing.
+        An unknown address gets nothing; `learn` makes it known.
         """
         self.heard_at = now
         key = frame.key(header)
-        if key not in self._heard:
+        if key in self._heard:
+            self._heard[key] = now
+        elif not self._follows(key, now):
             return
-        self._heard[key] = now
-        if self.active is None or self.active.header != header or self.active.relay != relay:
-            self.active = Path(header, relay)
+        active = self.active
+        if active is None or active.header != header or active.relay != relay:
+            self._use(Path(header, relay), now)
+        else:
+            self._alive_at = now
+
+    def learn(self, key: bytes, now: float) -> bytes | None:
+        """Note that SRTP from an unknown address has authenticated; the key that makes room.
+
+        Nothing is sent there before `media` has followed it. An address whose time is up is not
+        learned again.
+        """
+        if key in self._heard or key in self._unchecked or key in self._expired:
+            return None
+        self._unchecked[key] = _Unchecked(now, now)
+        if len(self._unchecked) <= UNCHECKED_MAX:
+            return None
+        used = None if self.active is None else frame.key(self.active.header)
+        oldest = next(each for each in self._unchecked if each != used)
+        del self._unchecked[oldest]
+        return oldest
+
+    def knows(self, key: bytes) -> bool:
+        """True for an address that a check has verified, or SRTP for now."""
+        return key in self._heard or key in self._unchecked
+
+    def converses(self, header: bytes) -> bool:
+        """True for an address whose DTLS is to be taken: a verified one, or the one in use.
+
+        DTLS shows only later whether it is genuine, and room for it is short.
+        """
+        active = self.active
+        if active is not None and active.header == header:
+            return True
+        return frame.key(header) in self._heard
+
+    def copied(self, header: bytes, relay: Sockaddr, now: float) -> None:
+        """Note SRTP that has come before: its copy was faster, or it was recorded.
+
+        Where the original comes from somebody is alive, so that nobody else is followed; if
+        somebody was, the session returns. A forged source can do no more than that: the client's
+        next check sets it right.
+        """
+        active = self.active
+        if active is None:
+            return
+        if active.header == header:
+            self._alive_at = now
+        elif frame.key(active.header) in self._unchecked and frame.key(header) in self._heard:
+            self._use(Path(header, relay), now)
+
+    def sweep(self, now: float) -> list[bytes]:
+        """Give up addresses whose check never came; their keys. Once a second."""
+        gone = [
+            key for key, each in self._unchecked.items() if now - each.learned_at >= UNCHECKED_S_MAX
+        ]
+        for key in gone:
+            del self._unchecked[key]
+            self._expired[key] = None
+            if len(self._expired) > EXPIRED_MAX:
+                del self._expired[next(iter(self._expired))]
+            if self.active is not None and frame.key(self.active.header) == key:
+                home = self._home
+                known = home is not None and frame.key(home.header) in self._heard
+                self.active = home if known else None
+        return gone
 
     def restart(self, ufrag: bytes, password: bytes) -> bytes | None:
         """Accept new credentials beside the last ones (ICE restart); the ufrag that goes, if any.
@@ -177,13 +278,31 @@ class Agent:
     def forget(self, key: bytes) -> None:
         """Give up an address that another session has proved to own now."""
         self._heard.pop(key, None)
+        self._unchecked.pop(key, None)
         if self.active is not None and frame.key(self.active.header) == key:
             self.active = None
 
     def quiet_s(self, key: bytes, now: float) -> float | None:
-        """Seconds since an authenticated packet came from that address; None if it never did."""
+        """Seconds since an authenticated packet came from a verified address; None for others."""
         heard_at = self._heard.get(key)
         return None if heard_at is None else now - heard_at
+
+    def _use(self, path: Path, now: float) -> None:
+        self.active, self._alive_at = path, now
+        if frame.key(path.header) not in self._unchecked:
+            self._home = path
+
+    def _follows(self, key: bytes, now: float) -> bool:
+        """True if media belongs at an address that only SRTP speaks for, since just that came."""
+        found = self._unchecked.get(key)
+        if found is None:
+            return False
+        if self.active is not None and frame.key(self.active.header) == key:
+            return True
+        if found.alone_since <= self._alive_at:
+            self._unchecked[key] = found._replace(alone_since=now)
+            return False
+        return now - found.alone_since >= FOLLOWED_S
 
     def _moves(self, path: Path, use_candidate: bool, now: float) -> bool:
         """True if media belongs on `path` after an authenticated check came by it."""

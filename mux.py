@@ -1,9 +1,12 @@
 """Many sessions on one UDP socket: which session does a datagram belong to?
 
-What it owns: the media socket, and the maps from ufrag and from client address to session.
+What it owns: the media socket, and the maps from ufrag, from client address and from SSRC to
+session.
 
 A datagram's life reads downward in `Mux._receive`: relay, frame, class; then STUN finds its session
-by ufrag and everything else by the client's address, which only an authenticated check can set.
+by ufrag and everything else by the client's address, which an authenticated check sets. SRTP from
+an address that nobody knows finds it by the SSRC: a NAT has given a client another port, and its
+next check is up to 2.5 s away. The SSRC is only a guess, so that the session must authenticate it.
 
 Rules that stay true:
 - Frames from outside the relays' prefixes are dropped unread, and MESSAGE-INTEGRITY holds before
@@ -11,6 +14,7 @@ Rules that stay true:
 - Every datagram received ends in one counter (metrics.Transceiver): FORWARDED or a DROPPED_*.
 - Total over any octets from a relay: nothing escapes to the event loop, and what one client sends
   ends its own session at the worst.
+- Guesses cost a bounded time: so many a second may fail, of a stream and of all.
 - No task and no queue for media: what the reader's callback reads is handled before it returns.
 
 It does not decrypt (`peer.py` does) and does not know what a session is for (`session.py` does).
@@ -21,6 +25,7 @@ RFC 7983 https://www.rfc-editor.org/rfc/rfc7983 (telling the classes apart).
 import asyncio
 import datetime
 import logging
+import math
 import socket
 from collections.abc import Callable
 from functools import lru_cache
@@ -44,10 +49,45 @@ ADDRESS_HELD_S = 1.0
 a session of his own could take a caller's address by forging it as his source; more, and a client
 that reuses its port waits longer."""
 
+SHARERS_MAX = 4
+"""Sessions that are tried for one SSRC, those that had it first. SSRCs are drawn from 2^32, so two
+sessions share one only if somebody picked it on purpose; who comes later displaces nobody."""
+
+FAILURES_PER_S_MAX, STREAM_FAILURES_PER_S_MAX = 1_000, 100
+"""SRTP from unknown addresses that may fail to authenticate: of all, and of one SSRC. A failure
+costs 10 us, so a flood with the SSRCs of live calls takes 1 % of a CPU. Whoever is flooded moves
+with his next check instead."""
+
 CERTIFICATE_RENEWED_BEFORE = datetime.timedelta(days=7)
 """Certificates last 30 days (aiortc); a session that starts lives for hours at the most."""
 
 log = logging.getLogger("mux")
+
+
+class _Allowance:
+    """So many failures a second."""
+
+    def __init__(self, per_s: int) -> None:
+        self._per_s = self._left = per_s
+        self._renewed_at = -math.inf
+
+    def left(self, now: float) -> bool:
+        """True if there may be another failure."""
+        if now - self._renewed_at >= 1.0:
+            self._renewed_at, self._left = now, self._per_s
+        return self._left > 0
+
+    def failed(self) -> None:
+        """There was one."""
+        self._left -= 1
+
+
+class _Stream:
+    """The sessions that have sent SRTP of one SSRC."""
+
+    def __init__(self) -> None:
+        self.peers: list[Peer] = []
+        self.failures = _Allowance(STREAM_FAILURES_PER_S_MAX)
 
 
 class Mux:
@@ -72,6 +112,8 @@ class Mux:
         self._values = counters.values
         self._by_ufrag: dict[bytes, Peer] = {}
         self._by_client: dict[bytes, Peer] = {}
+        self._by_ssrc: dict[bytes, _Stream] = {}
+        self._failures = _Allowance(FAILURES_PER_S_MAX)
         self._certificate = Certificate.generateCertificate()
         self.loop.add_reader(sock.fileno(), self._readable)
 
@@ -100,7 +142,23 @@ class Mux:
         """Let go of a session: its datagrams belong to nobody from here on."""
         for ufrag in peer.agent.ufrags:
             self._by_ufrag.pop(ufrag, None)
-        for key in peer.agent.keys:
+        self.unlearn(peer, peer.agent.keys)
+        for ssrc in peer.ssrcs:
+            stream = self._by_ssrc.get(ssrc)
+            if stream is not None and peer in stream.peers:
+                stream.peers.remove(peer)
+                if not stream.peers:
+                    del self._by_ssrc[ssrc]
+
+    def sounds(self, peer: "Peer", ssrc: bytes) -> None:
+        """Note that a stream of this session's has authenticated for the first time."""
+        stream = self._by_ssrc.setdefault(ssrc, _Stream())
+        if len(stream.peers) < SHARERS_MAX:
+            stream.peers.append(peer)
+
+    def unlearn(self, peer: "Peer", keys: list[bytes]) -> None:
+        """Let go of client addresses of a session."""
+        for key in keys:
             if self._by_client.get(key) is peer:
                 del self._by_client[key]
 
@@ -148,11 +206,37 @@ class Mux:
         if kind not in (stun.Kind.RTP, stun.Kind.DTLS):
             return Count.DROPPED_UNKNOWN_KIND
         peer = self._by_client.get(frame.key(header))
+        if kind == stun.Kind.RTP:
+            if peer is None:
+                return self._guess(payload, header, relay, now)
+            return peer.receive_srtp(payload, header, relay, now)
         if peer is None:
             return Count.DROPPED_UNKNOWN_CLIENT
-        if kind == stun.Kind.RTP:
-            return peer.receive_srtp(payload, header, relay, now)
-        return peer.receive_dtls(payload)
+        return peer.receive_dtls(payload, header, relay)
+
+    def _guess(self, payload: bytes, header: bytes, relay: ice.Sockaddr, now: float) -> Count:
+        """SRTP from an unknown address: to the session of its SSRC, if that authenticates it."""
+        stream = self._by_ssrc.get(payload[4:8] if stun.is_rtcp(payload) else payload[8:12])
+        if stream is None:
+            return Count.DROPPED_UNKNOWN_CLIENT
+        if not (stream.failures.left(now) and self._failures.left(now)):
+            return Count.DROPPED_GUESS_LIMIT
+        for peer in stream.peers:
+            if peer.receive_srtp(payload, header, relay, now) is Count.FORWARDED:
+                self._learn(peer, frame.key(header), now)
+                return Count.FORWARDED
+        stream.failures.failed()
+        self._failures.failed()
+        return Count.DROPPED_BAD_SRTP
+
+    def _learn(self, peer: "Peer", key: bytes, now: float) -> None:
+        """Deliver what comes from this address to that session, if its agent has room for it."""
+        forgotten = peer.agent.learn(key, now)
+        if forgotten is not None:
+            self.unlearn(peer, [forgotten])
+        if peer.agent.knows(key):
+            self._by_client[key] = peer
+            self._values[Count.ADDRESSES_LEARNED] += 1
 
     def _check(self, payload: bytes, header: bytes, relay: ice.Sockaddr, now: float) -> Count:
         request = stun.read_request(payload)
@@ -163,8 +247,11 @@ class Mux:
             return Count.DROPPED_UNKNOWN_SESSION
         key = frame.key(header)
         holder = self._by_client.get(key, peer)
-        if holder is not peer and (holder.agent.quiet_s(key, now) or 0.0) < ADDRESS_HELD_S:
-            return Count.DROPPED_ADDRESS_HELD
+        if holder is not peer:
+            # An address that SRTP alone speaks for holds against nobody: its source may be forged.
+            quiet_s = holder.agent.quiet_s(key, now)
+            if quiet_s is not None and quiet_s < ADDRESS_HELD_S:
+                return Count.DROPPED_ADDRESS_HELD
         checked = peer.agent.check(payload, request, header, relay, now)
         if checked.response:
             self.send(header, checked.response, relay)

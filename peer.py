@@ -7,8 +7,11 @@ Rules that stay true:
 - SRTP is handled in the callback that read it: no queue, no task, no copy beyond slicing. Only
   DTLS (the handshake and the data channel) passes through aiortc's coroutine, a session has one.
 - DTLS begins with the first authenticated check. What it sends goes where the agent says.
+- What has authenticated shows where the client is: SRTP, and a data channel's packet. A DTLS record
+  that has only arrived shows nothing.
 - SRTP that comes before its keys is kept, up to a second, and handled as soon as they are there.
-- Everything that the client can make grow has a limit here, because aiortc has none.
+- Everything that the client can make grow has a limit here or in `association.py`, because aiortc
+  has none; so has the time that its data channel may take from the other sessions.
 - When the transport ends by itself the handler hears it once; `close` frees everything.
 
 It does not know what RTP carries, what the messages mean, or how long a session may last.
@@ -19,6 +22,7 @@ https://www.rfc-editor.org/rfc/rfc8831 (data channels).
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -32,13 +36,13 @@ from aiortc.rtcdtlstransport import (
     RTCDtlsTransport,
     SRTPProtectionProfile,
 )
-from aiortc.rtcsctptransport import RTCSctpCapabilities, RTCSctpTransport
 from OpenSSL import SSL
 
 import ice
 import metrics
 import sdp
 import stun
+from association import Association
 
 Count = metrics.Transceiver
 
@@ -61,13 +65,9 @@ SSRCS_MAX = 16
 """Streams that a client may send. libsrtp keeps each for ever, in a list that it walks a packet;
 clients send one or two, and a new one when they change their microphone."""
 
-WINDOW_SLACK_OCTETS = 64 * 1024
-"""How far a client may exceed its SCTP window, which aiortc does not enforce, before it counts as
-one that ignores it: room for what was under way when the window shrank."""
-
-MISORDERED_MAX = 4096
-"""SCTP chunks received out of order. aiortc keeps and sorts them without a limit; a window of 1 MB
-in full chunks holds 900."""
+DATA_CPU_SHARE, DATA_CPU_BURST_S = 0.1, 0.2
+"""Processor time that a session's data channel may take: a tenth of what passes, and so much at
+once. A message of the largest size costs 30 ms; a client that floods waits, the others do not."""
 
 _CIPHERS = b":".join(
     # aiortc's own, then the same for peers with an RSA certificate (GStreamer and other encoders).
@@ -75,6 +75,13 @@ _CIPHERS = b":".join(
     for kind in (b"ECDSA", b"RSA")
     for suite in (b"AES128-GCM-SHA256", b"CHACHA20-POLY1305", b"AES128-SHA", b"AES256-SHA")
 )
+
+_REPLAYS = (
+    "replay check failed (bad index)",
+    "replay check failed (index too old)",
+)  # of pylibsrtp
+
+_RECORD_OCTETS = 13  # a DTLS record's header, RFC 6347 section 4.1
 
 log = logging.getLogger("peer")
 
@@ -110,6 +117,12 @@ class Wire(Protocol):
     def send(self, header: bytes, payload: bytes, relay: ice.Sockaddr) -> None:
         """Send a datagram to a client by its relay."""
 
+    def sounds(self, peer: "Peer", ssrc: bytes) -> None:
+        """Note a stream that has authenticated: it may show up from another address."""
+
+    def unlearn(self, peer: "Peer", keys: list[bytes]) -> None:
+        """Deliver nothing more from these addresses (frame.key) to this peer."""
+
     def forget(self, peer: "Peer") -> None:
         """Deliver nothing more to this peer."""
 
@@ -138,8 +151,7 @@ class Peer:
 
     Towards aiortc it plays the RTCIceTransport: `role`, `_recv` and `_send` are all that
     RTCDtlsTransport asks of it. Private names used in return, stable since 2019 and pinned by the
-    version: `_set_role`, `_rx_srtp`, `_tx_srtp` of RTCDtlsTransport; `_advertised_rwnd` and
-    `_sack_misordered` of RTCSctpTransport, to see a client that ignores the window.
+    version: `_set_role`, `_rx_srtp`, `_tx_srtp` of RTCDtlsTransport.
     """
 
     role = "controlled"
@@ -154,17 +166,25 @@ class Peer:
     ) -> None:
         self.agent = agent
         self.certificate = certificate
+        self.checked_at: float | None = None
+        """When the first authenticated check came; None until then."""
         self._wire, self._offer = wire, offer
         self._handler: Handler | None = handler
         self._dtls: RTCDtlsTransport | None = None  # made by the first check, not by the offer
-        self._sctp: RTCSctpTransport | None = None
+        self._sctp: Association | None = None
         self._channels: list[RTCDataChannel] = []
         self._receiving: Any = None  # pylibsrtp's sessions
         self._sending: Any = None
         self._task: asyncio.Task[None] | None = None
-        self._inbox: deque[bytes] = deque()
+        self._inbox: deque[tuple[bytes, bytes, ice.Sockaddr]] = deque()
+        self._active: ice.Path | None = None  # the agent's, when it was last looked at
+        self._path: tuple[bytes, ice.Sockaddr] | None = None  # of the record that aiortc has
+        self._handed_at: float | None = None  # the process's CPU time when aiortc got it
+        self._credit_s = DATA_CPU_BURST_S
+        self._credited_at = wire.clock()
         self._waiter: asyncio.Future[None] | None = None
-        self._ssrcs: set[bytes] = set()
+        self.ssrcs: set[bytes] = set()
+        """Of the streams that have authenticated."""
         self._early: deque[tuple[bytes, bytes, ice.Sockaddr]] = deque()
         self._flight = ice.Flight()
         self._resending: asyncio.TimerHandle | None = None
@@ -175,7 +195,10 @@ class Peer:
     def checked(self) -> None:
         """Note an authenticated check: the first one completes ICE, and DTLS begins."""
         if self._task is None and not self._closed:
+            self.checked_at = self._wire.clock()
             self._task = self._wire.loop.create_task(self._connect())
+        if self.agent.active is not self._active:
+            self._moved()
 
     def receive_srtp(self, payload: bytes, header: bytes, relay: ice.Sockaddr, now: float) -> Count:
         """SRTP or SRTCP from one of the client's addresses, to the handler if it authenticates."""
@@ -190,25 +213,33 @@ class Peer:
                 packet = self._receiving.unprotect_rtcp(payload)
             else:
                 packet = self._receiving.unprotect(payload)
-        except pylibsrtp.Error:
+        except pylibsrtp.Error as error:
+            if str(error) in _REPLAYS:
+                self.agent.copied(header, relay, now)
             return Count.DROPPED_BAD_SRTP
         ssrc = packet[4:8] if rtcp else packet[8:12]
-        if ssrc not in self._ssrcs:
-            self._ssrcs.add(ssrc)
-            if len(self._ssrcs) > SSRCS_MAX:
+        if ssrc not in self.ssrcs:
+            self.ssrcs.add(ssrc)
+            self._wire.sounds(self, ssrc)
+            if len(self.ssrcs) > SSRCS_MAX:
                 self.end("the client sends too many streams")
         self.agent.media(header, relay, now)
+        if self.agent.active is not self._active:
+            self._moved()
         if self._flight.wakes_at is not None:
             self._flight.done()
         if self._handler is not None:
             (self._handler.rtcp if rtcp else self._handler.rtp)(packet, now)
         return Count.FORWARDED
 
-    def receive_dtls(self, payload: bytes) -> Count:
+    def receive_dtls(self, payload: bytes, header: bytes, relay: ice.Sockaddr) -> Count:
         """A DTLS datagram, for aiortc's coroutine."""
-        if len(self._inbox) >= INBOX_DATAGRAMS_MAX:
+        if not self.agent.converses(header):
+            return Count.DROPPED_UNKNOWN_CLIENT
+        records = _records(payload)
+        if len(self._inbox) + len(records) > INBOX_DATAGRAMS_MAX:
             return Count.DROPPED_BACKLOG
-        self._inbox.append(payload)
+        self._inbox.extend((record, header, relay) for record in records)
         self._flight.answered()
         if self._sending is not None:
             self._flight.done()
@@ -275,10 +306,8 @@ class Peer:
             payload, header, relay = self._early.popleft()
             self.receive_srtp(payload, header, relay, self._wire.clock())
         if offer.application is not None:
-            self._sctp = RTCSctpTransport(dtls, sdp.SCTP_PORT)
-            self._sctp.on("datachannel", self._channel)
-            capabilities = RTCSctpCapabilities(maxMessageSize=offer.message_octets_max)
-            await self._sctp.start(capabilities, offer.sctp_port)
+            self._sctp = Association(dtls, self._channel, self._authenticated)
+            await self._sctp.begin(offer)
 
     def _channel(self, channel: RTCDataChannel) -> None:
         """A data channel that the client opened: the first one carries the events."""
@@ -292,12 +321,36 @@ class Peer:
             self._handler.opened(self._wire.clock())
 
     def _message(self, message: str | bytes) -> None:
-        if self._handler is not None:
+        if self._handler is None:
+            return
+        try:
             self._handler.message(message, self._wire.clock())
+        except Exception:
+            log.exception("a message met a fault")
+            self.end("a fault in the server")
+
+    def _authenticated(self) -> None:
+        """Note that the record which aiortc has in hand held a packet of the data channel."""
+        if self._path is not None:
+            self.agent.media(*self._path, self._wire.clock())
+            if self.agent.active is not self._active:
+                self._moved()
+
+    def _moved(self) -> None:
+        """Go on at another address: what was on its way to the old one is sent again at once."""
+        self._active = self.agent.active
+        if self._sctp is not None:
+            self._sctp.hurry()
 
     def _changed(self) -> None:
         if self._dtls is not None and self._dtls.state in ("closed", "failed"):
             self.end("the client closed the connection")
+
+    def sweep(self, now: float) -> None:
+        """Give up addresses of the client that SRTP alone has spoken for too long."""
+        gone = self.agent.sweep(now)
+        if gone:
+            self._wire.unlearn(self, gone)
 
     def end(self, reason: str) -> None:
         """Tell the handler, once, that the transport has ended by itself."""
@@ -330,6 +383,7 @@ class Peer:
 
     async def _recv(self) -> bytes:
         """The next DTLS datagram. Raises ConnectionError when there will be none."""
+        await self._breathe()
         while not self._inbox:
             if self._closed:
                 raise ConnectionError("closed")
@@ -338,13 +392,22 @@ class Peer:
                 await self._waiter
             finally:
                 self._waiter = None
-        sctp = self._sctp
-        if sctp is not None and (
-            sctp._advertised_rwnd < -WINDOW_SLACK_OCTETS
-            or len(sctp._sack_misordered) > MISORDERED_MAX
-        ):
-            raise ConnectionError("the client ignores the SCTP window")
-        return self._inbox.popleft()
+        record, header, relay = self._inbox.popleft()
+        self._path = header, relay
+        if self._sending is not None:  # before, aiortc gives others their turn while it is at work
+            self._handed_at = time.thread_time()
+        return record
+
+    async def _breathe(self) -> None:
+        """Let the others have their turn if this session has had more than its share."""
+        if self._handed_at is None:
+            return
+        now, used_s = self._wire.clock(), time.thread_time() - self._handed_at
+        earned_s = (now - self._credited_at) * DATA_CPU_SHARE
+        self._credit_s = min(self._credit_s + earned_s, DATA_CPU_BURST_S) - used_s
+        self._credited_at, self._handed_at = now, None
+        if self._credit_s < 0:
+            await asyncio.sleep(-self._credit_s / DATA_CPU_SHARE)
 
     async def _send(self, datagram: bytes) -> None:
         """Send what DTLS made; during the handshake also keep it, to send it again."""
@@ -373,3 +436,22 @@ class Peer:
             for datagram in self._flight.due(self._wire.clock()):
                 self._wire.send(active.header, datagram, active.relay)
         self._arm()
+
+
+def _records(datagram: bytes) -> list[bytes]:
+    """The DTLS records of a datagram, one by one; what does not add up stays with the last.
+
+    aiortc reads one record for each datagram, so a second one would wait for the next datagram, and
+    be taken for a part of it: of where that came from, too.
+    """
+    records = []
+    begin, end = 0, len(datagram)
+    # Content types 20 to 26 have this header; DTLS 1.3 has a shorter one (RFC 9147 section 4).
+    while begin + _RECORD_OCTETS <= end and 20 <= datagram[begin] <= 26:
+        size = _RECORD_OCTETS + int.from_bytes(datagram[begin + 11 : begin + 13], "big")
+        if begin + size >= end:
+            break
+        records.append(datagram[begin : begin + size])
+        begin += size
+    records.append(datagram[begin:])
+    return records

@@ -248,6 +248,7 @@ class Session:
         if self.live_at is None:
             late = now - self.opened_at >= limits.connect_deadline_s
             return "the client never connected" if late else None
+        self._peer.sweep(now)
         heard_at = self._peer.agent.heard_at or self.live_at
         if now - heard_at >= limits.silence_deadline_s:
             return "the client has vanished"

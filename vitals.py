@@ -76,6 +76,11 @@ class Transceiver(ledger.Kinds):
         "SRTP or SRTCP that does not authenticate, or that came before.",
         "Duplicated packets, or someone who injects into a flow.",
     )
+    DROPPED_GUESS_LIMIT = (
+        "datagrams",
+        "SRTP from an unknown address with the SSRC of a call, beyond the failures allowed.",
+        "Someone floods with the SSRCs of live calls; a client that roams waits for its check.",
+    )
     DROPPED_EARLY = (
         "datagrams",
         "SRTP before its keys, beyond the second of it that is kept.",
@@ -91,6 +96,7 @@ class Transceiver(ledger.Kinds):
         "Met a mistake in this program; the log has it.",
         "A defect: please report it. The session it belonged to has ended, others go on.",
     )
+    ADDRESSES_LEARNED = "addresses", "Of clients, learned from SRTP before any check came."
     SENT = "datagrams", "Sent to a relay."
     SEND_FAILED = (
         "datagrams",

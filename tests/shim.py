@@ -46,6 +46,8 @@ class Shim:
         """Tap on what the transceiver sends, without the header."""
         self.seen_as: Callable[[tuple[str, int]], tuple[str, int]] = lambda client: client
         """The address that a client appears under: another one is another network."""
+        self.sent_to: Callable[[tuple[str, int]], Any] = lambda client: None
+        """Hears the address, as the transceiver knows it, of whatever goes to a client."""
         self.clients: dict[tuple[str, int], tuple[str, int]] = {}
         """Real addresses of clients by the one they appear under."""
         loop = asyncio.get_running_loop()
@@ -74,7 +76,9 @@ class Shim:
     def _downward(self) -> None:
         datagram = self.back.recv(2048)
         passed = self.down(datagram[frame.HEADER_OCTETS :])
-        client = self.clients.get(frame.client(datagram))
+        seen = frame.client(datagram)
+        self.sent_to(seen)
+        client = self.clients.get(seen)
         if passed is not None and client is not None:
             self.front.sendto(passed, client)
 

@@ -132,7 +132,7 @@ def check(hint: str, password: bytes, **options: Any) -> bytes:
 
 
 RTP = b"\x80\x6f" + bytes(60)
-DTLS = b"\x16\xfe\xfd" + bytes(60)
+DTLS = b"\x16\xfe\xfd" + bytes(8) + b"\x00\x32" + bytes(50)
 
 
 def test_a_check_is_answered_with_the_header_in_front() -> None:
@@ -335,7 +335,10 @@ def test_dtls_that_its_session_does_not_keep_up_with_is_dropped() -> None:
         hint, password = bench.open()
         await bench.send(check(hint, password))
         session = bench.mux._by_ufrag[hint.encode()]
-        outcomes = [session.receive_dtls(DTLS) for _ in range(peer.INBOX_DATAGRAMS_MAX + 1)]
+        outcomes = [
+            session.receive_dtls(DTLS, frame.header(*HOME), ())
+            for _ in range(peer.INBOX_DATAGRAMS_MAX + 1)
+        ]
         assert set(outcomes[:-1]) == {Count.FORWARDED}
         assert outcomes[-1] is Count.DROPPED_BACKLOG
 

@@ -261,19 +261,59 @@ def test_garbage_leaves_a_live_call_alone() -> None:
 
 
 def test_media_follows_the_client_to_another_address() -> None:
+    """From Wi-Fi to mobile: the client's first check from there, before anything else."""
+
     async def scenario(on: Line) -> None:
         await on.connect()
-        moved = ("127.0.0.9", 4444)
-        on.shim.seen_as = lambda _: moved
-        # Nothing from there counts until a check has verified it; then everything goes there.
-        await shim.until(lambda: on.counters[Count.DROPPED_UNKNOWN_CLIENT])
+        home, moved = next(iter(on.shim.clients)), ("127.0.0.9", 4444)
+        sent: list[tuple[str, int]] = []
+        on.shim.sent_to = sent.append
+        on.shim.up = lambda datagram: None  # the old network is gone
+        on.shim.clients[moved] = on.shim.clients[home]
         on.shim.inject([stun.request(os.urandom(12), f"{UFRAG}:x", PASSWORD)], moved)
-        seen = len(on.handler.packets)
-        await shim.until(lambda: len(on.handler.packets) > seen)
+        await shim.until(lambda: moved in sent)
         assert on.peer.agent.active is not None
         assert frame.client(on.peer.agent.active.header) == moved
+        before = len(sent)
+        on.shim.seen_as = lambda _: moved
+        on.shim.up = lambda datagram: datagram
+        seen = len(on.handler.packets)
+        await shim.until(lambda: len(on.handler.packets) > seen)
+        for sequence in range(10):
+            on.peer.send_rtp(rtp.write(96, sequence, sequence * 960, 7, b"\xf8\xff\xfe"))
         on.peer.send_message("you have moved")
         await shim.until(lambda: on.client.messages == ["you have moved"])
+        assert len(sent) > before + 10
+        assert set(sent[before:]) == {moved}, "nothing goes to the old address any more"
+        assert on.counters[Count.ADDRESSES_LEARNED] == 0
+
+    line(scenario)
+
+
+def test_media_and_messages_follow_a_client_that_has_sent_no_check_yet() -> None:
+    """A NAT has given it another port; browsers check every 2.5 s, and speak 50 times a second."""
+
+    async def scenario(on: Line) -> None:
+        await on.connect()
+        home, moved = next(iter(on.shim.clients)), ("127.0.0.1", 4444)
+        sent: list[tuple[str, int]] = []
+        on.shim.sent_to = sent.append
+        on.shim.seen_as = lambda _: moved
+        on.shim.up = lambda octets: None if stun.kind(octets[0]) is stun.Kind.STUN else octets
+        seen = len(on.handler.packets)
+        active = on.peer.agent.active
+        await shim.until(lambda: on.peer.agent.active is not active)
+        assert on.peer.agent.active is not None
+        assert frame.client(on.peer.agent.active.header) == moved
+        assert moved not in sent, "nothing goes to an address before it is followed"
+        assert len(on.handler.packets) - seen >= 3, "what has authenticated is heard all the same"
+        assert on.counters[Count.ADDRESSES_LEARNED] == 1
+        sent.clear()
+        on.client.channel.send("by the new port")
+        await shim.until(lambda: "by the new port" in on.handler.messages)
+        on.peer.send_message("so I see")
+        await shim.until(lambda: on.client.messages == ["so I see"])
+        assert home not in sent
 
     line(scenario)
 
