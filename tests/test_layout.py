@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 PROGRAMS = {"relay", "transceiver", "signaling"}
 SANS_IO = {
+    "dialect",
     "endpoints",
     "frame",
     "ufrag",
@@ -40,7 +41,7 @@ MODULE_LINES_MAX = 500
 IMPORTERS = {
     "aiohttp": {"control", "transceiver", "signaling", "placement", "keeper"},
     "aioice": set(),
-    "aiortc": {"association", "peer"},
+    "aiortc": {"peer"},
     "asyncio": {
         "mux",
         "pacer",
