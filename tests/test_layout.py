@@ -41,7 +41,7 @@ MODULE_LINES_MAX = 500
 IMPORTERS = {
     "aiohttp": {"control", "transceiver", "signaling", "placement", "keeper"},
     "aioice": set(),
-    "aiortc": {"peer"},
+    "aiortc": {"association", "peer"},
     "asyncio": {
         "mux",
         "pacer",
