@@ -15,6 +15,7 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 PROGRAMS = {"relay", "transceiver", "signaling"}
 SANS_IO = {
     "dialect",
+    "resample",
     "endpoints",
     "frame",
     "ufrag",
