@@ -103,7 +103,8 @@ class Parrot:
     rate_hz = RATE_HZ
     """Of its audio, both ways."""
 
-    def __init__(self, tag: str, session: Event | None = None) -> None:
+    def __init__(self, tag: str, session: Event | None = None, told_hz: int = RATE_HZ) -> None:
+        """`told_hz` is the rate that its sessions show, of an owner who resamples."""
         self._tag = tag
         self._counts: dict[str, int] = {}
         self._out: list[Event] = []
@@ -113,7 +114,7 @@ class Parrot:
         self._answer = _Answer("I have not heard anything yet.")
         self._heard_id = ""
         self._idle_from: float | None = None
-        self._session = realtime.session(self._id("sess"), "parrot", RATE_HZ)
+        self._session = realtime.session(self._id("sess"), "parrot", told_hz)
         self._rule: ServerVad | None = ServerVad()
         refusal = None
         if session is not None:
