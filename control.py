@@ -2,6 +2,8 @@
 
     POST   /v1/sessions {"offer", "session", "model", "candidates": [[host, port], ...]}
                         201 {"call_id", "answer"}; 400; 503 with Retry-After
+    POST   /v1/sessions/{call_id}/ice {"ufrag", "pwd"}   an ICE restart: the client's new pair
+                        200 {"ufrag", "pwd"}: ours; 400; 404
     DELETE /v1/sessions/{call_id}   200 {}; 404
     GET    /v1/health               200 {"state", "sessions", "sessions_max", ...}
     GET    /metrics                 200, Prometheus' text
@@ -59,6 +61,9 @@ class Switchboard(Protocol):
         self, text: str, wanted: dict[str, Any] | None, candidates: list[tuple[str, int]]
     ) -> tuple[str, str]:
         """Take a call: its id and the answer. Raises Full, and sdp.OfferError."""
+
+    def restart(self, call_id: str) -> tuple[str, str] | None:
+        """New ICE credentials of a call: ufrag and password. None if there is none."""
 
     def hang_up(self, call_id: str) -> bool:
         """End a call by request. False if there is none."""
@@ -119,6 +124,13 @@ def application(switchboard: Switchboard) -> web.Application:
             raise Refusal(400, str(error), "invalid_offer", "sdp") from None
         return _json({"call_id": call_id, "answer": answer}, 201)
 
+    async def restart(request: web.Request) -> web.Response:
+        check_restart(await request.read())
+        renewed = switchboard.restart(request.match_info["call_id"])
+        if renewed is None:
+            raise Refusal(404, "There is no such call here.", "call_id_not_found", "call_id")
+        return _json({"ufrag": renewed[0], "pwd": renewed[1]})
+
     async def delete(request: web.Request) -> web.Response:
         if not switchboard.hang_up(request.match_info["call_id"]):
             raise Refusal(404, "There is no such call here.", "call_id_not_found", "call_id")
@@ -134,10 +146,27 @@ def application(switchboard: Switchboard) -> web.Application:
 
     application = web.Application(middlewares=[guard], client_max_size=REQUEST_OCTETS_MAX)
     application.router.add_post("/v1/sessions", create)
+    application.router.add_post("/v1/sessions/{call_id}/ice", restart)
     application.router.add_delete("/v1/sessions/{call_id}", delete)
     application.router.add_get("/v1/health", health)
     application.router.add_get("/metrics", exposition)
     return application
+
+
+def check_restart(body: bytes) -> None:
+    """Raise Refusal unless this is a client's pair for an ICE restart.
+
+    It is read for the client's sake alone: we send no checks, so that we never need it.
+    """
+    try:
+        found = orjson.loads(body)
+        pair = found["ufrag"], found["pwd"]
+    except (orjson.JSONDecodeError, TypeError, KeyError):
+        pair = None, None
+    for name, value, characters_min in zip(("ufrag", "pwd"), pair, (4, 22), strict=True):
+        if not (isinstance(value, str) and sdp.is_ice(value, characters_min)):
+            message = f"{name}: expected {characters_min} to 256 ICE characters."
+            raise Refusal(400, message, "invalid_request", name)
 
 
 def call_of(body: bytes) -> tuple[str, dict[str, Any] | None, list[tuple[str, int]]]:

@@ -117,6 +117,9 @@ class Wire(Protocol):
     def send(self, header: bytes, payload: bytes, relay: ice.Sockaddr) -> None:
         """Send a datagram to a client by its relay."""
 
+    def restart(self, peer: "Peer", ufrag: str, password: bytes) -> None:
+        """Answer a session's checks under new credentials too."""
+
     def sounds(self, peer: "Peer", ssrc: bytes) -> None:
         """Note a stream that has authenticated: it may show up from another address."""
 
@@ -345,6 +348,10 @@ class Peer:
     def _changed(self) -> None:
         if self._dtls is not None and self._dtls.state in ("closed", "failed"):
             self.end("the client closed the connection")
+
+    def restart(self, ufrag: str, password: bytes) -> None:
+        """Answer checks under these credentials too (ICE restart)."""
+        self._wire.restart(self, ufrag, password)
 
     def sweep(self, now: float) -> None:
         """Give up addresses of the client that SRTP alone has spoken for too long."""

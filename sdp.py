@@ -164,6 +164,11 @@ def read_offer(text: str) -> Offer:
     )
 
 
+def is_ice(text: str, characters_min: int) -> bool:
+    """True for a ufrag (from 4 characters) or a password (from 22): RFC 8839 section 5.4."""
+    return bool(_ICE.fullmatch(text)) and characters_min <= len(text) <= 256
+
+
 def answer(
     offer: Offer,
     ufrag: str,
@@ -366,7 +371,7 @@ def _ice(section: _Section, session: _Section, name: str, characters_min: int) -
     values = _inherited(section, session, name)
     if not values:
         raise OfferError(f"The offer has no a={name}.")
-    if not _ICE.fullmatch(values[0]) or not characters_min <= len(values[0]) <= 256:
+    if not is_ice(values[0], characters_min):
         raise OfferError(f"The offer's a={name} is not {characters_min} to 256 ICE characters.")
     return values[0]
 

@@ -240,6 +240,10 @@ class Session:
         self._backend.tick(now)
         self.flow(now)
 
+    def restart(self, ufrag: str, password: bytes) -> None:
+        """Answer the client's checks under new credentials too; nothing else changes."""
+        self._peer.restart(ufrag, password)
+
     def sweep(self, now: float) -> str | None:
         """Send the reports; the reason why the call has to end now, or None. Once a second."""
         limits = self._owner.limits

@@ -121,9 +121,7 @@ class Transceiver:
             self.counters.values[Count.SESSIONS_REFUSED] += 1
             raise control.Full("This transceiver takes no further sessions now.")
         offer = sdp.read_offer(text)
-        at = self.limits.listen
-        hint = ufrag.mint(self._keyring, self._cluster, at.address, at.port, secrets.randbits(32))
-        password = ufrag.password(self._keyring, hint) or b""  # never empty: its key just minted
+        hint, password = self._mint()
         session = Session(self, self._mux, offer, (hint, password), self._config.backend, wanted)
         self.sessions[session.call_id] = session
         self._slots[session] = next(self._next_slot)
@@ -140,6 +138,27 @@ class Transceiver:
             rate_hz=session.rate_hz,
         )
         return session.call_id, answer
+
+    def _mint(self) -> tuple[str, bytes]:
+        """A ufrag that leads relays here, and its password."""
+        at = self.limits.listen
+        hint = ufrag.mint(self._keyring, self._cluster, at.address, at.port, secrets.randbits(32))
+        return hint, ufrag.password(self._keyring, hint) or b""  # never empty: its key just minted
+
+    def restart(self, call_id: str) -> tuple[str, str] | None:
+        """New ICE credentials of a call, beside the ones before; None if there is no such call.
+
+        The call keeps its id, and DTLS, SRTP and the data channel do not notice (RFC 8445 section
+        9).
+        """
+        session = self.sessions.get(call_id)
+        if session is None:
+            return None
+        hint, password = self._mint()
+        session.restart(hint, password)
+        self.counters.values[Count.ICE_RESTARTS] += 1
+        log.info("%s restarts ICE", session)
+        return hint, password.decode()
 
     def hang_up(self, call_id: str) -> bool:
         """End a call by request. False if there is none."""

@@ -96,6 +96,7 @@ class Transceiver(ledger.Kinds):
         "Met a mistake in this program; the log has it.",
         "A defect: please report it. The session it belonged to has ended, others go on.",
     )
+    ICE_RESTARTS = "times", "Sessions given new ICE credentials."
     ADDRESSES_LEARNED = "addresses", "Of clients, learned from SRTP before any check came."
     SENT = "datagrams", "Sent to a relay."
     SEND_FAILED = (
