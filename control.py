@@ -71,6 +71,9 @@ class Switchboard(Protocol):
     def health(self) -> dict[str, Any]:
         """How the process is, for whoever places calls."""
 
+    def book(self) -> None:
+        """Bring those counters up to date that say what is now: before they are read."""
+
 
 class Refusal(Exception):
     """A request that ends in an error: never an empty body, always what is wrong."""
@@ -140,6 +143,7 @@ def application(switchboard: Switchboard) -> web.Application:
         return _json(switchboard.health())
 
     async def exposition(_: web.Request) -> web.Response:
+        switchboard.book()
         text = metrics.exposition("earshot_transceiver", [({}, switchboard.counters)])
         text += metrics.histograms("earshot_transceiver", switchboard.timings)
         return web.Response(body=text, headers={"Content-Type": EXPOSITION_TYPE})

@@ -12,7 +12,8 @@ Rules that stay true:
   client and for play-out leaves before the event loop turns again.
 - Nothing is played before the client is connected, and nothing after a flush.
 - A call passes through its states once: offered, connecting, live, closed. Each has a deadline,
-  and `sweep` says when one has passed.
+  and `sweep` says when one has passed. A client knows when its call will end at the latest, is told
+  again before it does, and hears why.
 
 It knows no socket and sets no timer: `transceiver.py` calls `flow`, `tick` and `sweep` in time.
 
@@ -29,6 +30,7 @@ import audio
 import backend
 import conversation
 import ledger
+import meter
 import metrics
 import opus
 import realtime
@@ -46,7 +48,23 @@ CNAME = "earshot"
 """In RTCP and in the answer. The same for all calls: it ties streams of one call together, and
 there is one (RFC 7022 asks that it tells nothing about the host)."""
 
+NEVER_CONNECTED = "the client never connected"
+VANISHED = "the client has vanished"
+EXPIRED = "the session limit is reached"
+FAULT = "a fault in the server"
+BACKEND_LOST = "the backend is lost"
+"""Reasons why calls end that are counted (ENDINGS)."""
+
+ENDINGS = {
+    NEVER_CONNECTED: metrics.Transceiver.ENDED_NEVER_CONNECTED,
+    VANISHED: metrics.Transceiver.ENDED_VANISHED,
+    EXPIRED: metrics.Transceiver.ENDED_EXPIRED,
+    FAULT: metrics.Transceiver.ENDED_FAULT,
+    BACKEND_LOST: metrics.Transceiver.ENDED_BACKEND,
+}
+
 log = logging.getLogger("session")
+Timing = metrics.Timing
 
 
 class State(enum.Enum):
@@ -109,7 +127,11 @@ class Session:
         """By the client's last report; None until it has sent one."""
         self.fraction_lost = 0.0
         """Of what we sent, by the client's last report."""
+        self.ends_at = self.opened_at + owner.limits.session_s_max
+        """The session limit, by the owner's clock."""
         self._owner, self._offer = owner, offer
+        self._noticed = False
+        self._meter = meter.Meter(owner.counters, owner.timings, self.opened_at)
         self._closed = False
         self._early: list[realtime.Event] | None = []
         self._backend = backend.connect(chosen, wanted, self._emitted)
@@ -127,6 +149,7 @@ class Session:
             timestamp=secrets.randbits(32),
         )
         self._conversation = conversation.Conversation(self.call_id, self._playout, self.opened_at)
+        self._conversation.expires_at = self._unix_at(self.ends_at)
         self._peer = mux.open(offer, *credentials, self)
         early, self._early = self._early, None
         for event in early or ():
@@ -166,7 +189,8 @@ class Session:
     def connected(self, now: float) -> None:
         """DTLS is up: the line opens, and what the backend has said so far begins to play."""
         self.live_at = now
-        self._owner.timings.observe(metrics.Timing.SETUP_CONNECTED, now - self.opened_at)
+        self._meter.set_up(Timing.SETUP_CHECK, self._peer.checked_at or now)
+        self._meter.set_up(Timing.SETUP_CONNECTED, now)
         self._owner.counters.values[metrics.Transceiver.SESSIONS_CONNECTED] += 1
         log.info("%s live after %.0f ms", self, 1000 * (now - self.opened_at))
         if self._offer.takes_audio and self._playout.wakes_at is None:
@@ -179,6 +203,8 @@ class Session:
         if found is None or found.payload_type != self._offer.opus or self._closed:
             return
         reception = self._reception
+        if reception is None:
+            self._meter.set_up(Timing.SETUP_AUDIO, now)
         if reception is None or reception.ssrc != found.ssrc:
             reception = self._reception = rtp.Reception(found.ssrc)
         reception.received(found.sequence, found.timestamp, now)
@@ -195,10 +221,11 @@ class Session:
             if block.ssrc == self.ssrc:
                 self.round_trip_s = rtp.round_trip_s(block, self._owner.unix())
                 self.fraction_lost = block.fraction_lost / 256
+                self._meter.received(block, self.round_trip_s)
 
     def opened(self, now: float) -> None:
         """The data channel is open: session.created goes first."""
-        self._owner.timings.observe(metrics.Timing.SETUP_CHANNEL, now - self.opened_at)
+        self._meter.set_up(Timing.SETUP_CHANNEL, now)
         self._conversation.opened(now)
         self.flow(now)
 
@@ -221,6 +248,7 @@ class Session:
         wakes_at = self.wakes_at
         if wakes_at is not None and wakes_at <= now:
             packets = self._playout.send(now)
+            self._meter.sounded(now)
             if self._offer.takes_audio:
                 for packet in packets:
                     self._peer.send_rtp(packet)
@@ -229,6 +257,7 @@ class Session:
             self._backend.send(event, now)
         for message in self._conversation.to_client():
             self._peer.send_message(message)
+            self._meter.told(message, self._owner.clock() - now)
         self._owner.paced(self)
 
     def tick(self, now: float) -> None:
@@ -247,19 +276,41 @@ class Session:
     def sweep(self, now: float) -> str | None:
         """Send the reports; the reason why the call has to end now, or None. Once a second."""
         limits = self._owner.limits
-        if now - self.opened_at >= limits.session_s_max:
-            return "the session limit is reached"
+        if now >= self.ends_at:
+            wrong = (
+                f"Your session hit the maximum duration of {limits.session_s_max / 60:g} minutes."
+            )
+            self.fault("session_expired", wrong, "invalid_request_error")
+            return EXPIRED
         if self.live_at is None:
             late = now - self.opened_at >= limits.connect_deadline_s
-            return "the client never connected" if late else None
+            return NEVER_CONNECTED if late else None
+        if now >= self.ends_at - limits.notice_s and not self._noticed:
+            self.notice(self.ends_at)
         self._peer.sweep(now)
         heard_at = self._peer.agent.heard_at or self.live_at
         if now - heard_at >= limits.silence_deadline_s:
-            return "the client has vanished"
+            return VANISHED
         if self._peer.backlog_octets > BACKLOG_OCTETS_MAX:
             return "the client has stopped reading its data channel"
         self._report(now)
         return None
+
+    def notice(self, ends_at: float) -> None:
+        """Tell the client that its call will end by then, at the latest."""
+        self._noticed = True
+        self._conversation.notice(self._unix_at(min(ends_at, self.ends_at)))
+        self.flow(self._owner.clock())
+
+    def fault(self, code: str, message: str, kind: str = "server_error") -> None:
+        """Tell the client what is wrong, or why its call ends now: an `error` event."""
+        self._conversation.fault(code, message, kind)
+        self.flow(self._owner.clock())
+
+    def goodbye(self, now: float) -> None:
+        """Tell the client that its call ends since the process does."""
+        self._conversation.fault("server_shutting_down", "The server is being stopped.")
+        self.flow(now)
 
     async def close(self, reason: str) -> None:
         """End the call politely and free what it holds. Closing twice is harmless."""
@@ -267,6 +318,7 @@ class Session:
             return
         self._closed = True
         log.info("%s closed after %.1f s: %s", self, self._owner.clock() - self.opened_at, reason)
+        self._meter.frames(self._receiver)
         self._conversation.closed()
         self._backend.close()
         await self._peer.close()
@@ -285,12 +337,21 @@ class Session:
             self._early.append(event)
         elif not self._closed:
             now = self._owner.clock()
+            self._meter.turn(event.get("type"), self._playout.wakes_at is not None, now)
             self._conversation.backend_event(event, now)
             self.flow(now)
 
+    def _unix_at(self, at: float) -> int:
+        """A moment of the owner's clock in whole seconds since 1970."""
+        return round(self._owner.unix() + at - self._owner.clock())
+
     def _report(self, now: float) -> None:
         """RFC 3550 section 6.4: a sender report once something was sent, else a receiver report."""
-        blocks = [] if self._reception is None else [self._reception.report(now)]
+        reception, blocks = self._reception, []
+        if reception is not None:
+            blocks.append(reception.report(now))
+            self._meter.reported(blocks[0], reception.packets)
+        self._meter.frames(self._receiver)
         playout = self._playout
         if playout.packets_sent:
             sender = rtp.Sender(

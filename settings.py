@@ -178,12 +178,26 @@ class TransceiverTable(_Table, frozen=True):
     """Where signaling calls from. Requests from anywhere else get 403."""
     sessions_max: Annotated[int, Meta(ge=1, le=10_000)] = 100
     """Sessions this process takes before it answers 503. About a hundred fill a core."""
+    connecting_max: Annotated[int, Meta(ge=1, le=10_000)] = 64
+    """Sessions that may be connecting at once: each takes some milliseconds of CPU for its keys,
+    while the others' audio waits. The next ones get 503."""
+    load_max: Annotated[float, Meta(ge=0.05, le=100)] = 0.9
+    """Share of one CPU that this process may use, smoothed over seconds, before it answers 503. All
+    its work is in one thread: at 1 audio comes late. 100 turns it off."""
+    lag_s_max: Annotated[float, Meta(ge=0.001, le=100)] = 0.02
+    """The same for how late the event loop is, which also shows that others have the CPU. A frame
+    of audio is 20 ms. 100 turns it off."""
     connect_deadline_s: Seconds = 15.0
     """A session that has not connected by then ends."""
     silence_deadline_s: Seconds = 30.0
     """A client not heard of for this long has gone (RFC 7675 consent ends after 30 s)."""
     session_s_max: Seconds = 7_200.0
-    """No session is longer than this."""
+    """No session is longer than this. Clients see it as `expires_at` from the start."""
+    notice_s: Annotated[float, Meta(ge=0, le=3_600)] = 60.0
+    """How long before that a client is told once more: session.updated with the same."""
+    drain_s: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
+    """After SIGTERM, how long sessions that exist are served before the process ends anyway. 0 ends
+    at once. A second SIGTERM, or SIGINT, ends it at any time."""
     receive_buffer_octets: Annotated[int, Meta(ge=65_536, le=1 << 30)] = 4 << 20
     """Kernel buffer of the media socket."""
 

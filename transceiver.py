@@ -9,8 +9,11 @@ id, one pacer and one clockwork for all of them, and the way it starts and ends.
 Rules that stay true:
 - Everything runs in one thread's event loop; nothing of a call blocks, waits or has a task of its
   own but its DTLS.
-- A call is refused honestly: 503 when the process is full or draining, 400 with the reason when
-  the offer cannot be used. What is accepted has a deadline for each state of its life.
+- A call is refused honestly: 503 when the process is full, loaded or draining (admission.py), 400
+  with the reason when the offer cannot be used. What is accepted has a deadline for each state of
+  its life.
+- A drain takes no new calls, tells the clients of those there are when it ends, and ends with the
+  last of them, at the latest by its deadline.
 - What goes wrong inside one session ends that session, is logged, and nothing else.
 - Only `control_prefixes` may use the control API (control.py); only `relay_prefixes` send media.
 
@@ -33,6 +36,7 @@ from typing import Annotated, Any
 import typer
 from aiohttp import web
 
+import admission
 import backend
 import control
 import endpoints
@@ -43,7 +47,7 @@ import settings
 import ufrag
 from mux import Mux
 from pacer import Pacer
-from session import Session
+from session import ENDINGS, FAULT, Session, State
 
 TICK_S = 0.05
 """How often backends hear that time passes, and the step of the sweep. A turn's end can be this
@@ -53,7 +57,12 @@ SWEEP_TICKS = 20
 """Each session is swept every twentieth tick, once a second, and a twentieth of them at a time: no
 burst of a hundred reports holds up the pacer."""
 
+OFFER_FRESH_S = 2.0
+"""How long the client of an offer counts as being on its way. One that comes at all sends its first
+check within a round trip of the answer."""
+
 Count = metrics.Transceiver
+Timing = metrics.Timing
 log = logging.getLogger("transceiver")
 
 
@@ -66,6 +75,7 @@ class Transceiver:
         *,
         clock: Callable[[], float] = time.monotonic,
         unix: Callable[[], float] = time.time,
+        cpu: Callable[[], float] = time.process_time,
     ) -> None:
         """Raises SettingsError if the keys or the backend cannot be used; binds nothing yet."""
         self.clock, self.unix = clock, unix
@@ -73,12 +83,18 @@ class Transceiver:
         self.timings = ledger.Histograms(metrics.Timing)
         self.sessions: dict[str, Session] = {}
         self.draining = False
+        self.drained = asyncio.Event()
+        """Set once a drain is over: the last call has ended, or its deadline has come."""
         self._config, self.limits = config, config.transceiver
         self._keyring = config.keys.load()
         self._cluster = config.cluster[0].hints()
         self._slots: dict[Session, int] = {}
         self._next_slot = itertools.cycle(range(SWEEP_TICKS))
+        self._cpu = cpu
+        self._load = admission.Load(self.limits)
+        self._drains_until = float("inf")
         self._ticks = 0
+        self._tick_due = 0.0
         self._ticking: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
         backend.connect(config.backend, None, lambda _: None).close()
@@ -98,7 +114,21 @@ class Transceiver:
             self._mux.close()
             await self._http.cleanup()
             raise
-        self._ticking = loop.call_later(TICK_S, self._tick)
+        self._load.sample(self.clock(), self._cpu(), 0)
+        self._tick_due = loop.time() + TICK_S
+        self._ticking = loop.call_at(self._tick_due, self._tick)
+
+    def drain(self) -> None:
+        """Take no new calls, and tell the clients of those there are until when they are served."""
+        if self.draining:
+            return
+        now = self.clock()
+        self.draining = True
+        self._drains_until = now + self.limits.drain_s
+        log.info("draining %d sessions for %g s", len(self.sessions), self.limits.drain_s)
+        for session in list(self.sessions.values()):
+            self._guarded(session, session.notice, self._drains_until)
+        self._look_whether_drained(now)
 
     async def stop(self) -> None:
         """Say goodbye to every client and free everything."""
@@ -106,6 +136,7 @@ class Transceiver:
         if self._ticking is not None:
             self._ticking.cancel()
         for session in list(self.sessions.values()):
+            self._guarded(session, session.goodbye, self.clock())
             self.ended(session, "the transceiver is shutting down")
         while self._closing:
             await asyncio.wait(self._closing)
@@ -117,16 +148,16 @@ class Transceiver:
         self, text: str, wanted: dict[str, Any] | None, candidates: list[tuple[str, int]]
     ) -> tuple[str, str]:
         """Take a call: its id and the answer. Raises control.Full, and sdp.OfferError."""
-        if self.draining or len(self.sessions) >= self.limits.sessions_max:
-            self.counters.values[Count.SESSIONS_REFUSED] += 1
-            raise control.Full("This transceiver takes no further sessions now.")
+        refused = self._load.refusal(self._calls(), self.draining)
+        if refused is not None:
+            self.counters.values[refused.count] += 1
+            raise control.Full(refused.message)
         offer = sdp.read_offer(text)
         hint, password = self._mint()
         session = Session(self, self._mux, offer, (hint, password), self._config.backend, wanted)
         self.sessions[session.call_id] = session
         self._slots[session] = next(self._next_slot)
         self.counters.values[Count.SESSIONS_OPENED] += 1
-        self.counters.values[Count.SESSIONS] = len(self.sessions)
         answer = sdp.answer(
             offer,
             hint,
@@ -169,9 +200,24 @@ class Transceiver:
 
     def health(self) -> dict[str, Any]:
         """How the process is, for whoever places calls."""
-        state = "draining" if self.draining else "serving"
-        count, most = len(self.sessions), self.limits.sessions_max
-        return {"state": state, "sessions": count, "sessions_max": most}
+        self.book()
+        return {
+            "state": "draining" if self.draining else "serving",
+            "sessions": len(self.sessions),
+            "sessions_max": self.limits.sessions_max,
+            "load": round(self._load.figure, 3),
+            "cpu": round(self._load.share, 3),
+            "lag_s": round(self._load.lag_s, 4),
+        }
+
+    def book(self) -> None:
+        """Bring those counters up to date that say what is now: before they are read."""
+        states = [session.state for session in self.sessions.values()]
+        values = self.counters.values
+        values[Count.SESSIONS] = len(states)
+        values[Count.SESSIONS_OFFERED] = states.count(State.OFFERED)
+        values[Count.SESSIONS_CONNECTING] = states.count(State.CONNECTING)
+        values[Count.SESSIONS_LIVE] = states.count(State.LIVE)
 
     def paced(self, session: Session) -> None:
         """See session.Owner."""
@@ -183,7 +229,8 @@ class Transceiver:
             return
         del self._slots[session]
         self.counters.values[Count.SESSIONS_CLOSED] += 1
-        self.counters.values[Count.SESSIONS] = len(self.sessions)
+        if (counted := ENDINGS.get(reason)) is not None:
+            self.counters.values[counted] += 1
         task = asyncio.get_running_loop().create_task(self._close(session, reason))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -199,8 +246,15 @@ class Transceiver:
         self._guarded(session, session.flow, now)
 
     def _tick(self) -> None:
-        self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        loop = asyncio.get_running_loop()
+        lag_s = loop.time() - self._tick_due
+        self._load.lag(lag_s)
+        self.timings.observe(Timing.LOOP_LAG, lag_s)
         self.tick(self.clock())
+        done = loop.time()
+        self.timings.observe(Timing.TICK, done - self._tick_due - lag_s)
+        self._tick_due = max(self._tick_due + TICK_S, done)  # what was missed is not made up for
+        self._ticking = loop.call_at(self._tick_due, self._tick)
 
     def tick(self, now: float) -> None:
         """Let time pass in every session, and sweep those whose turn it is."""
@@ -210,16 +264,35 @@ class Transceiver:
             self._guarded(session, session.tick, now)
             if self._slots.get(session) == slot:
                 self._guarded(session, session.sweep, now)
+        if slot == 0:
+            self._load.sample(now, self._cpu(), self._calls().live)
+        self._look_whether_drained(now)
 
-    def _guarded(self, session: Session, step: Callable[[float], str | None], now: float) -> None:
+    def _calls(self) -> admission.Calls:
+        """What there is now, as admission counts it."""
+        now = self.clock()
+        live = connecting = young = 0
+        for session in self.sessions.values():
+            if session.live_at is not None:
+                live += 1
+                young += now - session.live_at < admission.YOUNG_S
+            elif session.state is State.CONNECTING or now - session.opened_at < OFFER_FRESH_S:
+                connecting += 1
+        return admission.Calls(len(self.sessions), live, connecting, connecting + young)
+
+    def _look_whether_drained(self, now: float) -> None:
+        if self.draining and (not self.sessions or now >= self._drains_until):
+            self.drained.set()
+
+    def _guarded(self, session: Session, step: Callable[[float], str | None], at: float) -> None:
         """Do one session's work; end it if that says why, or meets a mistake of ours."""
         try:
-            reason = step(now)
+            reason = step(at)
             if reason is not None:
                 self.ended(session, reason)
         except Exception:
             log.exception("%s met a fault", session)
-            self.ended(session, "a fault in the server")
+            self.ended(session, FAULT)
 
 
 def _media_socket(at: endpoints.Endpoint, receive_buffer_octets: int) -> socket.socket:
@@ -245,19 +318,28 @@ def _inside(prefixes: tuple[endpoints.Prefix, ...]) -> Callable[[str], bool]:
 
 
 async def serve(config: settings.Transceiver) -> None:
-    """Serve until SIGTERM or SIGINT, then end every call politely. Raises OSError."""
-    stopped = asyncio.Event()
+    """Serve until SIGINT, or SIGTERM and the end of the drain; then end every call politely.
+
+    Raises OSError if the address is not to be had.
+    """
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
     transceiver = Transceiver(config)
+    ended = transceiver.drained
+
+    def told_to_stop() -> None:
+        if transceiver.draining:
+            ended.set()
+        transceiver.drain()
+
+    loop.add_signal_handler(signal.SIGTERM, told_to_stop)
+    loop.add_signal_handler(signal.SIGINT, ended.set)
     await transceiver.start()
     # What exists now lives as long as the process: keep the collector from walking it, since a
     # full pass over the imported libraries is a pause of 30 ms in everybody's audio.
     gc.collect()
     gc.freeze()
     log.info("transceiver ready on %s", config.transceiver.listen)
-    await stopped.wait()
+    await ended.wait()
     log.info("stopping with %d sessions", len(transceiver.sessions))
     await transceiver.stop()
 
@@ -288,7 +370,7 @@ def check(config: _Config) -> None:
 
 @cli.command()
 def run(config: _Config) -> None:
-    """Serve until SIGTERM."""
+    """Serve until SIGTERM, and then until its calls have ended (drain_s); SIGINT ends at once."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     found = _load(config)
     try:

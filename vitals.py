@@ -107,17 +107,108 @@ class Transceiver(ledger.Kinds):
     PACED_LATE = (
         "packets",
         "Audio that left more than 5 ms after its time.",
-        "An overloaded process: lower sessions_max, or give it more of a CPU.",
+        "An overloaded process: lower load_max, or give it more of a CPU.",
     )
     SESSIONS_OPENED = "sessions", "Offers answered."
     SESSIONS_CONNECTED = "sessions", "Sessions whose media became live."
-    SESSIONS_REFUSED = (
-        "sessions",
-        "Offers refused because the process was full or draining.",
-        "More calls than sessions_max.",
+    REFUSED_DRAINING = (
+        "offers",
+        "Refused because the process drains.",
+        "Signaling still asks it, which does no harm: it asks the next one.",
+    )
+    REFUSED_SESSIONS = (
+        "offers",
+        "Refused because sessions_max was reached.",
+        "More calls than this process is configured for.",
+    )
+    REFUSED_CONNECTING = (
+        "offers",
+        "Refused because connecting_max sessions were connecting.",
+        "A burst of callers, as after a fault elsewhere, or somebody who only ever connects.",
+    )
+    REFUSED_LOAD = (
+        "offers",
+        "Refused because the process was loaded: load_max or lag_s_max was reached, or would be.",
+        "More calls than the CPU carries, or something else on this machine takes it.",
     )
     SESSIONS_CLOSED = "sessions", "Sessions that ended, whatever the reason."
     SESSIONS = "sessions", "Sessions now.", "", True
+    SESSIONS_OFFERED = "sessions", "Of them, those whose client has not come yet.", "", True
+    SESSIONS_CONNECTING = "sessions", "Of them, those in their DTLS handshake.", "", True
+    SESSIONS_LIVE = "sessions", "Of them, those with media.", "", True
+    ENDED_NEVER_CONNECTED = (
+        "sessions",
+        "Ended since their client was not connected by connect_deadline_s.",
+        "Clients that cannot reach a relay's address, or offers that nobody meant.",
+    )
+    ENDED_VANISHED = (
+        "sessions",
+        "Ended since nothing came from their client for silence_deadline_s.",
+        "Closed laptops, tunnels, crashes; where it is many, a relay or a network in between.",
+    )
+    ENDED_EXPIRED = (
+        "sessions",
+        "Ended by session_s_max.",
+        "Calls that are long, or that somebody has forgotten.",
+    )
+    ENDED_BACKEND = (
+        "sessions",
+        "Ended since their model server was lost for good.",
+        "A model server is down: callers were told, and heard nothing more.",
+    )
+    ENDED_FAULT = (
+        "sessions",
+        "Ended by a mistake in this program; the log has it.",
+        "A defect: please report it. Other sessions did not notice.",
+    )
+    BACKEND_RECONNECTS = (
+        "connections",
+        "To model servers, made again in mid-call.",
+        "Model servers restart or are overloaded; each time a caller waits.",
+    )
+    BACKEND_CONNECT_FAILED = (
+        "attempts",
+        "To reach a model server, that failed.",
+        "Model servers are down, refuse the key, or do not speak the protocol.",
+    )
+    BACKEND_AUDIO_DROPPED = (
+        "octets",
+        "Of callers' PCM, dropped while their model server was away or did not keep up.",
+        "What was said then was not heard.",
+    )
+    ERRORS_CLIENT = (
+        "events",
+        "Errors told to clients about their own events.",
+        "A client that speaks the protocol wrongly: somebody's new program, mostly.",
+    )
+    ERRORS_SERVER = (
+        "events",
+        "Errors told to clients that are not their fault.",
+        "Model servers that fail or are lost; the log has which.",
+    )
+    FRAMES_DECODED = "frames", "Of the clients' audio, decoded in order."
+    FRAMES_CONCEALED = (
+        "frames",
+        "Lost and made up from what was before.",
+        "Loss that redundancy did not cover: compare with LOSS_IN.",
+    )
+    FRAMES_RECOVERED = "frames", "Lost and restored by the redundancy in the next packet."
+    FRAMES_LATE = (
+        "frames",
+        "That came after their place had been filled.",
+        "Reordering or jitter of more than two packets.",
+    )
+    FRAMES_DUPLICATE = "frames", "That came twice.", "A network that duplicates."
+    FRAMES_STRAY = (
+        "frames",
+        "Too far from the others in sequence or time to belong to them.",
+        "A client that restarts its stream, or garbage from an authenticated client.",
+    )
+    FRAMES_MALFORMED = (
+        "frames",
+        "That are no Opus.",
+        "A broken client; its session goes on.",
+    )
 
 
 _SETUP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 15.0)
@@ -216,7 +307,7 @@ class Timing(ledger.Measures):
         "seconds",
         "How late the pacer sends a frame of audio.",
         _PROCESS,
-        "An overloaded process: lower sessions_max or load_max, or give it more of a CPU.",
+        "An overloaded process: lower load_max, or give it more of a CPU.",
     )
     LOOP_LAG = (
         "seconds",

@@ -16,6 +16,8 @@ PROGRAMS = {"relay", "transceiver", "signaling"}
 SANS_IO = {
     "dialect",
     "resample",
+    "admission",
+    "meter",
     "endpoints",
     "frame",
     "ufrag",

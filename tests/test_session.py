@@ -46,6 +46,7 @@ class FakePeer:
     def __init__(self) -> None:
         self.agent = ice.Agent(b"u", b"p")
         self.backlog_octets = 0
+        self.checked_at: float | None = None
         self.sent: list[rtp.Packet] = []
         self.reports: list[bytes] = []
         self.messages: list[dict[str, Any]] = []
@@ -61,6 +62,9 @@ class FakePeer:
 
     def send_message(self, message: str) -> None:
         self.messages.append(orjson.loads(message))
+
+    def sweep(self, now: float) -> None:
+        pass
 
     async def close(self) -> None:
         self.closed += 1

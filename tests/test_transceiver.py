@@ -287,10 +287,11 @@ def test_refusals(tmp_path: Path) -> None:
         assert status == 503
         assert headers["Retry-After"] == str(control.RETRY_AFTER_S)
         assert body["error"]["type"] == "server_error"
-        assert on.transceiver.counters[Count.SESSIONS_REFUSED] == 1
+        assert on.transceiver.counters[Count.REFUSED_SESSIONS] == 1
 
         status, body, _ = await on.ask("GET", "/v1/health")
-        assert body == {"state": "serving", "sessions": 2, "sessions_max": 2}
+        assert body["state"] == "serving"
+        assert (body["sessions"], body["sessions_max"]) == (2, 2)
         on.transceiver.draining = True
         assert (await on.ask("GET", "/v1/health"))[1]["state"] == "draining"
         assert (await on.offer(text))[0] == 503

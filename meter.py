@@ -1,0 +1,102 @@
+"""A session's meter: what one call adds to the process's counters and histograms.
+
+What it owns: the moments between which something is timed, and what was counted so far, so that the
+process's figures are sums over calls that may still be going on.
+
+Rules that stay true:
+- Per packet it costs nothing: packets are counted where they are handled, and brought here once a
+  second and at the end of the call.
+- It looks on and changes nothing.
+
+Sans-IO.
+
+RFC 3550 section 6.4 https://www.rfc-editor.org/rfc/rfc3550#section-6.4 (jitter, loss, round trip).
+"""
+
+import ledger
+import metrics
+import rtp
+
+Count = metrics.Transceiver
+Timing = metrics.Timing
+
+JITTER_S_MAX = 10.0
+"""More is no jitter but a client that makes it up, and would spoil the sum of all."""
+
+_FRAMES = (
+    ("decoded", Count.FRAMES_DECODED),
+    ("concealed", Count.FRAMES_CONCEALED),
+    ("recovered", Count.FRAMES_RECOVERED),
+    ("late", Count.FRAMES_LATE),
+    ("duplicate", Count.FRAMES_DUPLICATE),
+    ("stray", Count.FRAMES_STRAY),
+    ("malformed", Count.FRAMES_MALFORMED),
+)
+"""What the receiver of a client's audio counts, and where it ends up."""
+
+_ERROR = '{"type":"error"'
+_CLEARED = '{"type":"output_audio_buffer.cleared"'
+_OURS = '"type":"server_error"'
+
+
+class Meter:
+    """What is timed and counted of one call."""
+
+    def __init__(
+        self, counters: ledger.Counters, timings: ledger.Histograms, opened_at: float
+    ) -> None:
+        """Begin at the offer, `opened_at` by the clock of all `now`."""
+        self._values, self._observe = counters.values, timings.observe
+        self._opened_at = opened_at
+        self._turn_ended_at: float | None = None
+        self._frames = [0] * len(_FRAMES)
+        self._packets = 0
+
+    def set_up(self, step: Timing, at: float) -> None:
+        """A step of the set-up has been reached."""
+        self._observe(step, at - self._opened_at)
+
+    def turn(self, kind: object, playing: bool, now: float) -> None:
+        """An event of the backend: a turn of the client begins or ends.
+
+        What ends while a reply is `playing` is not timed: the next packet is none of its answer.
+        """
+        if kind == "input_audio_buffer.speech_stopped" and not playing:
+            self._turn_ended_at = now
+        elif kind == "input_audio_buffer.speech_started":
+            self._turn_ended_at = None
+
+    def sounded(self, now: float) -> None:
+        """A packet of a reply leaves."""
+        if self._turn_ended_at is not None:
+            self._observe(Timing.REPLY, now - self._turn_ended_at)
+            self._turn_ended_at = None
+
+    def told(self, message: str, late_s: float) -> None:
+        """An event to the client, so many seconds after what has caused it."""
+        if message.startswith(_ERROR):
+            ours = _OURS in message
+            self._values[Count.ERRORS_SERVER if ours else Count.ERRORS_CLIENT] += 1
+        elif message.startswith(_CLEARED):
+            self._observe(Timing.INTERRUPTION, late_s)
+
+    def frames(self, receiver: object) -> None:
+        """Count what has become of the client's audio since this was last called."""
+        for number, (name, kind) in enumerate(_FRAMES):
+            counted = getattr(receiver, name)
+            self._values[kind] += counted - self._frames[number]
+            self._frames[number] = counted
+
+    def reported(self, block: rtp.Block, packets: int) -> None:
+        """How we receive the client, of whom `packets` have come in all."""
+        if packets != self._packets:  # in silence with DTX there is nothing to say
+            self._packets = packets
+            self._observe(Timing.JITTER_IN, min(JITTER_S_MAX, block.jitter / rtp.CLOCK_HZ))
+            self._observe(Timing.LOSS_IN, block.fraction_lost / 256)
+
+    def received(self, block: rtp.Block, round_trip_s: float | None) -> None:
+        """How the client receives us, by its report."""
+        self._observe(Timing.JITTER_OUT, min(JITTER_S_MAX, block.jitter / rtp.CLOCK_HZ))
+        self._observe(Timing.LOSS_OUT, block.fraction_lost / 256)
+        if round_trip_s is not None:
+            self._observe(Timing.ROUND_TRIP, round_trip_s)
