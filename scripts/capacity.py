@@ -47,6 +47,10 @@ listen = "127.0.0.1:{port}"
 relay_prefixes = ["127.0.0.0/8"]
 control_prefixes = ["127.0.0.0/8"]
 sessions_max = 1000
+# It is loaded on purpose.
+connecting_max = 1000
+load_max = 100.0
+lag_s_max = 100.0
 {more}
 [keys]
 file = "{keys}"

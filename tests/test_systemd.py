@@ -439,6 +439,14 @@ def test_the_units_and_the_settings_agree():
     assert ":" not in unit["FileDescriptorName"][0]
 
 
+def test_a_transceiver_is_given_the_time_to_drain():
+    defaults = {
+        each.name: each.default for each in msgspec.structs.fields(settings.TransceiverTable)
+    }
+    stop_s = seconds(one("earshot-transceiver@.service", "Service", "TimeoutStopSec"))
+    assert stop_s > defaults["drain_s"] + 10
+
+
 def test_only_the_relay_has_a_capability():
     unit = parsed("earshot-relay.service")["Service"]
     assert unit["AmbientCapabilities"] == unit["CapabilityBoundingSet"] == ["CAP_NET_ADMIN"]
