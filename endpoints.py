@@ -1,8 +1,8 @@
 """Endpoints: where something is, as an operator writes it, read once and checked whole.
 
-What it owns: the text forms of an address with and without a port, of a network, of the URL of a
-Redis. `settings.py` builds them from the values of a file; everything else is given the
-result and never parses such a text again.
+What it owns: the text forms of an address with and without a port, of a network, of the URLs of a
+Redis and of a model server. `settings.py` builds them from the values of a file; everything else is
+given the result and never parses such a text again.
 
 Rules that stay true:
 - What cannot be used raises ValueError with the reason, when the file is read and not at first use.
@@ -90,6 +90,42 @@ class Prefix:
 
     def __repr__(self) -> str:
         return f"Prefix({str(self.network)!r})"
+
+
+class ModelUrl:
+    """Where a model server is: `wss://host[:port]/path[?query]`, or `ws://` without TLS."""
+
+    __slots__ = ("text", "tls")
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError with the reason, which repeats no password."""
+        try:
+            parts = urllib.parse.urlsplit(text)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise ValueError(f"not a URL: {error}") from None
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("holds a user or a password: the key belongs in key_file")
+        if parts.scheme not in ("ws", "wss"):
+            raise ValueError(f"{text!r} starts with neither wss:// nor ws://")
+        if not host or port == 0 or parts.fragment or not text.isascii() or " " in text:
+            raise ValueError(f"{text!r} is not wss://HOST:PORT/PATH")
+        if "model" in urllib.parse.parse_qs(parts.query, keep_blank_values=True):
+            raise ValueError("names a model: that belongs in the key `model`")
+        self.tls = parts.scheme == "wss"
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"ModelUrl({self.text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelUrl) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
 
 class RedisUrl:

@@ -17,13 +17,13 @@ import os
 import stat
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 import ufrag
-from endpoints import Address, Endpoint, Prefix, RedisUrl
+from endpoints import Address, Endpoint, ModelUrl, Prefix, RedisUrl
 
 
 class SettingsError(ValueError):
@@ -35,6 +35,8 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 Port = Annotated[int, Meta(ge=1, le=0xFFFF)]
+HeaderName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9-]{1,64}\Z")]
+HeaderValue = Annotated[str, Meta(pattern=r"\A[ -~]{0,512}\Z")]
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400 * 7)]
 
@@ -160,10 +162,44 @@ class Relay(_Table, frozen=True):
 
 
 class Backend(_Table, frozen=True):
-    """`[backend]`: who answers the caller."""
+    """`[backend]`: who answers the caller. The keys below `kind` are those of `realtime`."""
 
-    kind: str = "parrot"
-    """`parrot`: the built-in one, which plays back what it heard. `backend.py` has the kinds."""
+    kind: Literal["parrot", "realtime"] = "parrot"
+    """`parrot`: the built-in one, which plays back what it heard. `realtime`: a model server that
+    speaks the Realtime API over WebSocket."""
+    url: ModelUrl | None = None
+    """`wss://host/v1/realtime`, or `ws://` where nobody else can listen."""
+    model: str = ""
+    """Which of the server's models: `?model=` of the address. Empty names none."""
+    key_file: Path | None = None
+    """A file with the server's key, readable by its owner only: sent as `Authorization: Bearer`."""
+    ca_file: Path | None = None
+    """Certificates (PEM) to trust in place of the system's: a server of one's own."""
+    headers: dict[HeaderName, HeaderValue] = {}
+    """What else the server wants to be told when a connection opens. Keys belong in `key_file`."""
+    dialect: Literal["auto", "ga", "beta"] = "auto"
+    """Names of events and fields: today's (`ga`), the older ones, or as the server's first event
+    shows."""
+    rate_hz: Literal[16_000, 24_000] = 24_000
+    """Of the audio, both ways. 24 kHz is the API's; some open servers take 16."""
+    connect_timeout_s: Annotated[float, Meta(gt=0, le=60)] = 3.0
+    """How long a connection may take to open."""
+    answer_timeout_s: Annotated[float, Meta(gt=0, le=60)] = 5.0
+    """How long a server may then take to begin its session, and to confirm its settings."""
+    retry_s: Annotated[float, Meta(ge=0, le=600)] = 30.0
+    """How long a server that is away is tried again before its calls end."""
+    heartbeat_s: Annotated[float, Meta(ge=1, le=60)] = 10.0
+    """After so long without a word the server is asked whether it lives; it has half of that to
+    answer. Servers that do nothing else while they think need more."""
+    message_octets_max: Annotated[int, Meta(ge=65_536, le=64 << 20)] = 4 << 20
+    """Largest message from the server: 65 s of audio at 24 kHz, which take 10 ms to unpack."""
+
+
+class Model(Backend, frozen=True, kw_only=True):
+    """`[[model]]`: a backend for the sessions that ask for a model by this name."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    """The `model` of a session, or of the offer's query. Others get `[backend]`."""
 
 
 class TransceiverTable(_Table, frozen=True):
@@ -209,6 +245,7 @@ class Transceiver(_Table, frozen=True):
     keys: Keys
     cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1, max_length=1)]
     backend: Backend = Backend()
+    model: Annotated[tuple[Model, ...], Meta(max_length=64)] = ()
 
 
 class SignalingTable(_Table, frozen=True):
@@ -253,7 +290,7 @@ def load(path: Path | str, shape: type[File]) -> File:
     def convert(kind: type, value: Any) -> Any:
         if kind is Path and isinstance(value, str) and value:
             return path.parent / value
-        if kind in (Endpoint, Address, Prefix, RedisUrl) and isinstance(value, str):
+        if kind in (Endpoint, Address, ModelUrl, Prefix, RedisUrl) and isinstance(value, str):
             return kind(value)
         raise ValueError(f"expected text, got {value!r}")
 
@@ -288,11 +325,29 @@ def _agree(found: Relay | Transceiver | Signaling) -> None:
                 f"transceiver.listen: {at} is outside its cluster ({home.prefix},"
                 f" ports {home.first_port} to {home.last_port}): no relay would find it"
             )
+        _agree_on_models(found)
     if isinstance(found, Relay):
         if found.relay.flows_tentative_max > found.relay.flows_max:
             raise ValueError("relay.flows_tentative_max: larger than relay.flows_max")
         if not found.relay.internal.port:
             raise ValueError("relay.internal: needs a port, so that it is the same after a restart")
+
+
+def _agree_on_models(found: Transceiver) -> None:
+    names = [model.name for model in found.model]
+    if len(set(names)) != len(names):
+        raise ValueError("model: a name stands there twice")
+    tables: list[tuple[str, Backend]] = [("backend", found.backend)]
+    tables += [(f"model[{number}]", model) for number, model in enumerate(found.model)]
+    for where, table in tables:
+        if table.kind == "realtime" and table.url is None:
+            raise ValueError(f'{where}.url: kind "realtime" needs the server\'s address')
+        if table.kind == "parrot" and table.url is not None:
+            raise ValueError(f'{where}.url: kind "parrot" has none; "realtime" is meant?')
+        if table.ca_file is not None and not (table.url is not None and table.url.tls):
+            raise ValueError(f"{where}.ca_file: nothing is trusted by ws://; wss:// is meant?")
+        if any(name.lower() == "authorization" for name in table.headers):
+            raise ValueError(f"{where}.headers: a key belongs in key_file, not here")
 
 
 def clusters(tables: tuple[Cluster, ...]) -> dict[int, ufrag.Cluster]:
@@ -303,14 +358,32 @@ def clusters(tables: tuple[Cluster, ...]) -> dict[int, ufrag.Cluster]:
 def load_keys(path: Path, mint_id: int | None = None) -> ufrag.Keyring:
     """Read a key file. Raises SettingsError, also if others than its owner may read it."""
     try:
+        return ufrag.Keyring.parse(_read_private(path), mint_id)
+    except ufrag.KeyFileError as error:
+        raise SettingsError(f"{path}: {error}") from error
+
+
+def load_secret(path: Path) -> str:
+    """A key that is sent as it is, such as a model server's: the one line of its file.
+
+    Raises SettingsError like `load_keys`, and for what no header can carry.
+    """
+    secret = _read_private(path).strip()
+    if not (secret.isascii() and secret.isprintable() and " " not in secret and secret):
+        raise SettingsError(f"{path}: expected one line with the key and nothing else")
+    return secret
+
+
+def _read_private(path: Path) -> str:
+    try:
         with path.open(encoding="utf-8") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             if mode & 0o077:
                 raise SettingsError(
                     f"{path}: mode {mode:04o} lets others than its owner read the keys: chmod 600"
                 )
-            return ufrag.Keyring.parse(file.read(), mint_id)
+            return file.read()
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from error
-    except (ufrag.KeyFileError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: {error}") from error

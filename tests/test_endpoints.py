@@ -50,3 +50,32 @@ def test_where_redis_is(url: str, kind: str, nodes: tuple[tuple[str, int], ...])
 def test_where_redis_cannot_be(url: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         endpoints.RedisUrl(url)
+
+
+def test_where_a_model_server_is() -> None:
+    found = endpoints.ModelUrl("wss://models.example:8443/v1/realtime?tenant=a")
+    assert found.tls
+    assert str(found) == "wss://models.example:8443/v1/realtime?tenant=a"
+    assert not endpoints.ModelUrl("ws://[::1]:80").tls
+    assert len({found, endpoints.ModelUrl(str(found))}) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://h/v1/realtime", "starts with neither wss:// nor ws://"),
+        ("h:80", "starts with neither"),
+        ("wss:///v1", "is not wss://HOST"),
+        ("wss://h:99999/", "not a URL: Port out of range"),
+        ("wss://h:0/", "is not wss://HOST"),
+        ("wss://h/#x", "is not wss://HOST"),
+        ("wss://h/a b", "is not wss://HOST"),
+        ("wss://[::1/", "not a URL"),
+        ("wss://h/?model=a", "names a model"),
+        ("wss://sk-secret@h/", "the key belongs in key_file"),
+    ],
+)
+def test_where_a_model_server_cannot_be(url: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as caught:
+        endpoints.ModelUrl(url)
+    assert "sk-secret" not in str(caught.value)
