@@ -122,12 +122,153 @@ def test_media_moves_to_a_verified_address() -> None:
     assert server.heard_at == 0.12
 
 
-def test_media_from_an_address_without_a_check_moves_nothing() -> None:
+def test_media_from_an_unknown_address_moves_nothing() -> None:
     server = agent()
     check(server, HOME, now=0.0)
     server.media(MOBILE, RELAY, 0.1)
     assert server.active == ice.Path(HOME, RELAY)
     assert server.keys == [frame.key(HOME)]
+    assert server.heard_at == 0.1, "but it shows that the client is there"
+
+
+def learned(header: bytes = MOBILE, now: float = 1.02) -> ice.Agent:
+    """An agent that has heard its client at home, and then once from an unchecked address."""
+    server = agent()
+    check(server, HOME, now=0.0)
+    server.media(HOME, RELAY, 1.0)
+    server.media(header, RELAY, now)
+    assert server.learn(frame.key(header), now) is None
+    return server
+
+
+def test_an_unchecked_address_is_followed_once_it_is_the_only_one_heard() -> None:
+    server = learned()
+    for packet in range(1, 3):
+        server.media(MOBILE, RELAY, 1.02 + 0.02 * packet)
+        assert server.active == ice.Path(HOME, RELAY)
+    server.media(MOBILE, RELAY, 1.02 + ice.FOLLOWED_S)
+    assert server.active == ice.Path(MOBILE, RELAY)
+    server.media(MOBILE, OTHER_RELAY, 1.2)
+    assert server.active == ice.Path(MOBILE, OTHER_RELAY)
+
+
+@pytest.mark.parametrize("sign", ["media", "copied", "check"])
+def test_a_sign_of_life_keeps_the_session_where_it_is(sign: str) -> None:
+    """Whoever copies packets and is faster than the originals is not followed."""
+    server = learned()
+    for packet in range(1, 100):
+        now = 1.02 + 0.02 * packet
+        server.media(MOBILE, RELAY, now)
+        if sign == "media":
+            server.media(HOME, RELAY, now + 0.005)
+        elif sign == "copied":
+            server.copied(HOME, RELAY, now + 0.005)
+        else:
+            check(server, HOME, now=now + 0.005, use_candidate=False)
+        assert server.active == ice.Path(HOME, RELAY)
+
+
+def test_after_a_pause_the_first_packet_alone_is_not_followed() -> None:
+    """With discontinuous transmission a client is silent for 400 ms: a copy may come first."""
+    server = learned()
+    for packet in range(1, 20):
+        server.media(MOBILE, RELAY, 1.02 + 0.4 * packet)
+        server.copied(HOME, RELAY, 1.03 + 0.4 * packet)
+        assert server.active == ice.Path(HOME, RELAY)
+
+
+def test_the_original_brings_back_a_session_that_followed_a_copy() -> None:
+    server = learned()
+    server.media(MOBILE, RELAY, 1.1)
+    assert server.active == ice.Path(MOBILE, RELAY)
+    server.copied(HOME, OTHER_RELAY, 1.11)
+    assert server.active == ice.Path(HOME, OTHER_RELAY)
+    server.media(MOBILE, RELAY, 1.12)
+    assert server.active == ice.Path(HOME, OTHER_RELAY)
+
+
+def test_a_copy_moves_nothing_that_a_check_has_verified() -> None:
+    server = learned()
+    server.media(MOBILE, RELAY, 1.1)
+    check(server, MOBILE, now=1.2)
+    server.copied(HOME, RELAY, 1.3)
+    assert server.active == ice.Path(MOBILE, RELAY)
+    server.copied(frame.header("192.0.2.77", 7), RELAY, 1.3)
+    assert server.active == ice.Path(MOBILE, RELAY)
+
+
+def test_media_from_a_verified_address_outweighs_an_unchecked_one() -> None:
+    server = learned()
+    server.media(MOBILE, RELAY, 1.1)
+    server.media(HOME, RELAY, 1.11)
+    assert server.active == ice.Path(HOME, RELAY)
+
+
+def test_an_unchecked_address_has_a_limit_in_time_and_no_second_chance() -> None:
+    server = learned()
+    server.media(MOBILE, RELAY, 1.1)
+    assert server.sweep(1.02 + ice.UNCHECKED_S_MAX - 0.01) == []
+    assert server.active == ice.Path(MOBILE, RELAY)
+    assert server.sweep(1.02 + ice.UNCHECKED_S_MAX) == [frame.key(MOBILE)]
+    assert server.active == ice.Path(HOME, RELAY)
+    server.learn(frame.key(MOBILE), 20.0)
+    server.media(MOBILE, RELAY, 30.0)
+    assert not server.knows(frame.key(MOBILE))
+    assert server.active == ice.Path(HOME, RELAY)
+    check(server, MOBILE, now=31.0)
+    assert server.active == ice.Path(MOBILE, RELAY)
+
+
+def test_without_a_verified_address_left_nothing_is_sent() -> None:
+    server = learned()
+    server.media(MOBILE, RELAY, 1.1)
+    server.forget(frame.key(HOME))
+    server.sweep(60.0)
+    assert server.active is None
+
+
+def test_a_check_makes_an_unchecked_address_a_verified_one() -> None:
+    server = learned()
+    server.media(MOBILE, RELAY, 1.1)
+    check(server, MOBILE, now=2.0, use_candidate=False)
+    assert server.active == ice.Path(MOBILE, RELAY)
+    assert server.sweep(100.0) == []
+    assert sorted(server.keys) == sorted([frame.key(HOME), frame.key(MOBILE)])
+
+
+def test_unchecked_addresses_are_bounded_and_the_one_in_use_stays() -> None:
+    server = learned()
+    server.media(MOBILE, RELAY, 1.1)
+    forgotten = []
+    for port in range(1, 50):
+        forgotten.append(server.learn(frame.key(frame.header("192.0.2.9", port)), 1.2))
+    assert len(server.keys) == 1 + ice.UNCHECKED_MAX
+    assert server.knows(frame.key(MOBILE))
+    assert server.active == ice.Path(MOBILE, RELAY)
+    gone = [frame.key(frame.header("192.0.2.9", port)) for port in range(1, 49)]
+    assert forgotten == [None, *gone]
+    for minute in range(1, 100):
+        server.learn(frame.key(frame.header("192.0.2.10", minute)), 60.0 * minute)
+        server.sweep(60.0 * minute + 59)
+    assert len(server._expired) == ice.EXPIRED_MAX
+
+
+def test_an_unchecked_address_counts_for_nobody_else() -> None:
+    server = learned()
+    server.media(MOBILE, RELAY, 1.1)
+    assert server.quiet_s(frame.key(MOBILE), 1.2) is None
+    server.forget(frame.key(MOBILE))
+    assert server.active is None
+    assert not server.knows(frame.key(MOBILE))
+
+
+def test_dtls_is_taken_from_verified_addresses_and_from_the_one_in_use() -> None:
+    server = learned()
+    assert server.converses(HOME)
+    assert not server.converses(MOBILE), "room for DTLS is short, and a copied packet cheap"
+    server.media(MOBILE, RELAY, 1.1)
+    assert server.converses(MOBILE)
+    assert server.converses(HOME)
 
 
 def test_another_relay_is_only_a_new_return_address() -> None:
