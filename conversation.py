@@ -1,15 +1,16 @@
 """The conversation of one call: between the data channel, the play-out and the backend.
 
-    client ◀── events ──▶ Conversation ◀── events ──▶ backend
-                               │  ▲
-                     PCM, flush ▼  │ started, drained
-                             play-out ──▶ RTP
+    client ◀── Channel ◀── Conversation ◀── events ──▶ backend
+                            │   │   ▲
+                        Floor   ▼   │ started, stopped
+                             Replies ──▶ play-out ──▶ RTP
 
 A backend makes audio faster than it is heard, and knows nothing of what was heard. A client hears,
 and sees on its channel events without audio. What lies in between is here.
 
-What it owns: the channel's order of events, the `output_audio_buffer.*` events, interruption, and
-what there is to answer about items that have passed through.
+What it owns: what each event of one side means for the other side, interruption, and what there is
+to answer about items that have passed through. What a client gets when is `channel.py`, what of a
+response sounds `replies.py`, and whose turn it is `floor.py`.
 
 Rules that stay true:
 - `session.created` is the first message on the channel; what comes before it opens waits, bounded.
@@ -27,76 +28,37 @@ After each call the owner sends what `playout.send` has, calls `playout_events`,
 """
 
 import hashlib
-from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
 import audio
+import channel
+import floor
 import realtime
+import replies
 from realtime import Event, Refused
+from replies import Taken
 
 EVENT_ID_CHARACTERS_MAX = 512
 """Of a client's event_id, as in the API: it is echoed in errors."""
 
-SERVER_MESSAGE_OCTETS_MAX = 262_144
-"""Of one event to the client; a browser closes a channel that brings more than it announced."""
-
-BACKLOG_OCTETS_MAX = 262_144
-"""Messages that wait for the channel to open, the oldest dropped first: a greeting, of a client
-that may never open one."""
-
-HOLD_S_MAX = 0.1
-"""How long events wait for the first packet of their audio, so that .started comes before them. It
-leaves in the same moment; later than this something is wrong and the order matters less."""
-
-SPEECHES_MAX = 32
-"""Responses whose audio is on its way; there is one, rarely two."""
-
 _SECRETS = frozenset(("authorization", "headers", "client_secret", "api_key"))
-
-
-@dataclass(slots=True)
-class _Speech:
-    """The way of one response through the play-out."""
-
-    items: set[str] = field(default_factory=set)
-    """Written and neither drained nor flushed."""
-    started: bool = False
-    """The client has been told."""
-    done: bool = False
-    """response.done has been passed on."""
-    cut: bool = False
-    """Flushed, or too much: what audio still comes is dropped."""
-    cleared: bool = False
-    """The client has been told that it ends here, and hears of no stop."""
 
 
 class Conversation:
     """One call's events. Every method takes monotonic seconds as `now`."""
 
-    def __init__(self, session_id: str, playout: audio.Playout, now: float) -> None:
+    def __init__(self, session_id: str, playout: audio.Playout, ruled: floor.Floor) -> None:
         """`session_id` becomes the session's id for the client; event ids are derived from it."""
         self._session_id = session_id
         self._tag = hashlib.blake2s(session_id.encode(), digest_size=6).hexdigest()
-        self._events = 0
-        self._playout = playout
         self._closed = False
-        self._opened = False
-        self._created: str | None = None  # session.created, until the channel takes it
-        self._live = False  # session.created is out
-        self._backlog: deque[str] = deque()
-        self._backlog_octets = 0
-        self._held: list[str] | None = None
-        self._held_until = now
-        self._out: list[str] = []
+        self._channel = channel.Channel(self._tag)
+        self._replies = replies.Replies(playout)
+        self._floor, self._terms = ruled, ruled.terms
         self._to_backend: list[Event] = []
-        self._interruptible = True
-        self._active: str | None = None  # response that the backend is making
-        self._last_sounding: str | None = None
-        self._speeches: dict[str, _Speech] = {}
         self._history = realtime.History()
+        self.listens = False
+        """Whether it wants to `hear` what the caller says: only some settings need it."""
         self.expires_at: int | None = None
         """When the call ends at the latest, in seconds since 1970; stands in the session object."""
         self._shown: Event = {}  # the session as the client last saw it
@@ -105,15 +67,13 @@ class Conversation:
 
     def opened(self, now: float) -> None:
         """The data channel is open."""
-        self._opened = True
-        self._go_live()
+        self._channel.open()
 
     def closed(self) -> None:
         """The session has ended: nothing more comes out, and what was remembered is freed."""
         self._closed = True
-        self._out, self._to_backend, self._held = [], [], None
-        self._backlog.clear()
-        self._speeches.clear()
+        self._channel.close()
+        self._to_backend = []
         self._history = realtime.History()
 
     def notice(self, expires_at: int) -> None:
@@ -125,13 +85,13 @@ class Conversation:
         self.expires_at = expires_at
         if self._shown and not self._closed:
             self._shown = self._shown | {"expires_at": expires_at}
-            self._say({"type": "session.updated", "session": self._shown})
+            self._channel.say({"type": "session.updated", "session": self._shown})
 
     def fault(self, code: str, message: str, kind: str = "server_error") -> None:
         """Tell the client of something that no event of its own has caused, at once."""
         if not self._closed:
-            self._release()
-            self._error(Refused(code, message), None, kind)
+            self._channel.release()
+            self._channel.error(Refused(code, message), None, kind)
 
     def client_message(self, message: str | bytes, now: float) -> None:
         """A message of the data channel, text or binary: the same JSON is taken either way."""
@@ -143,7 +103,8 @@ class Conversation:
             event_id = event.get("event_id")
             self._from_client(event, now)
         except Refused as refused:
-            self._error(refused, event_id)
+            whole = isinstance(event_id, str) and len(event_id) <= EVENT_ID_CHARACTERS_MAX
+            self._channel.error(refused, event_id if whole else None)
 
     def backend_event(self, event: Event, now: float) -> None:
         """An event of the backend; anything that is none is ignored."""
@@ -154,39 +115,40 @@ class Conversation:
             self._sound(event, now)
         elif kind in ("session.created", "session.updated"):
             self._session(event, kind)
-        elif kind == "error" and self._is_answer_to_us(event):
-            pass
+        elif kind == "error":
+            self._backend_error(event)
         elif not kind.startswith("output_audio_buffer."):  # those are made here
             self._note_item(event, kind)
-            self._say(event)
-            self._note_progress(event, kind, now)
+            self._channel.say(event)
+            self._note_turn(kind, now)
+            self._note_response(event, kind, now)
+
+    def hear(self, pcm: bytes, now: float) -> None:
+        """What the caller says, PCM16LE mono as the backend gets it; to be given if it `listens`.
+
+        The backend is to have it before.
+        """
+        if self._floor.hear(pcm) and not self._closed:
+            self._interrupt(now, cancel=self._terms.cancels)
 
     def playout_events(self, now: float) -> None:
         """Tell the client what the play-out has done. After each `playout.send`, and in time."""
         if self._closed:
             return
-        for what in self._playout.events():
-            response_id = self._response_of(what.item)
-            if response_id is None:
-                continue
-            speech = self._speeches[response_id]
-            if isinstance(what, audio.Started):
-                if not speech.started:
-                    speech.started = True
-                    self._last_sounding = response_id
-                    self._announce("started", response_id)
-                self._release()
+        for what, response_id in self._replies.news():
+            if what == "started":
+                self._channel.overtake(_buffer(what, response_id))
+                self._channel.release()
             else:
-                self._played(what.item, what.ms)
-                speech.items.discard(what.item)
-                self._stop_if_over(response_id, speech)
-        if self._held is not None and now >= self._held_until:
-            self._release()
+                self._channel.say(_buffer(what, response_id))
+        self._channel.tick(now)
+        if self._floor.is_due(now) and not self._replies.making:
+            self._floor.answered()
+            self._replies.ask(self._tell_backend("ask", "response.create"), now)
 
     def to_client(self) -> list[str]:
         """JSON messages for the channel, in order. None before it is open. Drains."""
-        out, self._out = self._out, []
-        return out
+        return self._channel.take()
 
     def to_backend(self) -> list[Event]:
         """Events for the backend, in order. Drains."""
@@ -199,28 +161,42 @@ class Conversation:
         kind = realtime.field(event, "type", str)
         if kind not in realtime.CLIENT_EVENTS:
             raise Refused("invalid_value", f"Unknown event type {kind[:80]!r}.", "type")
-        if len(realtime.field(event, "event_id", str, "")) > EVENT_ID_CHARACTERS_MAX:
+        event_id = realtime.field(event, "event_id", str, "")
+        if len(event_id) > EVENT_ID_CHARACTERS_MAX:
             limit = f"An event_id has at most {EVENT_ID_CHARACTERS_MAX} characters."
             raise Refused("invalid_value", limit, "event_id")
         if kind == "output_audio_buffer.clear":
             self._clear(now)
-        elif kind == "conversation.item.retrieve":
+            return
+        if kind == "conversation.item.retrieve":
             self._retrieve(event)
-        else:
-            if kind == "conversation.item.truncate":
-                self._truncate_to_heard(event)
-            elif kind == "session.update":
-                _drop_formats(event)
-            self._to_backend.append(event)
+            return
+        if kind == "conversation.item.truncate":
+            self._truncate_to_heard(event)
+        elif kind == "response.cancel":
+            self._floor.answered()
+        elif kind == "response.create":
+            self._floor.answered()
+            self._replies.ask(self._known_by(event), now)
+        elif kind == "session.update" and isinstance(session := event.get("session"), dict):
+            _drop_formats(session)
+            event["session"] = self._terms.asked(session, self._known_by(event))
+        self._to_backend.append(event)
+
+    def _known_by(self, event: Event) -> str:
+        """The id by which the backend's answer can be told; one of ours if the client gave none."""
+        if not event.get("event_id"):
+            event["event_id"] = self._channel.next_id("ask")
+        return str(event["event_id"])
 
     def _clear(self, now: float) -> None:
         """The client interrupts: silence at once, and an end to what is still being made."""
-        if self._active is not None:
-            cancel = {"type": "response.cancel", "response_id": self._active}
-            self._to_backend.append({"event_id": self._next_id("own"), **cancel})
-        if not self._flush(now):
+        self._floor.answered()
+        making = self._replies.making
+        if not self._interrupt(now, cancel=True):
             # Nothing was sounding. A client that waits for an answer gets one all the same.
-            self._announce("cleared", self._active or self._last_sounding)
+            last = making[0] if making else self._replies.last
+            self._channel.say(_buffer("cleared", last))
 
     def _retrieve(self, event: Event) -> None:
         item_id = realtime.field(event, "item_id", str)
@@ -228,16 +204,16 @@ class Conversation:
         if found is None:
             wrong = f"No item {item_id[:80]!r} has passed through this conversation lately."
             raise Refused("item_retrieve_invalid_item_id", wrong, "item_id")
-        self._say({"type": "conversation.item.retrieved", "item": found.item})
+        self._channel.say({"type": "conversation.item.retrieved", "item": found.item})
 
     def _truncate_to_heard(self, event: Event) -> None:
         """Clients do not know how much of an item was sent, and never more was heard than that."""
         item_id = realtime.field(event, "item_id", str)
         end_ms = realtime.field(event, "audio_end_ms", int)
-        if self._response_of(item_id) is not None:
-            event["audio_end_ms"] = min(end_ms, self._playout.played_ms(item_id))
-        elif (found := self._history.get(item_id)) is not None:
-            event["audio_end_ms"] = min(end_ms, found.audio_ms)
+        heard_ms = self._replies.heard_ms(item_id)
+        if heard_ms is None and self._history.get(item_id) is not None:
+            heard_ms = 0
+        event["audio_end_ms"] = end_ms if heard_ms is None else min(end_ms, heard_ms)
 
     # --- from the backend --------------------------------------------------------------------
 
@@ -246,34 +222,44 @@ class Conversation:
         item, response_id, pcm = (event.get(k) for k in ("item_id", "response_id", "delta"))
         if not (isinstance(item, str) and isinstance(response_id, str) and isinstance(pcm, bytes)):
             return
-        speech = self._speech(response_id)
-        if speech.cut or not pcm:
-            return
-        if self._held is None and not any(other.items for other in self._speeches.values()):
-            # Silent so far, so the first packet leaves now: what follows waits for its .started.
-            self._held, self._held_until = [], now + HOLD_S_MAX
-        speech.items.add(item)
-        if not self._playout.write(item, pcm, now):
-            speech.cut = True
+        taken = self._replies.sound(response_id, item, pcm, now)
+        if taken is Taken.FIRST:
+            self._channel.hold(now)  # what follows waits for the .started
+        elif taken is Taken.UNHEARD:
+            self._truncate(item, 0)
+        elif taken is Taken.FULL:
             wrong = "The response has more audio than can be queued; its end is not played."
-            self._error(Refused("audio_overflow", wrong), None, "server_error")
+            self._channel.error(Refused("audio_overflow", wrong), None, "server_error")
 
     def _session(self, event: Event, kind: str) -> None:
         session = event.get("session")
-        session = _without_secrets(session) if isinstance(session, dict) else {}
-        session["id"] = self._session_id
+        created = kind == "session.created"
+        shown = self._terms.shown(session if isinstance(session, dict) else {}, created=created)
+        self.listens = self._floor.listens
+        shown = _without_secrets(shown) | {"id": self._session_id}
         if self.expires_at is not None:
-            session["expires_at"] = self.expires_at
-        self._shown = session
-        event = event | {"session": session}
-        detection = _at(session, "audio", "input", "turn_detection")
-        if isinstance(detection, dict):
-            self._interruptible = detection.get("interrupt_response") is not False
-        if kind == "session.created" and not self._live:
-            self._created = self._message(event)
-            self._go_live()
-        else:
-            self._say(event)
+            shown["expires_at"] = self.expires_at
+        self._shown = shown
+        event = event | {"session": shown}
+        if not created:
+            self._channel.say(event)
+            return
+        self._channel.create(event)
+        refused, self._terms.refused = self._terms.refused, None
+        if refused is not None:
+            self._channel.error(refused)
+
+    def _backend_error(self, event: Event) -> None:
+        """Pass it on, unless it is about an event that no client sent: not all know truncation."""
+        event_id = _at(event, "error", "event_id")
+        self._terms.turned_down(event_id, _at(event, "error", "param"))
+        if isinstance(event_id, str):
+            self._replies.refused(event_id)
+            if event_id.startswith(f"own_{self._tag}"):
+                return
+            if event_id.startswith(f"ask_{self._tag}"):
+                event = event | {"error": event["error"] | {"event_id": None}}
+        self._channel.say(event)
 
     def _note_item(self, event: Event, kind: str) -> None:
         """Remember items as they pass, so that `conversation.item.retrieve` can be answered."""
@@ -291,154 +277,60 @@ class Conversation:
         elif kind == "conversation.item.input_audio_transcription.completed":
             self._remember(_transcribed(found.item, event, event.get("transcript")))
 
-    def _note_progress(self, event: Event, kind: str, now: float) -> None:
-        """What an event that has just been passed on means for the play-out."""
+    def _note_turn(self, kind: str, now: float) -> None:
+        """What an event about the caller's turn means, now that the client has it."""
         if kind == "input_audio_buffer.speech_started":
-            if self._interruptible:
-                self._flush(now)
-        elif kind == "response.output_audio.done":
-            if isinstance(item := event.get("item_id"), str):
-                self._playout.finish(item, now)
+            if self._floor.started():
+                self._interrupt(now, cancel=self._terms.cancels)
+        elif kind == "input_audio_buffer.speech_stopped":
+            self._floor.stopped()
+        elif kind == "input_audio_buffer.committed":
+            self._floor.committed(now, busy=self._replies.busy)
+
+    def _note_response(self, event: Event, kind: str, now: float) -> None:
+        """What an event about a response means for the play-out."""
+        if kind == "response.output_audio.done":
+            self._replies.item_done(event.get("response_id"), event.get("item_id"), now)
         elif kind in ("response.created", "response.done"):
             response_id = _at(event, "response", "id")
             if not isinstance(response_id, str):
                 return
-            if kind == "response.created":
-                self._active = response_id
-            elif response_id == self._active:
-                self._active = None
-            speech = self._speeches.get(response_id)
-            if speech is not None and kind == "response.done":
-                speech.done = True
-                for item in speech.items:  # a response that failed may lack the items' own ends
-                    self._playout.finish(item, now)
-                self._stop_if_over(response_id, speech)
+            if kind == "response.done":
+                self._replies.done(response_id, now)
+                return
+            self._floor.answered()
+            if not self._replies.created(response_id, now):
+                self._tell_backend("own", "response.cancel", response_id=response_id)
 
-    def _is_answer_to_us(self, event: Event) -> bool:
-        """True for an error about an event that no client sent: truncation is not for all."""
-        event_id = _at(event, "error", "event_id")
-        return isinstance(event_id, str) and event_id.startswith(f"own_{self._tag}")
-
-    # --- play-out ----------------------------------------------------------------------------
-
-    def _flush(self, now: float) -> bool:
+    def _interrupt(self, now: float, *, cancel: bool) -> bool:
         """Silence at once. True if there was anything to silence and the client was told."""
         self.playout_events(now)  # what has been sent until now has been heard
-        told = False
-        if self._active is not None:
-            self._speech(self._active).cut = True
-        for item, ms in self._playout.flush(now):
-            response_id = self._response_of(item)
-            self._played(item, ms)
-            if response_id is None:
-                continue
-            speech = self._speeches[response_id]
-            speech.items.discard(item)
-            speech.cut = True
-            if speech.started and not speech.cleared:
-                speech.cleared = told = True
-                self._announce("cleared", response_id)
-            if speech.done and not speech.items:
-                del self._speeches[response_id]
-            truncate = {"item_id": item, "content_index": 0, "audio_end_ms": ms}
-            self._to_backend.append(
-                {"event_id": self._next_id("own"), "type": "conversation.item.truncate", **truncate}
-            )
-        self._release()
-        return told
+        if cancel:
+            for response_id in self._replies.making:
+                self._tell_backend("own", "response.cancel", response_id=response_id)
+        silenced, unheard = self._replies.cut(now)
+        for response_id in silenced:
+            self._channel.say(_buffer("cleared", response_id))
+        for item_id, ms in unheard:
+            self._truncate(item_id, ms)
+        self._channel.release()
+        return bool(silenced)
 
-    def _stop_if_over(self, response_id: str, speech: _Speech) -> None:
-        if speech.done and not speech.items:
-            del self._speeches[response_id]
-            if speech.started and not speech.cleared:
-                self._announce("stopped", response_id)
+    def _truncate(self, item_id: str, ms: int) -> None:
+        cut = {"item_id": item_id, "content_index": 0, "audio_end_ms": ms}
+        self._tell_backend("own", "conversation.item.truncate", **cut)
 
-    def _speech(self, response_id: str) -> _Speech:
-        speech = self._speeches.get(response_id)
-        if speech is None:
-            while len(self._speeches) >= SPEECHES_MAX:
-                del self._speeches[next(iter(self._speeches))]
-            speech = self._speeches[response_id] = _Speech()
-        return speech
-
-    def _played(self, item: str, ms: int) -> None:
-        found = self._history.get(item)
-        if found is not None:
-            found.audio_ms = ms
-
-    def _response_of(self, item: str) -> str | None:
-        return next((name for name, s in self._speeches.items() if item in s.items), None)
-
-    # --- to the client -----------------------------------------------------------------------
-
-    def _announce(self, what: str, response_id: str | None) -> None:
-        event = {"type": f"output_audio_buffer.{what}", "response_id": response_id}
-        message = self._message(event)
-        if what == "started":
-            self._deliver(message)  # ahead of what is held for it
-        else:
-            self._push(message)
-
-    def _error(
-        self, refused: Refused, event_id: object, kind: str = "invalid_request_error"
-    ) -> None:
-        self._say({"type": "error", "error": realtime.error(refused, event_id, kind)})
-
-    def _say(self, event: Event) -> None:
-        self._push(self._message(event))
-
-    def _message(self, event: Event) -> str:
-        """An event as JSON. One that cannot be sent becomes an `error`."""
-        event_id = event.get("event_id")
-        if not isinstance(event_id, str):
-            event_id = self._next_id("event")
-        try:
-            message = orjson.dumps(event | {"event_id": event_id})
-        except TypeError:
-            message = b""
-        if 0 < len(message) <= SERVER_MESSAGE_OCTETS_MAX:
-            return message.decode()
-        wrong = Refused("server_event_lost", "An event of the backend could not be passed on.")
-        lost = {"type": "error", "error": realtime.error(wrong, None, "server_error")}
-        return orjson.dumps(lost | {"event_id": self._next_id("event")}).decode()
-
-    def _push(self, message: str) -> None:
-        if self._held is not None:
-            self._held.append(message)
-        else:
-            self._deliver(message)
-
-    def _release(self) -> None:
-        held, self._held = self._held, None
-        for message in held or ():
-            self._deliver(message)
-
-    def _deliver(self, message: str) -> None:
-        if self._live:
-            self._out.append(message)
-            return
-        self._backlog.append(message)
-        self._backlog_octets += len(message)
-        while self._backlog_octets > BACKLOG_OCTETS_MAX:
-            self._backlog_octets -= len(self._backlog.popleft())
-
-    def _go_live(self) -> None:
-        if self._closed or not self._opened or self._created is None:
-            return
-        self._live = True
-        self._out += [self._created, *self._backlog]
-        self._created = None
-        self._backlog.clear()
+    def _tell_backend(self, whose: str, kind: str, **fields: object) -> str:
+        """An event that no client sent. Errors about an "own" one are nobody's business."""
+        event_id = self._channel.next_id(whose)
+        self._to_backend.append({"event_id": event_id, "type": kind, **fields})
+        return event_id
 
     def _remember(self, item: Event) -> None:
         try:
             self._history.put(item, self._history.last_id)
         except Refused:  # such an item cannot be shown to the client either
             pass
-
-    def _next_id(self, kind: str) -> str:
-        self._events += 1
-        return f"{kind}_{self._tag}{self._events:04d}"
 
 
 # --- objects of others ---------------------------------------------------------------------------
@@ -451,10 +343,14 @@ def _at(value: Any, *path: str) -> Any:
     return value
 
 
-def _drop_formats(event: Event) -> None:
+def _buffer(what: str, response_id: str | None) -> Event:
+    return {"type": f"output_audio_buffer.{what}", "response_id": response_id}
+
+
+def _drop_formats(session: Event) -> None:
     """The audio's format is agreed upon by transceiver and backend; a client's would be Opus."""
     for way in ("input", "output"):
-        side = _at(event, "session", "audio", way)
+        side = _at(session, "audio", way)
         if isinstance(side, dict):
             side.pop("format", None)
 

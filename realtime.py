@@ -93,6 +93,17 @@ class SemanticVad(_Detection, frozen=True, tag="semantic_vad"):
     """How soon to take the turn. `auto` is `medium`."""
 
 
+class Patience(msgspec.Struct, frozen=True, kw_only=True):
+    """Earshot's own fields of turn detection, of either kind. No backend sees them: `floor.py`."""
+
+    min_interruption_duration_ms: Annotated[int, Meta(ge=0, le=5_000)] = 0
+    """So much speech, pauses not counted, before it interrupts the reply; with less, the turn is
+    not answered either, if the reply is still going on when it ends. 0: any speech interrupts."""
+    response_delay_ms: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    """How much longer than the end of a turn to wait before it is answered. Speech that begins
+    meanwhile puts the answer off to the end of that one."""
+
+
 Detection = ServerVad | SemanticVad
 Modalities = Annotated[list[Literal["audio", "text"]], Meta(min_length=1, max_length=2)]
 

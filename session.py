@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import audio
 import backend
 import conversation
+import floor
 import ledger
 import meter
 import metrics
@@ -134,7 +135,8 @@ class Session:
         self._meter = meter.Meter(owner.counters, owner.timings, self.opened_at)
         self._closed = False
         self._early: list[realtime.Event] | None = []
-        self._backend = backend.connect(chosen, wanted, self._emitted)
+        terms = floor.Terms(wanted)
+        self._backend = backend.connect(chosen, terms.offered, self._emitted)
         self._decoder = opus.Decoder(self._backend.rate_hz)
         self._encoder = opus.Encoder(self._backend.rate_hz)
         self._receiver = audio.Receiver(self._decoder)
@@ -148,7 +150,8 @@ class Session:
             sequence=secrets.randbits(15),
             timestamp=secrets.randbits(32),
         )
-        self._conversation = conversation.Conversation(self.call_id, self._playout, self.opened_at)
+        ruled = floor.Floor(terms, self._backend.rate_hz)
+        self._conversation = conversation.Conversation(self.call_id, self._playout, ruled)
         self._conversation.expires_at = self._unix_at(self.ends_at)
         self._peer = mux.open(offer, *credentials, self)
         early, self._early = self._early, None
@@ -209,7 +212,7 @@ class Session:
             reception = self._reception = rtp.Reception(found.ssrc)
         reception.received(found.sequence, found.timestamp, now)
         for pcm in self._receiver.receive(found, now):
-            self._backend.append(pcm, now)
+            self._hear(pcm, now)
 
     def rtcp(self, packet: bytes, now: float) -> None:
         """A report: when the client sent what, and how it receives us."""
@@ -265,7 +268,7 @@ class Session:
         if self.state is not State.LIVE:
             return
         for pcm in self._receiver.tick(now):
-            self._backend.append(pcm, now)
+            self._hear(pcm, now)
         self._backend.tick(now)
         self.flow(now)
 
@@ -330,6 +333,12 @@ class Session:
         return f"call …{self.call_id[-6:]}"
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _hear(self, pcm: bytes, now: float) -> None:
+        self._backend.append(pcm, now)
+        if self._conversation.listens:
+            self._conversation.hear(pcm, now)
+            self.flow(now)
 
     def _emitted(self, event: realtime.Event) -> None:
         """An event from the backend, possibly while the constructor is still at work."""

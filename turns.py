@@ -1,7 +1,8 @@
 """Turns: when a caller begins to speak, when the caller is done, and the audio in between.
 
 What it owns: the Ear, which applies the turn detection of a session (`realtime.py`) to a stream of
-PCM and keeps the audio of the turn that it is hearing.
+PCM and keeps the audio of the turn that it is hearing; and the Gauge, which only says how long
+somebody has been speaking, for turns that a model server finds (`floor.py`).
 
 Rules that stay true:
 - Audio time is the time of the audio that came, in ms since the session began. A turn ends by it,
@@ -14,7 +15,7 @@ Rules that stay true:
   last one. The silence behind it belongs to the padding of the next turn.
 - Memory is bounded by TURN_MS_MAX, however long somebody talks.
 
-Sans-IO. It does not decide what a turn leads to: see `parrot.py`.
+Sans-IO. It does not decide what a turn leads to: see `parrot.py` and `floor.py`.
 """
 
 import enum
@@ -66,8 +67,10 @@ SILENCE_MS_BY_EAGERNESS = {"low": 1_500, "medium": 800, "auto": 800, "high": 400
 """What `semantic_vad` is without a model that understands: the less eager to speak, the longer it
 waits. Longer than the default of `server_vad` where the API promises not to cut a thought short."""
 
-_FRAME = struct.Struct(f"<{FRAME_SAMPLES}h")
-_FULL_SCALE = 32_768 * math.sqrt(FRAME_SAMPLES)
+GAP_MS = 200
+"""A pause within somebody's speech, for the gauge: the closure before a "p", a breath. Behind a
+"hm" there is more, and two of them are not one long one."""
+
 _RECENT_MASK = (1 << RECENT_FRAMES) - 1
 
 assert 1 < ONSET_FRAMES <= RECENT_FRAMES
@@ -107,13 +110,33 @@ class Turn:
     """Root mean square of the speech frames; -inf for digital silence."""
 
 
+class _Voice:
+    """Tells the frames with a voice in them from others."""
+
+    def __init__(self, rate_hz: int) -> None:
+        """`rate_hz` is 8, 16, 32 or 48 kHz: the detector knows no other."""
+        samples = rate_hz * FRAME_MS // 1000
+        self._vad = webrtcvad.Vad(VAD_AGGRESSIVENESS)
+        self._rate_hz = rate_hz
+        self._unpack = struct.Struct(f"<{samples}h").unpack
+        self._full_scale = 32_768 * math.sqrt(samples)
+
+    def level(self, frame: bytes) -> float:
+        """Root mean square, 0 to 1. 8 us; the sum of squares as Python spells it takes 12."""
+        return math.hypot(*self._unpack(frame)) / self._full_scale
+
+    def speaks(self, frame: bytes) -> bool:
+        """To be asked about every frame, because it learns from each how the room sounds: 2 us."""
+        return bool(self._vad.is_speech(frame, self._rate_hz))
+
+
 class Ear:
     """Finds turns in a stream of PCM16LE mono at RATE_HZ and keeps their audio."""
 
     def __init__(self) -> None:
         self.clock_ms = 0
         """Audio time: how much has been heard, in whole frames."""
-        self._vad = webrtcvad.Vad(VAD_AGGRESSIVENESS)
+        self._voice = _Voice(RATE_HZ)
         self._buffer = bytearray()  # its last octet is at clock_ms
         self._rest = b""  # less than a frame, kept through it all: it may be half a sample
         self.forget()
@@ -153,15 +176,13 @@ class Ear:
     def _hear_frame(self, frame: bytes, now: float, rule: ServerVad | None) -> Mark | None:
         self._buffer += frame
         self.clock_ms += FRAME_MS
-        # 8 us; the sum of squares as Python spells it takes 12.
-        level = math.hypot(*_FRAME.unpack(frame)) / _FULL_SCALE
+        level = self._voice.level(frame)
         if rule is None:
             self._measure(level)
             self._keep(TURN_MS_MAX)
             return None
         floor = _floor(rule.threshold) * (SUSTAIN if self.speaking else 1.0)
-        # Asked about every frame, because it learns from each how the room sounds: 2 us.
-        voiced = self._vad.is_speech(frame, RATE_HZ) and level >= floor
+        voiced = self._voice.speaks(frame) and level >= floor
         self._recent = (self._recent << 1 | voiced) & _RECENT_MASK
         if not self.speaking:
             return self._wait_for_speech(level, now, rule)
@@ -212,6 +233,47 @@ class Ear:
     def _keep(self, last_ms: int) -> None:
         # Taking from the front of a bytearray moves nothing: CPython only advances its start.
         del self._buffer[: max(0, len(self._buffer) - last_ms * MS_OCTETS)]
+
+
+class Gauge:
+    """How long somebody has been speaking, by the same measure as the Ear's, without the audio."""
+
+    def __init__(self, rate_hz: int) -> None:
+        """`rate_hz` is one that the detector knows, or 24 kHz."""
+        self.speech_ms = 0
+        """Speech so far; 0 after GAP_MS without any. Pauses do not count."""
+        self._thirds = rate_hz == 24_000  # which it does not: a third of it holds all it looks at
+        self._voice = _Voice(8_000 if self._thirds else rate_hz)
+        self._frame = 2 * rate_hz * FRAME_MS // 1000
+        self._rest = b""
+        self._silent_ms = 0
+
+    def hear(self, pcm: bytes, threshold: float) -> None:
+        """Take more PCM16LE mono, of any number of octets; `threshold` is that of server_vad."""
+        pcm = self._rest + pcm if self._rest else pcm
+        whole = len(pcm) - len(pcm) % self._frame
+        self._rest = pcm[whole:]
+        for at in range(0, whole, self._frame):
+            frame = pcm[at : at + self._frame]
+            self._hear_frame(_a_third_of(frame) if self._thirds else frame, threshold)
+
+    def _hear_frame(self, frame: bytes, threshold: float) -> None:
+        sustain = SUSTAIN if self.speech_ms >= ONSET_FRAMES * FRAME_MS else 1.0
+        loud = self._voice.level(frame) >= _floor(threshold) * sustain
+        if self._voice.speaks(frame) and loud:
+            self.speech_ms += FRAME_MS
+            self._silent_ms = 0
+            return
+        self._silent_ms += FRAME_MS
+        if self._silent_ms >= GAP_MS:
+            self.speech_ms = 0
+
+
+def _a_third_of(frame: bytes) -> bytes:
+    """PCM at a third of its rate, by the means of three: what folds over is 9 dB down or more."""
+    samples = struct.unpack(f"<{len(frame) // 2}h", frame)
+    means = [(a + b + c) // 3 for a, b, c in zip(*(samples[i::3] for i in range(3)), strict=True)]
+    return struct.pack(f"<{len(means)}h", *means)
 
 
 def _floor(threshold: float) -> float:

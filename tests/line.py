@@ -13,6 +13,7 @@ import orjson
 
 import audio
 import backend
+import floor
 from conversation import Conversation
 from settings import Backend
 from turns import FRAME_OCTETS, RATE_HZ
@@ -68,10 +69,12 @@ class Plain:
 class Line:
     """A conversation with the real play-out, and a backend that the test plays itself."""
 
-    def __init__(self, *, opened: bool = True) -> None:
+    def __init__(self, session: dict[str, Any] | None = None, *, opened: bool = True) -> None:
         self.now = 100.0
         self.playout = audio.Playout(Plain(), ssrc=1, payload_type=111, sequence=0, timestamp=0)
-        self.conversation = Conversation("rtc_1", self.playout, self.now)
+        self.terms = floor.Terms(session)
+        ruled = floor.Floor(self.terms, RATE_HZ)
+        self.conversation = Conversation("rtc_1", self.playout, ruled)
         self.seen: list[dict[str, Any]] = []
         self.asked: list[dict[str, Any]] = []
         self.packets: list[bytes] = []
@@ -137,8 +140,8 @@ class ParrotLine(Line):
     """The same with the parrot at the other end."""
 
     def __init__(self, session: dict[str, Any] | None = None) -> None:
-        super().__init__(opened=False)
-        self.parrot = backend.connect(Backend(), session, self.emitted)
+        super().__init__(session, opened=False)
+        self.parrot = backend.connect(Backend(), self.terms.offered, self.emitted)
         self.conversation.opened(self.now)
         self.flow()
 
@@ -160,7 +163,10 @@ class ParrotLine(Line):
     def say(self, pcm: bytes) -> list[dict[str, Any]]:
         for at in range(0, len(pcm), FRAME_OCTETS):
             self.now += 0.02
-            self.parrot.append(pcm[at : at + FRAME_OCTETS], self.now)
+            frame = pcm[at : at + FRAME_OCTETS]
+            self.parrot.append(frame, self.now)
+            if self.conversation.listens:
+                self.conversation.hear(frame, self.now)
             self.flow()
         return self.take()
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import conversation
+import channel
 import realtime
 from turns import FRAME_OCTETS, MS_OCTETS, RATE_HZ
 
@@ -162,7 +162,7 @@ def test_what_waits_for_the_channel_is_bounded() -> None:
     seen = line.take()
     assert seen[0]["type"] == "session.created"
     assert seen[-1]["number"] == 199
-    assert len(seen) * 10_000 <= conversation.BACKLOG_OCTETS_MAX
+    assert len(seen) * 10_000 <= channel.BACKLOG_OCTETS_MAX
 
 
 def test_secrets_and_audio_stay_behind() -> None:

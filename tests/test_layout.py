@@ -33,6 +33,9 @@ SANS_IO = {
     "parrot",
     "realtime",
     "turns",
+    "floor",
+    "replies",
+    "channel",
     "conversation",
 }
 
@@ -63,7 +66,7 @@ IMPORTERS = {
     "msgspec": {"settings", "realtime", "relay"},
     "OpenSSL": {"peer"},
     "orjson": {
-        "conversation",
+        "channel",
         "keeper",
         "realtime",
         "control",
