@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
-PROGRAMS = {"relay", "transceiver", "signaling"}
+PROGRAMS = {"relay", "transceiver", "signaling", "parrot_server"}
 SANS_IO = {
     "dialect",
     "resample",
@@ -45,7 +45,7 @@ MODULE_LINES_MAX = 500
 # Each outside dependency has the importers named here and no other.
 # fmt: off
 IMPORTERS = {
-    "aiohttp": {"control", "transceiver", "signaling", "placement", "keeper"},
+    "aiohttp": {"control", "parrot_server", "transceiver", "signaling", "placement", "keeper"},
     "aioice": set(),
     "aiortc": {"association", "peer"},
     "asyncio": {
@@ -55,6 +55,7 @@ IMPORTERS = {
         "transceiver",
         "signaling",
         "placement",
+        "parrot_server",
         "backend",
         "keeper",
         "registry",
@@ -72,6 +73,7 @@ IMPORTERS = {
         "control",
         "signaling",
         "placement",
+        "parrot_server",
         "top",
     },
     "prometheus_client": {"metrics"},
