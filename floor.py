@@ -205,6 +205,7 @@ class Terms:
             return session
         if detection is None:
             self._wish, self._given = _Wish(kind=None), {}
+            self._creates = self._interrupts = True
         if not stated:
             return session
         self._creates = stated.get("create_response") is not False
@@ -290,7 +291,11 @@ class Floor:
 
     def is_due(self, now: float) -> bool:
         """Whether a response has to be created now; it is said until it is `answered`."""
-        return self._due is not None and now >= self._due
+        if self._due is None or now < self._due:
+            return False
+        if not self.terms.answers:  # the settings have changed meanwhile
+            self._due = None
+        return self._due is not None
 
     def _judge(self) -> bool:
         enough_ms = self.terms.patience.min_interruption_duration_ms

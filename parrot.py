@@ -332,7 +332,11 @@ class Parrot:
         )
 
     def _on_session_update(self, event: Event, now: float) -> None:
+        before = self._rule
         self._configure(field(event, "session", dict))
+        if before is None or self._rule is None or before.idle_timeout_ms is None:
+            # Silence is counted from when it began to matter.
+            self._idle_from = None if self._idle_from is None else max(self._idle_from, now)
         self._emit("session.updated", session=self._session)
 
     def _configure(self, update: Event) -> None:
@@ -340,6 +344,7 @@ class Parrot:
         rule = by_sound(detection)
         if (rule is None) != (self._rule is None):
             self._ear.forget()  # a turn half heard by the one rule is none by the other
+            self._heard_id = ""
         self._rule = rule
 
     def _on_append(self, event: Event, now: float) -> None:

@@ -4,6 +4,7 @@ import base64
 import re
 from typing import Any
 
+import numpy as np
 import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -268,6 +269,115 @@ def test_session_update_in_mid_call() -> None:
     assert refusal(call.send("session.update")) == ("missing_required_parameter", "session")
     call.say(SPEECH[: 300 * MS_OCTETS] + silence(240))
     assert "input_audio_buffer.speech_stopped" in kinds(call.events)
+
+
+def stops_after(call: Call, silence_ms: int) -> bool:
+    """Whether a turn that is under way ends with so much silence."""
+    return "input_audio_buffer.speech_stopped" in kinds(call.say(silence(silence_ms)))
+
+
+def test_threshold_in_mid_call() -> None:
+    call = Call()
+    quiet = (np.frombuffer(SPEECH, "<i2") // 16).astype("<i2").tobytes()  # 24 dB less
+    call.update(type="server_vad", threshold=0.9)
+    assert call.say(quiet + silence(600)) == []
+    call.update(type="server_vad", threshold=0.0)
+    assert kinds(call.say(quiet))[0] == "input_audio_buffer.speech_started"
+    call.update(type="server_vad", threshold=1.0)  # in mid-turn what was speech is silence
+    assert not stops_after(call, 100)
+    assert "input_audio_buffer.speech_stopped" in kinds(call.say(quiet))
+
+
+def test_prefix_padding_in_mid_call() -> None:
+    call = Call()
+    for padding_ms in (0, 1000, 300):
+        call.update(type="server_vad", prefix_padding_ms=padding_ms)
+        begins_ms = call.parrot._ear.clock_ms + 2000
+        events = call.say(silence(2000) + SPEECH + silence(600))
+        started = only(events, "input_audio_buffer.speech_started")
+        assert abs(begins_ms - padding_ms - started["audio_start_ms"]) <= 60
+        call.wait(4)
+
+
+def test_silence_duration_in_mid_turn() -> None:
+    call = Call()
+    call.say(SPEECH)
+    assert not stops_after(call, 300)
+    call.update(type="server_vad", silence_duration_ms=1000)
+    assert not stops_after(call, 600)
+    call.update(type="server_vad", silence_duration_ms=200)
+    assert stops_after(call, 20), "the pause is longer than that already"
+
+
+def test_eagerness_in_mid_turn() -> None:
+    call = Call()
+    for eagerness, waits_ms in (("low", 1500), ("medium", 800), ("auto", 800), ("high", 400)):
+        call.update(type="semantic_vad", eagerness=eagerness)
+        call.say(SPEECH)
+        assert not stops_after(call, waits_ms - 60)
+        assert stops_after(call, 120)
+        call.send("response.cancel")
+    call.say(SPEECH)
+    call.update(type="semantic_vad", eagerness="low")
+    assert not stops_after(call, 1000)
+    call.update(type="semantic_vad", eagerness="high")
+    assert stops_after(call, 20)
+
+
+def test_create_response_in_mid_turn() -> None:
+    call = Call()
+    for create in (False, True):
+        call.say(SPEECH)
+        call.update(type="server_vad", create_response=create)
+        assert ("response.created" in kinds(call.say(silence(540)))) is create
+
+
+def test_interrupt_response_in_mid_response() -> None:
+    call = Call()
+    call.say(SPEECH + silence(520))
+    call.update(type="server_vad", interrupt_response=False)
+    assert "response.done" not in kinds(call.say(SPEECH[: 200 * MS_OCTETS]))
+    call.update(type="server_vad", interrupt_response=True)
+    # The speech that goes on has begun before; what begins from now on interrupts.
+    assert "response.done" not in kinds(call.say(SPEECH[: 100 * MS_OCTETS] + silence(540)))
+    done = only(call.say(SPEECH[: 200 * MS_OCTETS]), "response.done")["response"]
+    assert done["status_details"]["reason"] == "turn_detected"
+
+
+def test_a_new_idle_timeout_counts_from_then() -> None:
+    call = Call()
+    call.say(SPEECH + silence(520))
+    call.wait(20)
+    call.update(type="server_vad", idle_timeout_ms=5000)
+    assert call.wait(4.9) == []
+    assert kinds(call.wait(0.2))[0] == "input_audio_buffer.timeout_triggered"
+    call.update(type="server_vad", idle_timeout_ms=None)
+    assert call.wait(40) == []
+
+
+def test_push_to_talk_from_and_to_turn_detection_in_mid_turn() -> None:
+    call = Call()
+    heard = only(call.say(SPEECH[: 400 * MS_OCTETS]), "input_audio_buffer.speech_started")
+    call.update()
+    assert call.say(SPEECH[400 * MS_OCTETS :] + silence(1000)) == []
+    committed, *_ = call.send("input_audio_buffer.commit")
+    assert committed["item_id"] != heard["item_id"], "that turn has never been finished"
+    assert call.parrot._answer.pcm.startswith(SPEECH[400 * MS_OCTETS : 420 * MS_OCTETS])
+    call.say(SPEECH[: 400 * MS_OCTETS])
+    call.update(type="semantic_vad", eagerness="high")
+    assert call.say(silence(1000)) == [], "what was held down is no turn of the new rule"
+    assert "input_audio_buffer.speech_stopped" in kinds(call.say(SPEECH + silence(440)))
+
+
+def test_a_change_in_mid_response_leaves_the_response_alone() -> None:
+    call = Call()
+    events = call.say(SPEECH + silence(520))
+    for detection in ({}, {"type": "semantic_vad"}, {"type": "server_vad", "threshold": 0.1}):
+        call.update(**detection)
+        events += call.wait(0.2)
+    events += call.wait(4)
+    assert only(events, "response.done")["response"]["status"] == "completed"
+    assert SPEECH[: -40 * MS_OCTETS] in sound(events)
 
 
 def test_a_session_that_comes_with_the_offer() -> None:
