@@ -67,6 +67,11 @@ SILENCE_MS_BY_EAGERNESS = {"low": 1_500, "medium": 800, "auto": 800, "high": 400
 """What `semantic_vad` is without a model that understands: the less eager to speak, the longer it
 waits. Longer than the default of `server_vad` where the API promises not to cut a thought short."""
 
+LEVEL_STRIDE = 4
+"""Of a frame's samples, one in so many makes its level. What folds down from above the new half rate
+is as loud as before: 9 of 10 frames of recorded speech keep their level within 0.6 dB, all within
+2."""
+
 GAP_MS = 200
 """A pause within somebody's speech, for the gauge: the closure before a "p", a breath. Behind a
 "hm" there is more, and two of them are not one long one."""
@@ -118,11 +123,11 @@ class _Voice:
         samples = rate_hz * FRAME_MS // 1000
         self._vad = webrtcvad.Vad(VAD_AGGRESSIVENESS)
         self._rate_hz = rate_hz
-        self._unpack = struct.Struct(f"<{samples}h").unpack
-        self._full_scale = 32_768 * math.sqrt(samples)
+        self._unpack = struct.Struct("<" + "h6x" * (samples // LEVEL_STRIDE)).unpack
+        self._full_scale = 32_768 * math.sqrt(samples // LEVEL_STRIDE)
 
     def level(self, frame: bytes) -> float:
-        """Root mean square, 0 to 1. 8 us; the sum of squares as Python spells it takes 12."""
+        """Root mean square, 0 to 1, of every fourth sample: 2 us, all of them would take 5."""
         return math.hypot(*self._unpack(frame)) / self._full_scale
 
     def speaks(self, frame: bytes) -> bool:
