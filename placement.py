@@ -69,6 +69,14 @@ class Peer:
     """Sessions at the last health check, and those placed there since."""
     sessions_max: int = 1
     """Sessions it takes at most."""
+    load: float = 0.0
+    """How near it was to refusing calls at the last health check, by what it measures: 1 is there.
+    0 for one that does not say."""
+
+    @property
+    def fullness(self) -> float:
+        """How near it is to refusing calls for either reason."""
+        return max(self.load, self.sessions / self.sessions_max)
 
     @property
     def url(self) -> str:
@@ -80,6 +88,8 @@ class Peer:
         match health:
             case {"state": "serving", "sessions": int(now), "sessions_max": int(most)} if most > 0:
                 self.serving, self.sessions, self.sessions_max = True, now, most
+                load = health.get("load")
+                self.load = float(load) if isinstance(load, float | int) else 0.0
             case _:
                 self.serving = False
 
@@ -91,8 +101,8 @@ def order(peers: list[Peer], rng: random.Random) -> list[Peer]:
     that runs to the single least loaded one when several instances see the same old figures.
     """
     shuffled = rng.sample(peers, len(peers))
-    shuffled[:2] = sorted(shuffled[:2], key=lambda peer: peer.sessions / peer.sessions_max)
-    return sorted(shuffled, key=lambda peer: not peer.serving or peer.sessions >= peer.sessions_max)
+    shuffled[:2] = sorted(shuffled[:2], key=lambda peer: peer.fullness)
+    return sorted(shuffled, key=lambda peer: not peer.serving or peer.fullness >= 1)
 
 
 class Placement:

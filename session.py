@@ -21,6 +21,7 @@ RFC 3550 section 6 https://www.rfc-editor.org/rfc/rfc3550#section-6 (reports), R
 https://www.rfc-editor.org/rfc/rfc7675 (consent: a silent client has gone).
 """
 
+import contextlib
 import enum
 import logging
 import secrets
@@ -321,12 +322,13 @@ class Session:
             return
         self._closed = True
         log.info("%s closed after %.1f s: %s", self, self._owner.clock() - self.opened_at, reason)
-        self._meter.frames(self._receiver)
-        self._conversation.closed()
-        self._backend.close()
-        await self._peer.close()
-        self._encoder.close()
-        self._decoder.close()
+        async with contextlib.AsyncExitStack() as last:  # each is freed even if another fails
+            last.callback(self._decoder.close)
+            last.callback(self._encoder.close)
+            last.push_async_callback(self._peer.close)
+            last.callback(self._backend.close)
+            last.callback(self._conversation.closed)
+            self._meter.frames(self._receiver)
 
     def __str__(self) -> str:
         """A name for the log: the end of the call id, too short to be of use as a credential."""

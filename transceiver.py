@@ -131,10 +131,12 @@ class Transceiver:
         self._look_whether_drained(now)
 
     async def stop(self) -> None:
-        """Say goodbye to every client and free everything."""
+        """Say goodbye to every client and free everything. Stopping twice is harmless."""
+        if self._ticking is None:
+            return
+        self._ticking.cancel()
+        self._ticking = None
         self.draining = True
-        if self._ticking is not None:
-            self._ticking.cancel()
         for session in list(self.sessions.values()):
             self._guarded(session, session.goodbye, self.clock())
             self.ended(session, "the transceiver is shutting down")

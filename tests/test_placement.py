@@ -10,14 +10,14 @@ from placement import Peer, order
 
 AT = endpoints.Endpoint("127.0.0.1:9000")
 PEERS = st.lists(
-    st.builds(Peer, st.just(AT), st.booleans(), st.integers(0, 12), st.just(10)),
+    st.builds(Peer, st.just(AT), st.booleans(), st.integers(0, 12), st.just(10), st.floats(0, 1.2)),
     min_size=1,
     max_size=8,
 )
 
 
 def takes(peer: Peer) -> bool:
-    return peer.serving and peer.sessions < peer.sessions_max
+    return peer.serving and peer.sessions < peer.sessions_max and peer.load < 1
 
 
 @given(PEERS, st.integers(0, 1 << 32))
@@ -51,3 +51,13 @@ def test_health_is_taken_over() -> None:
     assert (peer.serving, peer.sessions, peer.sessions_max) == (True, 3, 100)
     peer.heard({"state": "draining", "sessions": 3, "sessions_max": 100})
     assert not peer.serving
+
+
+def test_the_loaded_are_asked_after_the_idle() -> None:
+    """Two processes with the same number of calls, and one of them has none of its CPU left."""
+    busy, idle = Peer(AT), Peer(AT)
+    busy.heard({"state": "serving", "sessions": 3, "sessions_max": 100, "load": 0.8})
+    idle.heard({"state": "serving", "sessions": 9, "sessions_max": 100, "load": 0.2})
+    assert all(order([busy, idle], random.Random(seed))[0] is idle for seed in range(20))
+    busy.heard({"state": "serving", "sessions": 3, "sessions_max": 100, "load": "much"})
+    assert busy.load == 0

@@ -40,7 +40,7 @@ CONFIG = """
 listen = "{listen}"
 relay_prefixes = ["127.0.0.0/8"]
 control_prefixes = ["{control}"]
-sessions_max = 2
+{limits}
 [keys]
 file = "keys"
 [[cluster]]
@@ -50,7 +50,12 @@ ports = [1, 65535]
 """
 
 
-def configure(folder: Path, control: str = "127.0.0.0/8", extra: str = "") -> Path:
+def configure(
+    folder: Path,
+    control: str = "127.0.0.0/8",
+    extra: str = "",
+    limits: str = "sessions_max = 2",
+) -> Path:
     """A configuration file with keys and a free port; its path."""
     with shim.udp_socket() as sock:
         listen = f"127.0.0.1:{sock.getsockname()[1]}"
@@ -58,7 +63,7 @@ def configure(folder: Path, control: str = "127.0.0.0/8", extra: str = "") -> Pa
     keys.write_text("0 " + bytes(range(32)).hex())
     keys.chmod(0o600)
     path = folder / "transceiver.toml"
-    path.write_text(CONFIG.format(listen=listen, control=control) + extra)
+    path.write_text(CONFIG.format(listen=listen, control=control, limits=limits) + extra)
     return path
 
 
@@ -115,17 +120,20 @@ def house(
     *,
     clock: Callable[[], float] = time.monotonic,
     control: str = "127.0.0.0/8",
+    limits: str = "sessions_max = 2",
+    faults: int = 0,
 ) -> None:
     """Run a scenario in a house of its own; nothing may be left behind."""
 
     async def run() -> None:
-        config = settings.load(configure(folder, control), settings.Transceiver)
+        path = configure(folder, control, limits=limits)
+        config = settings.load(path, settings.Transceiver)
         found = House(config, clock)
         await found.start()
         try:
             await scenario(found)
             assert found.missing() == 0
-            assert found.transceiver.counters[Count.DROPPED_FAULT] == 0
+            assert found.transceiver.counters[Count.DROPPED_FAULT] == faults
         finally:
             await found.stop()
         await shim.until(lambda: len(asyncio.all_tasks()) == 1)
