@@ -1,20 +1,10 @@
-"""Audio between RTP and PCM, both ways: what was said in order, what is answered in time.
+"""Audio out: the PCM of replies to paced RTP packets, which can be taken back at any moment.
 
-Owns two things a voice conversation feels first. The `Receiver` makes PCM of a caller's packets
-without a jitter buffer: a model server needs no even pace, so what is in order leaves in the moment
-it comes. The `Playout` makes paced packets of a reply that a model server sends faster than real
-time; it can be emptied between two packets, and knows to the millisecond what was sent.
+Owns what a voice conversation feels first when a bot speaks. The `Playout` makes paced packets of a
+reply that a model server sends faster than real time; it can be emptied between two packets, and
+knows to the millisecond what was sent. The way in is receiver.py's.
 
-Rules of the Receiver:
-- In order means at once. A hole waits for two later packets; then the last lost frame is taken from
-  the copy in the next packet (in-band FEC) if there is one, the others are concealed, and what
-  waited leaves with them: the delay is zero again. PCM never leaves out of order, nor twice.
-- Between two calls one packet waits at most, and not for long: tick() lets it go when no further
-  one comes.
-- Every packet ends in one counter: received = decoded + malformed + late + duplicate + stray, plus
-  the one that may wait.
-
-Rules of the Playout:
+Rules that stay true:
 - The first frame of an utterance leaves at once and its grid of 20 ms starts there; only if another
   frame left less than 20 ms ago it waits for that one's end. The RTP timestamp follows the clock
   over pauses, and the first packet after a pause carries the marker (RFC 3551 section 4.1,
@@ -24,8 +14,8 @@ Rules of the Playout:
 - Items play one after another, in the order of their first write. An item that was finished or
   flushed takes no more audio: the rest of an answer still under way is ignored.
 
-Neither owns a codec, a socket or a clock: the codecs are arguments (opus.py has them), `now` is
-monotonic seconds, packets are returned. Neither knows about conversations or RTCP.
+It owns no codec, socket or clock: the encoder is an argument (opus.py has it), `now` is monotonic
+seconds, packets are returned. It knows nothing of conversations or RTCP.
 RTP for Opus: RFC 7587, https://www.rfc-editor.org/rfc/rfc7587.
 """
 
@@ -37,27 +27,7 @@ from typing import NamedTuple, Protocol
 import rtp
 
 FRAME_MS = 20
-"""Length of what Playout sends in one packet, and of a piece of silence."""
-
-HOLE_PACKETS = 2
-"""Later packets that a hole waits for. One less takes every swapped pair for a loss; one more is
-20 ms of delay for each real loss, and reordering by three is rare on any path."""
-
-HOLE_S = 0.06
-"""How long a hole waits when nothing comes any more: what HOLE_PACKETS would take, and a little."""
-
-CONCEALED_PACKETS_MAX = 5
-"""Frames invented for one hole. After 100 ms SILK's have faded to silence, and CELT's turn from the
-voice to noise."""
-
-PAUSE_S = 0.2
-"""Without a packet for this long the caller is taken to pause (DTX, a muted track). Sooner, and a
-stalled network puts silence into the middle of words; later, and the end of a turn is found late,
-for then the whole pause is made up at once, and turns end after 500 ms of silence by default."""
-
-PAUSE_S_MAX = 10.0
-"""Silence made for one pause. Longer than any end-of-turn delay; a caller who is gone costs no
-more than this."""
+"""Length of what is sent in one packet."""
 
 QUEUE_S_MAX = 300.0
 """Audio waiting to be sent, in seconds of play-out. The longest reply of the Realtime models is
@@ -82,9 +52,7 @@ pause: the client has played silence by then, and a burst would only become dela
 
 _FRAME_S = FRAME_MS / 1_000
 _FRAME_CLOCK = rtp.CLOCK_HZ * FRAME_MS // 1_000
-_SEEN_MASK = (1 << 64) - 1
 
-assert HOLE_S < PAUSE_S < PAUSE_S_MAX
 assert LATE_S_MAX >= _FRAME_S
 
 
@@ -95,162 +63,6 @@ class SpeechEncoder(Protocol):
 
     def encode(self, pcm: bytes) -> bytes:
         """One frame of FRAME_MS of PCM16LE mono to one payload."""
-
-
-class SpeechDecoder(Protocol):
-    """What Receiver needs of a codec: opus.Decoder has it. All PCM is PCM16LE mono at rate_hz."""
-
-    rate_hz: int
-
-    def decode(self, payload: bytes) -> bytes | None:
-        """One payload to its PCM; None if it is malformed."""
-
-    def conceal(self, samples: int) -> bytes:
-        """Invent a lost frame of that many samples."""
-
-    def recover(self, payload: bytes, samples: int) -> bytes | None:
-        """The frame lost just before `payload`, from the copy in it; None if it has none."""
-
-    def reset(self) -> None:
-        """Forget the stream so far: another one begins."""
-
-
-class Receiver:
-    """One caller's packets to PCM pieces in order (PCM16LE mono at the decoder's rate)."""
-
-    def __init__(self, decoder: SpeechDecoder) -> None:
-        self.received = 0
-        """Packets that came."""
-        self.decoded = 0
-        """Of these, the ones whose audio went out."""
-        self.malformed = 0
-        """Not decodable: replaced by a concealed frame, so that time stays right."""
-        self.late = 0
-        """Came after their hole had been filled."""
-        self.duplicate = 0
-        """Came twice."""
-        self.stray = 0
-        """Far from the numbering, and the next packet did not confirm a new one."""
-        self.concealed = 0
-        """Frames invented for holes."""
-        self.recovered = 0
-        """Frames taken from in-band FEC for holes."""
-        self._decoder = decoder
-        self._frame = decoder.rate_hz * FRAME_MS // 1_000
-        self._samples = self._frame  # of the last packet: a lost one is taken to be as long
-        self._ssrc = -1
-        self._next = 0
-        self._restart = -1  # the sequence number that would confirm a new numbering
-        self._seen = 0  # of the 64 packets before _next, a bit each, the last one lowest
-        self._held: dict[int, rtp.Packet] = {}
-        self._last_at = 0.0
-        self._silent = 0  # frames of silence made since the last packet
-        self._bridged = False  # whether silence stands for what is missing before _next
-
-    def receive(self, packet: rtp.Packet, now: float) -> list[bytes]:
-        """Take a packet; return the PCM that is in order with it: none, one or a few pieces."""
-        self.received += 1
-        out: list[bytes] = []
-        sequence = packet.sequence
-        if packet.ssrc != self._ssrc:
-            out = self._begin(packet)
-        elif sequence != self._next:  # nearly every packet is the next one
-            ahead = (sequence - self._next) & 0xFFFF
-            if rtp.SEQUENCE_DROPOUT_MAX <= ahead < 0x1_0000 - rtp.SEQUENCE_MISORDER_MAX:
-                if sequence != self._restart:  # two in a row are a new numbering, one is a stray
-                    self._restart = (sequence + 1) & 0xFFFF
-                    self.stray += 1
-                    return out
-                out = self._begin(packet)
-            elif ahead >= 0x8000:
-                self._count_behind(0x1_0000 - ahead)
-                return out
-            elif sequence in self._held:
-                self.duplicate += 1
-                return out
-        self._last_at = now
-        self._silent = 0
-        if sequence == self._next and not self._held:
-            out.append(self._play(packet))
-            return out
-        self._held[sequence] = packet
-        return out + self._release(HOLE_PACKETS - 1)
-
-    def tick(self, now: float) -> list[bytes]:
-        """Return the PCM that time alone brings; to be called every 20 to 100 ms.
-
-        What waits behind a hole after HOLE_S without a packet; and from PAUSE_S on, in real time
-        and counted from the last packet, silence: a sender with DTX sends nothing in its pauses,
-        and a model server hears the end of a turn only in audio.
-        """
-        quiet_s = now - self._last_at
-        if quiet_s < HOLE_S or self._ssrc < 0:
-            return []
-        if self._held:
-            return self._release(0)
-        frames = int(min(quiet_s, PAUSE_S_MAX) / _FRAME_S) - self._silent
-        if quiet_s < PAUSE_S or frames <= 0:
-            return []
-        self._silent += frames
-        self._bridged = True
-        return [bytes(2 * self._frame * frames)]
-
-    def _begin(self, packet: rtp.Packet) -> list[bytes]:
-        """Start over with this packet, once what waits has left."""
-        out = self._release(0)
-        if self._ssrc >= 0:
-            self._decoder.reset()
-        self._ssrc = packet.ssrc
-        self._next = packet.sequence
-        self._restart = -1
-        self._seen = 0
-        self._bridged = False
-        return out
-
-    def _count_behind(self, behind: int) -> None:
-        if self._seen >> (behind - 1) & 1:
-            self.duplicate += 1
-        else:
-            self.late += 1
-
-    def _release(self, held_max: int) -> list[bytes]:
-        """Play what is in order; fill holes while more than `held_max` packets wait."""
-        out = []
-        while True:
-            packet = self._held.pop(self._next, None)
-            if packet is not None:
-                out.append(self._play(packet))
-            elif len(self._held) > held_max:
-                missing, first = min((s - self._next & 0xFFFF, s) for s in self._held)
-                out += self._fill(missing, self._held[first])
-            else:
-                return out
-
-    def _fill(self, missing: int, following: rtp.Packet) -> list[bytes]:
-        """Stand-ins for the `missing` packets before `following`."""
-        out = []
-        if not self._bridged:
-            for _ in range(min(missing, CONCEALED_PACKETS_MAX) - 1):
-                out.append(self._decoder.conceal(self._samples))
-            copy = self._decoder.recover(following.payload, self._samples)
-            self.recovered += copy is not None
-            out.append(self._decoder.conceal(self._samples) if copy is None else copy)
-            self.concealed += len(out) - (copy is not None)
-        self._next = following.sequence
-        self._seen = self._seen << min(missing, 64) & _SEEN_MASK
-        return out
-
-    def _play(self, packet: rtp.Packet) -> bytes:
-        self._next = packet.sequence + 1 & 0xFFFF
-        self._seen = (self._seen << 1 | 1) & _SEEN_MASK
-        self._bridged = False
-        pcm = self._decoder.decode(packet.payload)
-        if pcm is None:
-            self.malformed += 1
-            return self._decoder.conceal(self._samples)
-        self.decoded += 1
-        self._samples = len(pcm) // 2
-        return pcm
 
 
 class Played(NamedTuple):

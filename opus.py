@@ -12,7 +12,7 @@ Rules:
 - An encoder is never reset between two replies. The client's decoder is not either, and predicting
   from another past than its own is heard as a crack.
 
-It does not pace, reorder or decide what to conceal: audio.py does. Specified in RFC 6716
+It does not pace, reorder or decide what to conceal: audio.py and receiver.py do. RFC 6716
 (https://www.rfc-editor.org/rfc/rfc6716); the C interface is https://opus-codec.org/docs/.
 """
 

@@ -36,6 +36,7 @@ import meter
 import metrics
 import opus
 import realtime
+import receiver
 import rtp
 import sdp
 import settings
@@ -140,7 +141,7 @@ class Session:
         self._backend = backend.connect(chosen, terms.offered, self._emitted)
         self._decoder = opus.Decoder(self._backend.rate_hz)
         self._encoder = opus.Encoder(self._backend.rate_hz)
-        self._receiver = audio.Receiver(self._decoder)
+        self._receiver = receiver.Receiver(self._decoder)
         self._reception: rtp.Reception | None = None
         self._playout = audio.Playout(
             self._encoder,

@@ -1,4 +1,4 @@
-"""The two halves of the audio path, with a codec that shows what it was given."""
+"""The way out, with a codec that shows what it was given."""
 
 import itertools
 import struct
@@ -12,237 +12,20 @@ import rtp
 
 RATE_HZ = 16_000
 FRAME = 640  # octets of 20 ms
-CONCEALED, RECOVERED = 0x7FFF, 0x4000
 
 
 class FakeCodec:
-    """Payload n decodes to a frame of samples n; a payload with a second number holds FEC."""
+    """A payload is the first sample of its frame."""
 
     rate_hz = RATE_HZ
 
     def __init__(self) -> None:
-        self.resets = 0
         self.encoded: list[bytes] = []
 
     def encode(self, pcm: bytes) -> bytes:
         assert len(pcm) == FRAME
         self.encoded.append(pcm)
         return pcm[:2]
-
-    def decode(self, payload: bytes) -> bytes | None:
-        return payload[:2] * (FRAME // 2) if len(payload) >= 2 else None
-
-    def conceal(self, samples: int) -> bytes:
-        return struct.pack("<H", CONCEALED) * samples
-
-    def recover(self, payload: bytes, samples: int) -> bytes | None:
-        return struct.pack("<H", RECOVERED) * samples if len(payload) == 4 else None
-
-    def reset(self) -> None:
-        self.resets += 1
-
-
-def packet(number: int, *, ssrc: int = 1, fec: bool = False, offset: int = 0) -> rtp.Packet:
-    """Packet `number` of a stream; its payload says the number."""
-    payload = struct.pack("<HH" if fec else "<H", *([number % 0x4000] * (1 + fec)))
-    sequence = number + offset & 0xFFFF
-    return rtp.Packet(False, 111, sequence, number * 960 & 0xFFFF_FFFF, ssrc, payload)
-
-
-def numbers(pieces: list[bytes]) -> list[int | str]:
-    """What came out, a frame each: the packet's number, "plc", "fec", or a 0 of silence."""
-    names: dict[int, int | str] = {CONCEALED: "plc", RECOVERED: "fec"}
-    pcm = b"".join(pieces)
-    assert len(pcm) % FRAME == 0
-    frames = [pcm[n : n + FRAME] for n in range(0, len(pcm), FRAME)]
-    assert all(frame == frame[:2] * (FRAME // 2) for frame in frames)
-    return [names.get(n, n) for n in (int.from_bytes(f[:2], "little") for f in frames)]
-
-
-def run(sequence: list[int], *, fec: bool = False, offset: int = 0) -> list[list[int | str]]:
-    receiver = audio.Receiver(FakeCodec())
-    arrivals = [packet(number, fec=fec, offset=offset) for number in sequence]
-    return [numbers(receiver.receive(arrival, 0.0)) for arrival in arrivals]
-
-
-# ---- Receiver ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arrivals", "pieces"),
-    [
-        ([1, 2, 3], [[1], [2], [3]]),
-        ([1, 3, 2, 4], [[1], [], [2, 3], [4]]),  # swapped: nothing invented
-        ([1, 3, 4, 5], [[1], [], ["plc", 3, 4], [5]]),  # lost: two packets later, then no delay
-        ([1, 4, 5, 6], [[1], [], ["plc", "plc", 4, 5], [6]]),
-        ([1, 3, 5, 6], [[1], [], ["plc", 3], ["plc", 5, 6]]),  # the second hole waits for its own
-        ([1, 3, 4, 2, 5], [[1], [], ["plc", 3, 4], [], [5]]),  # too late
-        ([1, 1, 3, 3, 2, 2, 4], [[1], [], [], [], [2, 3], [], [4]]),  # everything twice
-        ([1, 4, 3, 2, 5], [[1], [], ["plc", 3, 4], [], [5]]),  # reordered by more than two
-        ([1, 30, 31], [[1], [], [*["plc"] * 5, 30, 31]]),  # a long hole is not filled
-    ],
-)
-@pytest.mark.parametrize("offset", [0, 0xFFFD, 0xFFFC, 0x7FFD])  # also over the wrap
-def test_holes_wait_for_two_packets(
-    arrivals: list[int], pieces: list[list[int | str]], offset: int
-) -> None:
-    assert run(arrivals, offset=offset) == pieces
-
-
-def test_the_last_lost_frame_comes_from_the_next_packet() -> None:
-    assert run([1, 3, 4], fec=True) == [[1], [], ["fec", 3, 4]]
-    assert run([1, 5, 6], fec=True) == [[1], [], ["plc", "plc", "fec", 5, 6]]
-    assert run([1, 60, 61], fec=True) == [[1], [], ["plc"] * 4 + ["fec", 60, 61]]
-
-
-def test_every_packet_is_counted_once() -> None:
-    receiver = audio.Receiver(FakeCodec())
-    for number in (1, 2, 2, 5, 5, 6, 3, 7, 60_000, 8):
-        receiver.receive(packet(number), 0.0)
-    undecodable = packet(9)._replace(payload=b"!")
-    assert numbers(receiver.receive(undecodable, 0.0)) == ["plc"], "it keeps its time"
-    assert (receiver.received, receiver.decoded, receiver.malformed) == (11, 6, 1)
-    assert (receiver.late, receiver.duplicate, receiver.stray) == (1, 2, 1)
-    assert (receiver.concealed, receiver.recovered) == (2, 0)
-
-
-def test_a_lost_frame_is_as_long_as_the_last_one() -> None:
-    class SixtyMs(FakeCodec):
-        def decode(self, payload: bytes) -> bytes | None:
-            return payload[:2] * 960
-
-    receiver = audio.Receiver(SixtyMs())
-    pieces = [receiver.receive(packet(number), 0.0) for number in (1, 3, 4)]
-    assert [len(piece) for piece in pieces[2]] == [1_920, 1_920, 1_920]
-
-
-def test_another_source_starts_anew_and_what_waited_leaves_first() -> None:
-    codec = FakeCodec()
-    receiver = audio.Receiver(codec)
-    receiver.receive(packet(1), 0.0)
-    assert codec.resets == 0
-    receiver.receive(packet(3), 0.02)
-    assert numbers(receiver.receive(packet(9_000, ssrc=2), 0.04)) == ["plc", 3, 9_000]
-    assert codec.resets == 1
-    assert numbers(receiver.receive(packet(9_001, ssrc=2), 0.06)) == [9_001]
-
-
-@pytest.mark.parametrize("jump", [5_000, 40_000, 0x1_0000 - 102])
-def test_a_new_numbering_needs_two_packets(jump: int) -> None:
-    receiver = audio.Receiver(FakeCodec())
-    receiver.receive(packet(1), 0.0)
-    assert receiver.receive(packet(2, offset=jump), 0.02) == []
-    assert numbers(receiver.receive(packet(3, offset=jump), 0.04)) == [3]
-    assert numbers(receiver.receive(packet(4, offset=jump), 0.06)) == [4]
-
-
-def test_a_timestamp_that_jumps_changes_nothing() -> None:
-    receiver = audio.Receiver(FakeCodec())
-    for number, timestamp in ((1, 0), (2, 4_000_000_000), (3, 17)):
-        jumped = packet(number)._replace(timestamp=timestamp)
-        assert numbers(receiver.receive(jumped, number * 0.02)) == [number]
-
-
-def test_what_waits_leaves_when_nothing_else_comes() -> None:
-    receiver = audio.Receiver(FakeCodec())
-    assert receiver.tick(5.0) == [], "no packet yet, no time to keep"
-    receiver.receive(packet(1), 10.0)
-    receiver.receive(packet(3, fec=True), 10.04)
-    assert receiver.tick(10.08) == []
-    assert numbers(receiver.tick(10.101)) == ["fec", 3]
-    assert receiver.tick(10.12) == []
-
-
-def test_a_pause_becomes_silence_in_real_time() -> None:
-    receiver = audio.Receiver(FakeCodec())
-    receiver.receive(packet(1), 10.0)
-    assert receiver.tick(10.19) == []
-    assert numbers(receiver.tick(10.201)) == [0] * 10, "all of the pause so far"
-    assert receiver.tick(10.205) == []
-    assert numbers(receiver.tick(10.261)) == [0] * 3
-    assert numbers(receiver.receive(packet(2), 10.3)) == [2]
-    assert receiver.tick(10.3) == []
-    assert numbers(receiver.tick(99.0)) == [0] * 500, "ten seconds, and no more"
-    assert receiver.tick(200.0) == []
-
-
-def test_a_hole_that_silence_stands_for_is_not_filled_again() -> None:
-    receiver = audio.Receiver(FakeCodec())
-    receiver.receive(packet(1), 10.0)
-    assert len(numbers(receiver.tick(10.301))) == 15
-    assert receiver.receive(packet(17, fec=True), 10.32) == []
-    assert receiver.tick(10.33) == [], "the pause is over"
-    assert numbers(receiver.receive(packet(18, fec=True), 10.34)) == [17, 18]
-    assert receiver.receive(packet(20), 10.38) == []
-    assert numbers(receiver.receive(packet(21), 10.40)) == ["plc", 20, 21]
-
-
-@st.composite
-def journeys(draw: st.DrawFn) -> tuple[list[int], int]:
-    """Arrivals after loss (bursts up to 8), reordering and duplication; and where they wrap."""
-    count = draw(st.integers(1, 60))
-    sent = [0]  # the first packet arrives first: what it begins with is the stream's beginning
-    for number in range(1, count):
-        if number - sent[-1] > 8 or draw(st.integers(0, 9)) > 2:
-            sent.append(number)
-    delays = draw(st.lists(st.integers(0, 4), min_size=len(sent), max_size=len(sent)))
-    delays[0] = 0
-    arrivals = sorted(range(len(sent)), key=lambda n: (n + delays[n], n))
-    twice = draw(st.sets(st.integers(0, len(sent) - 1)))
-    journey = [sent[n] for n in arrivals for _ in range(1 + (n in twice))]
-    return journey, draw(st.sampled_from([0, 0xFFF0, 0x7FF0, 0xFFFF]))
-
-
-@settings(max_examples=400, deadline=None)
-@given(journeys(), st.booleans())
-def test_any_journey_ends_in_order_and_complete(journey: tuple[list[int], int], fec: bool) -> None:
-    arrivals, offset = journey
-    receiver = audio.Receiver(FakeCodec())
-    out: list[int | str] = []
-    for number in arrivals:
-        out += numbers(receiver.receive(packet(number, fec=fec, offset=offset), 0.0))
-        accounted = receiver.decoded + receiver.late + receiver.duplicate
-        assert receiver.received - accounted <= 1, "more than one packet waits"
-    out += numbers(receiver.tick(0.1))
-    heard = [number for number in out if isinstance(number, int)]
-    assert heard == sorted(set(heard))
-    assert receiver.received == receiver.decoded + receiver.late + receiver.duplicate
-    assert (receiver.decoded, heard[-1]) == (len(heard), max(arrivals))
-    assert set(arrivals) - set(heard) == set() or receiver.late
-    # Every number in between stands in the output, as itself or invented, up to the named bound
-    gaps = [two - one - 1 for one, two in itertools.pairwise(heard)]
-    assert len(out) - len(heard) == sum(min(gap, audio.CONCEALED_PACKETS_MAX) for gap in gaps)
-    assert len(out) - len(heard) == receiver.concealed + receiver.recovered
-    assert receiver.recovered == (sum(gap > 0 for gap in gaps) if fec else 0)
-
-
-ANYTHING = st.builds(
-    rtp.Packet,
-    st.booleans(),
-    st.integers(0, 127),
-    st.integers(0, 0xFFFF) | st.integers(0, 12),
-    st.integers(0, 0xFFFF_FFFF),
-    st.integers(1, 2),
-    st.binary(max_size=4),
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(ANYTHING, st.floats(0, 1), st.booleans()), max_size=80))
-def test_no_packets_break_it(arrivals: list[tuple[rtp.Packet, float, bool]]) -> None:
-    receiver = audio.Receiver(FakeCodec())
-    now = 0.0
-    for arrival, after_s, tick in [*arrivals, (packet(1), 0.0, True)]:
-        now += after_s
-        pieces = receiver.receive(arrival, now)
-        assert len(pieces) <= audio.CONCEALED_PACKETS_MAX + audio.HOLE_PACKETS + 1
-        if tick:
-            receiver.tick(now + 0.1)
-    dropped = receiver.malformed + receiver.late + receiver.duplicate + receiver.stray
-    assert receiver.received == len(arrivals) + 1 == receiver.decoded + dropped
-
-
-# ---- Playout -----------------------------------------------------------------------------------
 
 
 def playout(codec: audio.SpeechEncoder | None = None) -> audio.Playout:

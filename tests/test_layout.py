@@ -30,6 +30,7 @@ SANS_IO = {
     "sdp",
     "rtp",
     "audio",
+    "receiver",
     "parrot",
     "realtime",
     "turns",

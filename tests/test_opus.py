@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 import audio
 import opus
+import receiver
 import rtp
 
 Samples = NDArray[np.int16]
@@ -287,7 +288,7 @@ def test_two_percent_of_loss_are_hardly_heard() -> None:
         16_000, bitrate=28_000, application=opus.Application.VOIP, loss_percent=10
     )
     pcm = frames(voice(16_000, 10_000), 16_000)
-    whole, lossy = audio.Receiver(opus.Decoder(16_000)), audio.Receiver(opus.Decoder(16_000))
+    whole, lossy = (receiver.Receiver(opus.Decoder(16_000)) for _ in range(2))
     heard, missed = [], []
     for n in range(500):
         payload = encoder.encode(pcm[n])
