@@ -1,5 +1,6 @@
 """The conversation: the channel's order, interruption, what was heard, strangers' JSON."""
 
+import json
 from typing import Any
 
 import orjson
@@ -7,8 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import audio
 import channel
+import conversation
 import realtime
+import replies
 from turns import FRAME_OCTETS, MS_OCTETS, RATE_HZ
 
 from .line import (
@@ -412,46 +416,157 @@ def test_after_the_end_nothing_comes() -> None:
     assert (line.take(), line.asks()) == ([], [])
 
 
-IDS = st.sampled_from(["i", "r", "r2"])
-NAMES = st.sampled_from(["item_id", "response_id", "response", "item", "session", "audio_end_ms"])
-SHAPES = IDS | st.fixed_dictionaries({"id": IDS}) | st.none() | st.integers() | st.lists(IDS)
-FIELDS = st.dictionaries(NAMES, SHAPES, max_size=4)
-CLIENT = st.builds(
-    lambda kind, fields: orjson.dumps(fields | {"type": kind}, default=str),
-    st.sampled_from(sorted(realtime.CLIENT_EVENTS)),
-    FIELDS.filter(lambda fields: all(abs(v) < 2**60 for v in fields.values() if type(v) is int)),
+# --- whatever comes, in whatever order -----------------------------------------------------------
+
+IDS = st.sampled_from(["i", "r", "r2", "", "x" * 600])
+ANY = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(), max_size=5)  # lone surrogates too
+    | IDS,
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=5), below),
+    max_leaves=5,
 )
-SAID = [*BEFORE_SOUND, *AFTER_SOUND, *SPEECH_TURN, "error", "conversation.item.truncated"]
-BACKEND = st.builds(lambda kind, fields: fields | {"type": kind}, st.sampled_from(SAID), FIELDS)
+VAD = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["server_vad", "semantic_vad"]) | ANY,
+        "create_response": st.booleans() | ANY,
+        "interrupt_response": st.booleans() | ANY,
+        "min_interruption_duration_ms": st.integers(0, 400) | ANY,
+        "response_delay_ms": st.integers(0, 100) | ANY,
+    },
+)
+SESSIONS = st.builds(
+    lambda vad: {"audio": {"input": {"turn_detection": vad, "format": 1}, "output": None}},
+    VAD | ANY,
+)
+PART = st.fixed_dictionaries({"type": ANY, "transcript": ANY})
+ITEM = st.fixed_dictionaries({"id": IDS, "content": st.lists(PART | ANY, max_size=2) | ANY})
+ERROR = st.fixed_dictionaries({"event_id": IDS | ANY, "param": ANY})
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "item_id": IDS | ANY,
+    "response_id": IDS | ANY,
+    "event_id": IDS | ANY,
+    "response": st.fixed_dictionaries({"id": IDS | ANY}) | ANY,
+    "item": ITEM | ANY,
+    "session": SESSIONS | ANY,
+    "error": ERROR | ANY,
+    "content_index": st.integers(-1, 2) | ANY,
+    "audio_end_ms": st.integers() | ANY,
+    "transcript": ANY,
+    "arguments": ANY,
+    "delta": st.binary(max_size=5_000) | ANY,
+}
+FIELDS = st.fixed_dictionaries({}, optional=VALUES)
+SAID = [
+    *BEFORE_SOUND,
+    *AFTER_SOUND,
+    *SPEECH_TURN,
+    *COMMITTED,
+    "error",
+    "conversation.item.truncated",
+    "conversation.item.deleted",
+    "conversation.item.input_audio_transcription.completed",
+    "response.function_call_arguments.delta",
+    "session.updated",
+    "rate_limits.updated",
+    "a.kind.yet.to.be.invented",
+]
+BACKEND = st.builds(
+    lambda kind, fields: ("backend", fields | {"type": kind}), st.sampled_from(SAID) | ANY, FIELDS
+)
 SOUND = st.builds(
     lambda item, response, octets: (
-        DELTA | {"item_id": item, "response_id": response, "delta": bytes(octets)}
+        "backend",
+        DELTA | {"item_id": item, "response_id": response, "delta": b"\1" * octets},
     ),
     *(IDS, IDS, st.integers(0, 5_000)),
 )
+CLIENT = st.builds(
+    lambda kind, fields: ("client", jsoned(fields | {"type": kind})),
+    st.sampled_from(sorted(realtime.CLIENT_EVENTS)) | ANY,
+    FIELDS,
+)
+NOISE = st.tuples(st.just("client"), st.binary(max_size=40) | st.text(max_size=40))
+HEARD = st.tuples(st.just("hear"), st.integers(0, 40))
+STEPS = st.lists(NOISE | CLIENT | BACKEND | SOUND | HEARD, max_size=20)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.binary(max_size=40) | st.text(max_size=40) | CLIENT | BACKEND | SOUND))
-def test_any_messages_end_in_json_and_keep_the_order(messages: list[Any]) -> None:
-    line, parrot = Line(), ParrotLine()
-    for message in messages:
-        if isinstance(message, dict):
-            line.conversation.backend_event(message, line.now)
+def jsoned(event: dict[str, Any]) -> bytes:
+    """What a client would send: whatever JSON cannot say becomes null."""
+    try:
+        return orjson.dumps(event)
+    except TypeError:
+        plain = {k: v if isinstance(v, str | int) else None for k, v in event.items()}
+        return json.dumps(plain).encode()
+
+
+def check_what_the_client_saw(seen: list[dict[str, Any]]) -> None:
+    begun: set[str] = set()
+    over: set[str] = set()
+    for event in seen:
+        assert isinstance(event["event_id"], str)
+        assert event["type"] != "response.output_audio.delta"
+        what, who = event["type"].removeprefix("output_audio_buffer."), event.get("response_id")
+        if what == "started":
+            assert who not in begun, "a response starts once"
+            begun.add(who)
+        elif what == "stopped" or (what == "cleared" and who in begun - over):
+            assert who in begun - over, "and is over once"
+            over.add(who)
+    assert begun == over, "what has started is over at the end"
+
+
+@settings(max_examples=150, deadline=None)
+@given(STEPS, SESSIONS | st.none())
+def test_any_messages_from_either_side_keep_the_rules(steps: list[Any], offered: Any) -> None:
+    line, parrot = Line(offered), ParrotLine(offered)
+    asked: list[dict[str, Any]] = []
+    clears = 0
+    for what, value in steps:
+        if what == "backend":
+            line.conversation.backend_event(value, line.now)
+        elif what == "hear":
+            line.conversation.hear(SPEECH[: value * FRAME_OCTETS], line.now)
         else:
             for either in (line, parrot):
-                either.conversation.client_message(message, either.now)
+                either.conversation.client_message(value, either.now)
                 either.flow()
+            clears += isinstance(value, bytes) and value.endswith(b'"output_audio_buffer.clear"}')
         line.wait(0.02, keep=True)
+        asked += line.asks()
     parrot.wait(0.2)
-    sounding: set[str] = set()
-    for event in line.wait(1):
-        assert isinstance(event["event_id"], str)
-        what = event["type"].removeprefix("output_audio_buffer.")
-        if what == "started":
-            assert event["response_id"] not in sounding
-            sounding.add(event["response_id"])
-        elif what == "stopped":
-            sounding.remove(event["response_id"])
-        elif what == "cleared":
-            sounding.discard(event["response_id"])
+    for response_id in ("i", "r", "r2", ""):  # every response ends at last
+        line.backend("response.done", response={"id": response_id})
+    seen = line.take() + line.wait(1)
+    check_what_the_client_saw(seen)
+    answers = [kind for kind in kinds(seen) if kind in ("output_audio_buffer.cleared", "error")]
+    assert len(answers) >= clears, "every clear has an answer"
+    for event in asked:
+        assert event["type"] in realtime.CLIENT_EVENTS
+        if event["type"] == "session.update":
+            vad = conversation._at(event, "session", "audio", "input", "turn_detection")
+            assert not (
+                isinstance(vad, dict) and set(realtime.Patience.__struct_fields__) & set(vad)
+            )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(BACKEND | SOUND, max_size=20))
+def test_a_backend_that_makes_no_sense_costs_a_bounded_memory(events: list[Any]) -> None:
+    line = Line()
+    for number in range(40):
+        for _, event in events:
+            known = {k: f"{v}{number}" for k, v in event.items() if k in ("item_id", "response_id")}
+            line.conversation.backend_event(event | known, line.now)
+        line.flow()
+        line.seen, line.asked = [], []
+    found = line.conversation._replies
+    assert len(found._replies) <= replies.REPLIES_MAX
+    assert len(found._over) <= replies.OVER_MAX
+    assert len(found._heard) <= replies.HEARD_MAX
+    assert len(found._pieces) <= audio.ITEMS_MAX
+    assert len(line.conversation._history._items) <= realtime.ITEMS_MAX
