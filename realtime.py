@@ -182,7 +182,7 @@ def configured(before: Event, update: Event) -> tuple[Event, Detection | None]:
     Raises Refused naming the field. `before` is not changed. Identity and audio formats stay as
     they are: the formats are agreed upon by the two ends of the audio, not by the conversation.
     """
-    after = _merged(before, update) | {"id": before["id"], "object": before["object"]}
+    after = merged(before, update) | {"id": before["id"], "object": before["object"]}
     audio = checked(after, _Session, "session").audio
     for way in ("input", "output"):
         if after["audio"][way]["format"] != before["audio"][way]["format"]:
@@ -192,7 +192,7 @@ def configured(before: Event, update: Event) -> tuple[Event, Detection | None]:
     detection = audio.input.turn_detection
     # The defaults that were filled in are part of the effective session.
     shown = None if detection is None else msgspec.to_builtins(detection)
-    after = _merged(after, {"audio": {"input": {"turn_detection": shown}}})
+    after = merged(after, {"audio": {"input": {"turn_detection": shown}}})
     try:
         octets = len(orjson.dumps(after))
     except TypeError:
@@ -206,7 +206,7 @@ def configured(before: Event, update: Event) -> tuple[Event, Detection | None]:
 _MERGED = frozenset(("audio", "input", "output", "turn_detection"))
 
 
-def _merged(old: Event, update: Event) -> Event:
+def merged(old: Event, update: Event) -> Event:
     """`old` with the fields of `update`: objects named in _MERGED field by field, others whole.
 
     Another type of turn detection starts from its own defaults, not from the other's fields.
@@ -214,7 +214,7 @@ def _merged(old: Event, update: Event) -> Event:
     new = dict(old)
     for key, value in update.items():
         both = key in _MERGED and _same_kind(old.get(key), value)
-        new[key] = _merged(old[key], value) if both else value
+        new[key] = merged(old[key], value) if both else value
     return new
 
 
