@@ -95,6 +95,7 @@ class Transceiver:
         self._drains_until = float("inf")
         self._ticks = 0
         self._tick_due = 0.0
+        self._collecting_since = 0.0
         self._ticking: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
         backend.connect(config.backend, None, lambda _: None).close()
@@ -114,6 +115,7 @@ class Transceiver:
             self._mux.close()
             await self._http.cleanup()
             raise
+        gc.callbacks.append(self._collected)
         self._load.sample(self.clock(), self._cpu(), 0)
         self._tick_due = loop.time() + TICK_S
         self._ticking = loop.call_at(self._tick_due, self._tick)
@@ -137,6 +139,7 @@ class Transceiver:
         self._ticking.cancel()
         self._ticking = None
         self.draining = True
+        gc.callbacks.remove(self._collected)
         for session in list(self.sessions.values()):
             self._guarded(session, session.goodbye, self.clock())
             self.ended(session, "the transceiver is shutting down")
@@ -220,6 +223,7 @@ class Transceiver:
         values[Count.SESSIONS_OFFERED] = states.count(State.OFFERED)
         values[Count.SESSIONS_CONNECTING] = states.count(State.CONNECTING)
         values[Count.SESSIONS_LIVE] = states.count(State.LIVE)
+        values[Count.TASKS] = len(asyncio.all_tasks())
 
     def paced(self, session: Session) -> None:
         """See session.Owner."""
@@ -281,6 +285,14 @@ class Transceiver:
             elif session.state is State.CONNECTING or now - session.opened_at < OFFER_FRESH_S:
                 connecting += 1
         return admission.Calls(len(self.sessions), live, connecting, connecting + young)
+
+    def _collected(self, phase: str, _: dict[str, int]) -> None:
+        """The collector begins, or has finished: everybody's audio waits in between."""
+        if phase == "start":
+            self._collecting_since = time.perf_counter()
+        else:
+            pause_s = time.perf_counter() - self._collecting_since
+            self.timings.observe(Timing.COLLECTION, pause_s)
 
     def _look_whether_drained(self, now: float) -> None:
         if self.draining and (not self.sessions or now >= self._drains_until):

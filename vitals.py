@@ -136,6 +136,12 @@ class Transceiver(ledger.Kinds):
     SESSIONS_OFFERED = "sessions", "Of them, those whose client has not come yet.", "", True
     SESSIONS_CONNECTING = "sessions", "Of them, those in their DTLS handshake.", "", True
     SESSIONS_LIVE = "sessions", "Of them, those with media.", "", True
+    TASKS = (
+        "tasks",
+        "Of asyncio: one for each session, one for each request, and a few.",
+        "Many more than sessions and requests: something is left behind; please report it.",
+        True,
+    )
     ENDED_NEVER_CONNECTED = (
         "sessions",
         "Ended since their client was not connected by connect_deadline_s.",
