@@ -64,6 +64,9 @@ class SpeechEncoder(Protocol):
     def encode(self, pcm: bytes) -> bytes:
         """One frame of FRAME_MS of PCM16LE mono to one payload."""
 
+    def silence(self) -> bytes:
+        """A frame that is silent at once, whatever was encoded before it."""
+
 
 class Played(NamedTuple):
     """An item, and how many milliseconds of it were sent."""
@@ -176,7 +179,7 @@ class Playout:
         It shows the client that the line is open: its track unmutes, its decoder is set up, and
         reports begin, before there is anything to say.
         """
-        return self._seal(bytes(self._frame), now, self.timestamp_at(now), marker=True)
+        return self._seal(self._encoder.silence(), now, self.timestamp_at(now), marker=True)
 
     def finish(self, item: str, now: float) -> None:
         """Say that no more audio comes for this item: a last partial frame is sent with silence.
@@ -244,7 +247,7 @@ class Playout:
         """Take one frame off the queue and make the packet whose place on the grid is `at`."""
         if self._hush:
             self._hush -= 1
-            return self._seal(bytes(self._frame), at, timestamp, marker=marker)
+            return self._seal(self._encoder.silence(), at, timestamp, marker=marker)
         entry = self._queue[0]
         pcm = bytes(entry.pcm[: self._frame])
         del entry.pcm[: self._frame]
@@ -254,13 +257,12 @@ class Playout:
         if not entry.packets:
             self._events.append(Started(entry.name))
         entry.packets += 1
-        packet = self._seal(pcm, at, timestamp, marker=marker)
+        packet = self._seal(self._encoder.encode(pcm), at, timestamp, marker=marker)
         self._drain()
         return packet
 
-    def _seal(self, pcm: bytes, at: float, timestamp: int, *, marker: bool) -> bytes:
-        """One frame of PCM as the packet whose place on the grid is `at`."""
-        payload = self._encoder.encode(pcm)
+    def _seal(self, payload: bytes, at: float, timestamp: int, *, marker: bool) -> bytes:
+        """One payload as the packet whose place on the grid is `at`."""
         self.last_timestamp = timestamp & 0xFFFF_FFFF
         packet = rtp.write(
             self._payload_type,

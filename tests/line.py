@@ -65,6 +65,9 @@ class Plain:
     def encode(self, pcm: bytes) -> bytes:
         return pcm
 
+    def silence(self) -> bytes:
+        return bytes(FRAME_OCTETS)
+
 
 class Line:
     """A conversation with the real play-out, and a backend that the test plays itself."""

@@ -27,6 +27,9 @@ class FakeCodec:
         self.encoded.append(pcm)
         return pcm[:2]
 
+    def silence(self) -> bytes:
+        return self.encode(bytes(FRAME))
+
 
 def playout(codec: audio.SpeechEncoder | None = None) -> audio.Playout:
     return audio.Playout(

@@ -321,3 +321,24 @@ def test_a_reply_is_heard_as_it_was_written() -> None:
     other = np.frombuffer(heard, "<i2")[delay:].astype(float)
     assert len(one) == len(other)
     assert float(one @ other / np.linalg.norm(one) / np.linalg.norm(other)) > 0.99
+
+
+@pytest.mark.parametrize("rate_hz", opus.RATES_HZ)
+def test_silence_is_silent_at_once_and_what_follows_sounds_as_it_should(rate_hz: int) -> None:
+    """Behind speech that is cut off anywhere; but for the overlap with it, and once with all."""
+    said = frames(voice(rate_hz), rate_hz)
+    overlap = rate_hz // 400
+    for cut in range(5, 35, 3):
+        encoder, decoder = opus.Encoder(rate_hz), opus.Decoder(rate_hz)
+        for frame in said[:cut]:
+            decoder.decode(encoder.encode(frame))
+        first, second = (
+            np.frombuffer(decoder.decode(encoder.silence()) or b"", "<i2") for _ in range(2)
+        )
+        assert np.abs(first[overlap:]).max() < 100, "-50 dBFS at its peak"
+        assert len(second) == rate_hz // 50
+        assert not second.any()
+        again = said[cut : cut + 10]
+        heard = b"".join(decoder.decode(encoder.encode(frame)) or b"" for frame in again)
+        one, other = (np.frombuffer(pcm, "<i2").astype(float) for pcm in (b"".join(again), heard))
+        assert likeness(one, other, rate_hz // 100) > 0.9
