@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 
 class Arrival(NamedTuple):
-    """A packet comes, by the index it was sent under."""
+    """A packet comes, by its place among those sent."""
 
     at: float
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def travel(path: Path, sent_at: Sequence[float], seed: int) -> list[Arrival]:
     behind = 0.0
     leave = 1 / path.burst
     enter = path.loss / (1 - path.loss) * leave
-    for index, at in enumerate(sent_at):
+    for number, at in enumerate(sent_at):
         # Always the same draws for a packet, so that two paths with one seed lose the same ones.
         draws = [chance.random() for _ in range(5)]
         lost = draws[0] < (1 - leave if lost else enter) if path.burst > 1 else draws[0] < path.loss
@@ -66,7 +66,7 @@ def travel(path: Path, sent_at: Sequence[float], seed: int) -> list[Arrival]:
             came = behind = max(behind, came)
         if draws[2] < path.swapped:
             came += SWAP_S
-        arrivals.append(Arrival(came, index))
+        arrivals.append(Arrival(came, number))
         if draws[3] < path.doubled:
-            arrivals.append(Arrival(came + draws[4] * DOUBLE_S, index))
+            arrivals.append(Arrival(came + draws[4] * DOUBLE_S, number))
     return sorted(arrivals)

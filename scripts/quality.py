@@ -80,7 +80,7 @@ def speech(seconds: float, rate_hz: int = BROWSER_HZ) -> list[bytes]:
 def _thinned(pcm: bytes, factor: int) -> bytes:
     """To a lower rate by means: there is hardly anything above 8 kHz in the sentence to fold."""
     samples = np.frombuffer(pcm, "<i2").reshape(-1, factor)
-    return samples.mean(axis=1).astype("<i2").tobytes()
+    return bytes(samples.mean(axis=1).astype("<i2").tobytes())
 
 
 def browser(frames: Sequence[bytes], loss: float) -> list[bytes]:
@@ -145,8 +145,8 @@ def run(payloads: Sequence[bytes], path: Path, seed: int, decoder: Watched) -> R
     sent_at = [n * FRAME_S for n in range(len(payloads))]
     arrivals = travel(path, sent_at, seed)
     index_of = {id(payload): n for n, payload in enumerate(payloads)}
-    first = arrivals[0].index  # what is lost before it, nobody can know of
-    done = Run(receiver.Receiver(decoder), len(payloads) - len({each.index for each in arrivals}))
+    first = arrivals[0].number  # what is lost before it, nobody can know of
+    done = Run(receiver.Receiver(decoder), len(payloads) - len({each.number for each in arrivals}))
     came: dict[int, float] = {}
     behind = [float("inf")] * len(payloads)  # when the first packet behind each had come
     played = first - 1

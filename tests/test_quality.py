@@ -65,16 +65,16 @@ def test_the_model_does_what_it_says(quality):
     for path in quality.PATHS:
         arrivals = impair.travel(path, sent_at, 3)
         assert arrivals == sorted(arrivals)
-        came = {each.index for each in arrivals}
+        came = {each.number for each in arrivals}
         assert 1 - len(came) / len(sent_at) == pytest.approx(path.loss, abs=0.006)
         doubled = len(arrivals) - len(came)
         assert doubled / len(came) == pytest.approx(path.doubled, abs=0.005)
         longest = path.jitter_s + impair.SWAP_S * (path.swapped > 0) + path.delay_s
-        late = [each.at - sent_at[each.index] for each in arrivals]
+        late = [each.at - sent_at[each.number] for each in arrivals]
         assert min(late) >= path.delay_s - EXACT_S
         assert max(late) <= longest + impair.DOUBLE_S * (path.doubled > 0) + EXACT_S
         if path.queued:
-            assert [each.index for each in arrivals] == sorted(came)
+            assert [each.number for each in arrivals] == sorted(came)
         missing = sorted(set(range(len(sent_at))) - came)
         if missing:
             bursts = sum(n - 1 not in set(missing[:2_000]) for n in missing[:2_000])
