@@ -55,7 +55,7 @@ CHUNKS_MAX = 8
 bundle two or three."""
 
 RTO_INITIAL_S = 0.5
-"""Until a round trip is known. Browsers (dcsctp) wait as long; nobody calls over more than that."""
+"""Where the handshake has not shown the round trip. Browsers (dcsctp) wait as long."""
 
 ACK_DELAY_S = 0.22
 """What is waited beyond a round trip. Receivers may hold back an acknowledgement for 200 ms (RFC
@@ -129,11 +129,16 @@ class Association(RTCSctpTransport):
         transport: RTCDtlsTransport,
         opened: Callable[[RTCDataChannel], None],
         heard: Callable[[], None],
+        round_trip_s: float | None,
     ) -> None:
-        """`opened` is told of every channel that the client opens, `heard` of every packet."""
+        """`opened` is told of every channel that the client opens, `heard` of every packet.
+
+        `round_trip_s` is what the handshake took, if that is known.
+        """
         super().__init__(transport, sdp.SCTP_PORT)
         self._advertised_rwnd = WINDOW_OCTETS
-        self._rto = RTO_INITIAL_S
+        first_s = RTO_INITIAL_S if round_trip_s is None else 2 * round_trip_s + ACK_DELAY_S
+        self._first_s = self._rto = min(first_s, RTO_BACKED_OFF_S_MAX)
         self._heard = heard
         self.on("datachannel", opened)
 
@@ -144,7 +149,7 @@ class Association(RTCSctpTransport):
 
     def hurry(self) -> None:
         """Send again now what waits for an acknowledgement: the client can be reached again."""
-        self._rto = RTO_INITIAL_S
+        self._rto = self._first_s
         if self._t3_handle is not None:
             self._t3_handle.cancel()
             super()._t3_expired()

@@ -332,6 +332,9 @@ class Flight:
         self._datagrams: list[bytes] = []
         self._answered = True
         self._resends = 0
+        self._sent_at = 0.0
+        self.round_trip_s: float | None = None
+        """By the last flight that was answered before it was sent again; None until then."""
         self.wakes_at: float | None = None
         """When `due` has something to send; None while nothing waits for an answer."""
 
@@ -341,15 +344,18 @@ class Flight:
             self._datagrams.clear()
             self._answered = False
             self._resends = 0
+            self._sent_at = now
             self.wakes_at = now + RESEND_S
         if len(self._datagrams) < FLIGHT_DATAGRAMS_MAX:
             self._datagrams.append(datagram)
 
-    def answered(self) -> None:
+    def answered(self, now: float) -> None:
         """Note that DTLS came from the client: what we send next is a new flight.
 
         The old one goes on being sent until then, for the answer may be a part, or an old one.
         """
+        if not self._answered and not self._resends:
+            self.round_trip_s = now - self._sent_at
         self._answered = True
 
     def done(self) -> None:

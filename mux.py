@@ -36,7 +36,8 @@ import ledger
 import metrics
 import sdp
 import stun
-from peer import DATAGRAM_OCTETS_MAX, Certificate, Handler, Peer
+from dtls import Certificate
+from peer import DATAGRAM_OCTETS_MAX, Handler, Peer
 
 Count = metrics.Transceiver
 

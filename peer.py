@@ -1,7 +1,7 @@
 """One client's encrypted transport: DTLS, SRTP and the data channel, by aiortc and libsrtp.
 
-What it owns: the handshake, the keys, the SCTP association, and the session's ICE agent. It is the
-only file that touches aiortc; the private names it leans on are listed at `Peer`.
+What it owns: the handshake, the keys, the SCTP association, and the session's ICE agent. What of
+aiortc it leans on without being invited is listed at `Peer`.
 
 Rules that stay true:
 - SRTP is handled in the callback that read it: no queue, no task, no copy beyond slicing. Only
@@ -9,6 +9,8 @@ Rules that stay true:
 - DTLS begins with the first authenticated check. What it sends goes where the agent says.
 - What has authenticated shows where the client is: SRTP, and a data channel's packet. A DTLS record
   that has only arrived shows nothing.
+- Media flows as soon as there are keys, which is before the client's Finished has come back: a
+  round trip less for the first sound, and no second of silence if that flight is lost.
 - SRTP that comes before its keys is kept, up to a second, and handled as soon as they are there.
 - Everything that the client can make grow has a limit here or in `association.py`, because aiortc
   has none; so has the time that its data channel may take from the other sessions.
@@ -16,7 +18,8 @@ Rules that stay true:
 
 It does not know what RTP carries, what the messages mean, or how long a session may last.
 
-RFC 5764 https://www.rfc-editor.org/rfc/rfc5764 (DTLS-SRTP), RFC 8831
+RFC 5764 https://www.rfc-editor.org/rfc/rfc5764 (DTLS-SRTP), RFC 7918
+https://www.rfc-editor.org/rfc/rfc7918 (sending before the other's Finished), RFC 8831
 https://www.rfc-editor.org/rfc/rfc8831 (data channels).
 """
 
@@ -29,15 +32,9 @@ from typing import Any, Protocol
 
 import pylibsrtp
 from aiortc.rtcdatachannel import RTCDataChannel
-from aiortc.rtcdtlstransport import (
-    RTCCertificate,
-    RTCDtlsFingerprint,
-    RTCDtlsParameters,
-    RTCDtlsTransport,
-    SRTPProtectionProfile,
-)
-from OpenSSL import SSL
+from aiortc.rtcdtlstransport import RTCDtlsFingerprint, RTCDtlsParameters, RTCDtlsTransport
 
+import dtls
 import ice
 import metrics
 import sdp
@@ -69,19 +66,14 @@ DATA_CPU_SHARE, DATA_CPU_BURST_S = 0.1, 0.2
 """Processor time that a session's data channel may take: a tenth of what passes, and so much at
 once. A message of the largest size costs 30 ms; a client that floods waits, the others do not."""
 
-_CIPHERS = b":".join(
-    # aiortc's own, then the same for peers with an RSA certificate (GStreamer and other encoders).
-    b"ECDHE-%s-%s" % (kind, suite)
-    for kind in (b"ECDSA", b"RSA")
-    for suite in (b"AES128-GCM-SHA256", b"CHACHA20-POLY1305", b"AES128-SHA", b"AES256-SHA")
-)
+FINISH_S_MAX = 15.0
+"""How long media may flow before the handshake is finished. A lost flight costs OpenSSL a second,
+the second loss two; who takes longer never finishes."""
 
 _REPLAYS = (
     "replay check failed (bad index)",
     "replay check failed (index too old)",
 )  # of pylibsrtp
-
-_RECORD_OCTETS = 13  # a DTLS record's header, RFC 6347 section 4.1
 
 log = logging.getLogger("peer")
 
@@ -90,7 +82,7 @@ class Handler(Protocol):
     """What a session does with what arrives. All are called in the event loop's thread."""
 
     def connected(self, now: float) -> None:
-        """DTLS is up: `Peer.send_rtp` works from here on."""
+        """There are keys: `Peer.send_rtp` works from here on."""
 
     def rtp(self, packet: bytes, now: float) -> None:
         """An authenticated RTP packet, in the callback that read it from the socket."""
@@ -130,31 +122,13 @@ class Wire(Protocol):
         """Deliver nothing more to this peer."""
 
 
-class Certificate(RTCCertificate):
-    """aiortc's certificate with one TLS context for all sessions: 0.2 ms less each."""
-
-    _context: SSL.Context | None = None
-
-    def _create_ssl_context(self, srtp_profiles: list[SRTPProtectionProfile]) -> SSL.Context:
-        if self._context is None:
-            self._context = super()._create_ssl_context(srtp_profiles)
-            self._context.set_cipher_list(_CIPHERS)
-            # A shared context would collect sessions to resume, which WebRTC never does.
-            self._context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-        return self._context
-
-    @property
-    def sha256(self) -> str:
-        """The fingerprint that the answer names."""
-        return next(f.value for f in self.getFingerprints() if f.algorithm == "sha-256")
-
-
 class Peer:
     """One client: its ICE agent, DTLS, SRTP and data channel.
 
     Towards aiortc it plays the RTCIceTransport: `role`, `_recv` and `_send` are all that
     RTCDtlsTransport asks of it. Private names used in return, stable since 2019 and pinned by the
-    version: `_set_role`, `_rx_srtp`, `_tx_srtp` of RTCDtlsTransport.
+    version: `_set_role`, `_ssl`, `_validate_peer_identity`, `_setup_srtp`, `_rx_srtp`, `_tx_srtp`
+    of RTCDtlsTransport.
     """
 
     role = "controlled"
@@ -163,7 +137,7 @@ class Peer:
         self,
         wire: Wire,
         offer: sdp.Offer,
-        certificate: Certificate,
+        certificate: dtls.Certificate,
         agent: ice.Agent,
         handler: Handler,
     ) -> None:
@@ -172,6 +146,7 @@ class Peer:
         self.checked_at: float | None = None
         """When the first authenticated check came; None until then."""
         self._wire, self._offer = wire, offer
+        self._expected = RTCDtlsParameters([RTCDtlsFingerprint("sha-256", offer.fingerprint)])
         self._handler: Handler | None = handler
         self._dtls: RTCDtlsTransport | None = None  # made by the first check, not by the offer
         self._sctp: Association | None = None
@@ -189,6 +164,8 @@ class Peer:
         self.ssrcs: set[bytes] = set()
         """Of the streams that have authenticated."""
         self._early: deque[tuple[bytes, bytes, ice.Sockaddr]] = deque()
+        self._finished = False  # the handshake, on both sides
+        self._spoken_at: float | None = None  # when there were keys
         self._flight = ice.Flight()
         self._resending: asyncio.TimerHandle | None = None
         self._closed = False
@@ -239,12 +216,12 @@ class Peer:
         """A DTLS datagram, for aiortc's coroutine."""
         if not self.agent.converses(header):
             return Count.DROPPED_UNKNOWN_CLIENT
-        records = _records(payload)
+        records = dtls.records(payload)
         if len(self._inbox) + len(records) > INBOX_DATAGRAMS_MAX:
             return Count.DROPPED_BACKLOG
         self._inbox.extend((record, header, relay) for record in records)
-        self._flight.answered()
-        if self._sending is not None:
+        self._flight.answered(self._wire.clock())
+        if self._finished:
             self._flight.done()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -294,23 +271,51 @@ class Peer:
 
     async def _handshake(self) -> None:
         offer = self._offer
-        dtls = self._dtls = RTCDtlsTransport(self, [self.certificate])  # type: ignore[arg-type]  # see the docstring
-        dtls._set_role("client" if offer.active else "server")
-        await dtls.start(RTCDtlsParameters([RTCDtlsFingerprint("sha-256", offer.fingerprint)]))
-        if dtls.state != "connected":
+        transport = self._dtls = RTCDtlsTransport(self, [self.certificate])  # type: ignore[arg-type]  # see the docstring
+        transport._set_role("client" if offer.active else "server")
+        await transport.start(self._expected)
+        if transport.state != "connected":
             raise ConnectionError("the DTLS handshake failed")
-        self._receiving, self._sending = dtls._rx_srtp, dtls._tx_srtp
+        self._finished = True
         if offer.active:  # else our last flight is still on its way
             self._flight.done()
-        dtls.on("statechange", self._changed)
+        transport.on("statechange", self._changed)
+        if self._sending is None:
+            self._speak(transport)
+        if offer.application is not None:
+            round_trip_s = self._flight.round_trip_s
+            self._sctp = Association(transport, self._channel, self._authenticated, round_trip_s)
+            await self._sctp.begin(offer)
+
+    def _hasten(self, transport: RTCDtlsTransport) -> None:
+        """Begin to speak if our Finished has left: the keys are there, and nobody else has them.
+
+        The client has signed its half of the key exchange, with the certificate that the offer
+        names; its Finished would only add that nobody has tampered with the choice among what we
+        offer, all of which is strong (RFC 7918 section 5). Raises ConnectionError for another
+        certificate.
+        """
+        ssl = transport._ssl
+        if ssl is None or ssl.get_peer_certificate() is None:
+            return
+        if ssl.get_protocol_version_name() != "DTLSv1.2":
+            return
+        transport._validate_peer_identity(self._expected)
+        if transport.state == "connecting":
+            transport._setup_srtp()
+        if transport.state != "connecting":
+            raise ConnectionError("the DTLS handshake failed")
+        self._speak(transport)
+
+    def _speak(self, transport: RTCDtlsTransport) -> None:
+        """Take the keys: from here on media goes both ways, what has been kept first."""
+        self._receiving, self._sending = transport._rx_srtp, transport._tx_srtp
+        self._spoken_at = now = self._wire.clock()
         if self._handler is not None:
-            self._handler.connected(self._wire.clock())
+            self._handler.connected(now)
         while self._early:
             payload, header, relay = self._early.popleft()
-            self.receive_srtp(payload, header, relay, self._wire.clock())
-        if offer.application is not None:
-            self._sctp = Association(dtls, self._channel, self._authenticated)
-            await self._sctp.begin(offer)
+            self.receive_srtp(payload, header, relay, now)
 
     def _channel(self, channel: RTCDataChannel) -> None:
         """A data channel that the client opened: the first one carries the events."""
@@ -354,7 +359,11 @@ class Peer:
         self._wire.restart(self, ufrag, password)
 
     def sweep(self, now: float) -> None:
-        """Give up addresses of the client that SRTP alone has spoken for too long."""
+        """Give up addresses of the client that SRTP alone has spoken for too long, and a client
+        that does not finish its handshake."""
+        began = self._spoken_at
+        if began is not None and not self._finished and now - began >= FINISH_S_MAX:
+            self.end("the set-up failed")
         gone = self.agent.sweep(now)
         if gone:
             self._wire.unlearn(self, gone)
@@ -401,7 +410,7 @@ class Peer:
                 self._waiter = None
         record, header, relay = self._inbox.popleft()
         self._path = header, relay
-        if self._sending is not None:  # before, aiortc gives others their turn while it is at work
+        if self._finished:  # before, aiortc gives others their turn while it is at work
             self._handed_at = time.thread_time()
         return record
 
@@ -421,10 +430,12 @@ class Peer:
         active = self.agent.active
         if self._closed or active is None:
             return
-        if self._sending is None:
+        if not self._finished:
             self._flight.sent(datagram, self._wire.clock())
             self._arm()
         self._wire.send(active.header, datagram, active.relay)
+        if self._sending is None and self._offer.active and self._dtls is not None:
+            self._hasten(self._dtls)
 
     def _arm(self) -> None:
         """Set the timer that sends the last flight again."""
@@ -443,22 +454,3 @@ class Peer:
             for datagram in self._flight.due(self._wire.clock()):
                 self._wire.send(active.header, datagram, active.relay)
         self._arm()
-
-
-def _records(datagram: bytes) -> list[bytes]:
-    """The DTLS records of a datagram, one by one; what does not add up stays with the last.
-
-    aiortc reads one record for each datagram, so a second one would wait for the next datagram, and
-    be taken for a part of it: of where that came from, too.
-    """
-    records = []
-    begin, end = 0, len(datagram)
-    # Content types 20 to 26 have this header; DTLS 1.3 has a shorter one (RFC 9147 section 4).
-    while begin + _RECORD_OCTETS <= end and 20 <= datagram[begin] <= 26:
-        size = _RECORD_OCTETS + int.from_bytes(datagram[begin + 11 : begin + 13], "big")
-        if begin + size >= end:
-            break
-        records.append(datagram[begin : begin + size])
-        begin += size
-    records.append(datagram[begin:])
-    return records

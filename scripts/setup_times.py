@@ -126,7 +126,7 @@ def _servers(folder: Path) -> Iterator[dict[str, Server]]:
     (folder / "relay.toml").write_text(text + dev.CLUSTER)
     text = TRANSCEIVER.format(listen=f"127.0.0.1:{ours}")
     (folder / "transceiver.toml").write_text(text + dev.CLUSTER)
-    me = [sys.executable, Path(__file__), "serve"]
+    me = (sys.executable, str(Path(__file__)), "serve")
     try:
         system.start("relay", dev.BIN / "relay", "run", "--config", folder / "relay.toml")
         # Nothing logs there, so that readiness is a connection, below.
@@ -259,5 +259,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
         _serve(sys.argv[2], sys.argv[3])
     else:
-        words = [float(word) for word in sys.argv[1:]]
-        print(json.dumps(measure(*words[:1], *map(int, words[1:2]))))
+        delay_ms, calls = (*sys.argv[1:], "50", "5")[:2] if len(sys.argv) != 2 else (sys.argv[1], 5)
+        print(json.dumps(measure(float(delay_ms), int(calls))))

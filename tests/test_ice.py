@@ -353,7 +353,7 @@ def test_a_flight_is_sent_again_until_it_is_replaced_or_done() -> None:
         assert flight.due(now) == [b"hello"]
     assert sent == [0.1, 0.2, 0.4, 0.8]
 
-    flight.answered()
+    flight.answered(15.0)
     flight.sent(b"finished", 20.0)
     flight.sent(b"finished, the rest", 20.0)
     assert flight.due(20.1) == [b"finished", b"finished, the rest"]
@@ -366,7 +366,7 @@ def test_an_answer_alone_does_not_stop_a_flight() -> None:
     """It may be the repetition of an older one: OpenSSL would then wait a second."""
     flight = ice.Flight()
     flight.sent(b"hello", 0.0)
-    flight.answered()
+    flight.answered(0.05)
     assert flight.due(0.1) == [b"hello"]
 
 
@@ -375,3 +375,16 @@ def test_a_flight_is_bounded() -> None:
     for number in range(100):
         flight.sent(bytes([number]), 0.0)
     assert len(flight.due(0.1)) == ice.FLIGHT_DATAGRAMS_MAX
+
+
+def test_a_flight_shows_the_round_trip_unless_it_was_sent_twice() -> None:
+    flight = ice.Flight()
+    assert flight.round_trip_s is None
+    flight.sent(b"hello", 10.0)
+    flight.answered(10.04)
+    flight.answered(10.05)
+    assert flight.round_trip_s == pytest.approx(0.04)
+    flight.sent(b"finished", 10.05)
+    flight.due(10.15)
+    flight.answered(10.2)
+    assert flight.round_trip_s == pytest.approx(0.04), "which of the two was answered?"

@@ -48,7 +48,7 @@ MODULE_LINES_MAX = 500
 IMPORTERS = {
     "aiohttp": {"control", "parrot_server", "transceiver", "signaling", "placement", "keeper"},
     "aioice": set(),
-    "aiortc": {"association", "peer"},
+    "aiortc": {"association", "dtls", "peer"},
     "asyncio": {
         "mux",
         "pacer",
@@ -66,7 +66,7 @@ IMPORTERS = {
     "cryptography": {"ufrag"},
     "ctypes": {"udp", "opus"},
     "msgspec": {"settings", "realtime", "relay"},
-    "OpenSSL": {"peer"},
+    "OpenSSL": {"dtls"},
     "orjson": {
         "channel",
         "keeper",

@@ -12,6 +12,7 @@ from aiortc.rtcdtlstransport import SRTPProtectionProfile, generate_certificate
 from cryptography.hazmat.primitives.asymmetric import rsa
 from OpenSSL import SSL
 
+import dtls
 import frame
 import mux
 import peer
@@ -69,6 +70,11 @@ class Line:
         self.handler = Recorder()
         self.peer: peer.Peer
 
+    @property
+    def candidate(self) -> tuple[str, int]:
+        """Where the client is told to send."""
+        return self.shim.address
+
     async def dial(self, change: Callable[[str], str] = lambda offer: offer) -> None:
         offer = sdp.read_offer(change(await self.client.offer(AudioStreamTrack())))
         self.peer = self.mux.open(offer, UFRAG, PASSWORD, self.handler)
@@ -77,7 +83,7 @@ class Line:
             UFRAG,
             PASSWORD.decode(),
             fingerprint=self.peer.certificate.sha256,
-            candidates=[self.shim.address],
+            candidates=[self.candidate],
             ssrc=7,
             session_id=1,
         )
@@ -166,7 +172,7 @@ def test_a_client_with_an_rsa_certificate() -> None:
 
 def test_another_certificate_than_the_offers_is_refused() -> None:
     async def scenario(on: Line) -> None:
-        other = peer.Certificate.generateCertificate().sha256
+        other = dtls.Certificate.generateCertificate().sha256
 
         def change(offer: str) -> str:
             kept = [row for row in offer.split("\r\n") if "sha-384" not in row]
@@ -181,35 +187,77 @@ def test_another_certificate_than_the_offers_is_refused() -> None:
     line(scenario)
 
 
-def test_media_that_comes_before_its_keys_is_kept() -> None:
+class Overtaken:
     """The client's last DTLS flight is overtaken by its first audio."""
 
+    def __init__(self, on: Line) -> None:
+        self.held: list[bytes] = []
+        self.overtook: list[int] = []
+        on.shim.up = self.up
+
+    def up(self, datagram: bytes) -> bytes | None:
+        kind = stun.kind(datagram[0])
+        # The client's last flight begins with ChangeCipherSpec, content type 20 (RFC 6347 section
+        # 4.2.4); everything of DTLS behind it waits too.
+        if kind is stun.Kind.DTLS and (self.held or datagram[0] == 20):
+            self.held.append(datagram)
+            return None
+        if kind is stun.Kind.RTP and not stun.is_rtcp(datagram):
+            self.overtook.append(int.from_bytes(datagram[2:4], "big"))
+        return datagram
+
+
+def test_media_that_comes_before_its_keys_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer.Peer, "_hasten", lambda *_: None)  # as with DTLS 1.3
+
     async def scenario(on: Line) -> None:
-        held: list[bytes] = []
-        overtook: list[int] = []
-
-        def up(datagram: bytes) -> bytes | None:
-            kind = stun.kind(datagram[0])
-            # The client's last flight begins with ChangeCipherSpec, content type 20 (RFC 6347
-            # section 4.2.4); everything of DTLS behind it waits too.
-            if kind is stun.Kind.DTLS and (held or datagram[0] == 20):
-                held.append(datagram)
-                return None
-            if kind is stun.Kind.RTP and not stun.is_rtcp(datagram):
-                overtook.append(int.from_bytes(datagram[2:4], "big"))
-            return datagram
-
-        on.shim.up = up
+        client = Overtaken(on)
         await on.dial()
-        await shim.until(lambda: len(overtook) >= 5)
+        await shim.until(lambda: len(client.overtook) >= 5)
         assert on.handler.packets == []
         on.shim.up = lambda datagram: datagram
-        before = len(overtook)
-        on.shim.inject(held)
+        before = len(client.overtook)
+        on.shim.inject(client.held)
         await shim.until(lambda: len(on.handler.packets) > before)
         assert on.handler.heard[0] == "connected"
         got = [packet.sequence for packet in on.handler.packets]
-        assert got[:before] == overtook
+        assert got[:before] == client.overtook
+
+    line(scenario)
+
+
+def test_media_flows_both_ways_before_the_client_has_finished() -> None:
+    """Its last flight is lost, and OpenSSL's second until it comes again passes unheard."""
+
+    async def scenario(on: Line) -> None:
+        client = Overtaken(on)
+        await on.dial()
+        await shim.until(lambda: len(on.handler.packets) >= 5)
+        assert on.handler.heard == ["connected"]
+        assert [packet.sequence for packet in on.handler.packets][:5] == client.overtook[:5]
+        for sequence in range(10):
+            on.peer.send_rtp(rtp.write(96, sequence, sequence * 960, 7, b"\xf8\xff\xfe"))
+        await asyncio.wait_for(on.client.track.recv(), shim.WAIT_S)
+        assert client.held
+        assert not on.peer._finished
+        on.shim.up = lambda datagram: datagram
+        on.shim.inject(client.held)
+        await on.opened()
+        assert on.handler.heard == ["connected", "opened"]
+
+    line(scenario)
+
+
+def test_whoever_never_finishes_the_handshake_is_let_go() -> None:
+    async def scenario(on: Line) -> None:
+        Overtaken(on)
+        await on.dial()
+        await shim.until(lambda: on.handler.packets)
+        now = on.mux.clock()
+        on.peer.sweep(now)
+        assert on.handler.heard == ["connected"]
+        on.peer.sweep(now + peer.FINISH_S_MAX)
+        assert on.handler.heard == ["connected", "lost: the set-up failed"]
 
     line(scenario)
 
