@@ -23,6 +23,7 @@ https://www.rfc-editor.org/rfc/rfc7675 (consent: a silent client has gone).
 
 import contextlib
 import enum
+import functools
 import logging
 import secrets
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from typing import Any, Protocol
 import audio
 import backend
 import conversation
+import fec
 import floor
 import ledger
 import meter
@@ -140,7 +142,8 @@ class Session:
         terms = floor.Terms(wanted)
         self._backend = backend.connect(chosen, terms.offered, self._emitted)
         self._decoder = opus.Decoder(self._backend.rate_hz)
-        self._encoder = opus.Encoder(self._backend.rate_hz)
+        rate_hz = self._backend.rate_hz
+        self._encoder = fec.Encoder(rate_hz, functools.partial(opus.encoder_for, rate_hz))
         self._receiver = receiver.Receiver(self._decoder)
         self._reception: rtp.Reception | None = None
         self._playout = audio.Playout(
@@ -227,6 +230,7 @@ class Session:
                 self.round_trip_s = rtp.round_trip_s(block, self._owner.unix())
                 self.fraction_lost = block.fraction_lost / 256
                 self._meter.received(block, self.round_trip_s)
+                self._encoder.report(block)
 
     def opened(self, now: float) -> None:
         """The data channel is open: session.created goes first."""

@@ -31,6 +31,7 @@ SANS_IO = {
     "rtp",
     "audio",
     "receiver",
+    "fec",
     "parrot",
     "realtime",
     "turns",
