@@ -9,23 +9,26 @@ Rules that stay true:
 - A backend's events reach `emit` in the order in which it made them, one after another: a caller
   that sends to the backend from inside `emit` gets the answer once `emit` has returned, never in
   the middle of it.
-- `session.created` comes first. It may come from inside `connect`, so whatever `emit` reaches is
-  there before `connect` is called.
+- `session.created` comes first, and once. It may come from inside `connect`, so whatever `emit`
+  reaches is there before `connect` is called.
 - Nothing that a client sends makes `send` or `append` raise: what is wrong with it comes back as an
   `error` event, and the session goes on.
 
 It does not know of data channels, of play-out, of who may see which event: that is
-`conversation.py`. The built-in parrot (`parrot.py`) is the one kind there is so far.
+`conversation.py`. There are two kinds: the built-in parrot (`parrot.py`) in this process, and
+model servers over the Realtime WebSocket (`uplink.py`).
 """
 
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import ledger
 import parrot
 import realtime
 import settings
+import uplink
 
 Event = realtime.Event
 
@@ -49,18 +52,56 @@ class Backend(Protocol):
         """End the session: nothing is emitted any more. Closing twice is harmless."""
 
 
-def connect(
-    chosen: settings.Backend, session: Event | None, emit: Callable[[Event], None]
-) -> Backend:
-    """Open a session at the backend that the settings name.
+class Backends:
+    """The backends that the settings name, and what the sessions of a process share of them."""
 
-    `session` is the `session` object that came with the offer, or None; what is wrong in it comes
-    back as an `error` event after `session.created`. Raises settings.SettingsError naming the key
-    if there is no such kind of backend, so a transceiver can try it once at start.
-    """
-    if chosen.kind == "parrot":
+    def __init__(
+        self,
+        default: settings.Backend,
+        models: Sequence[settings.Model],
+        counters: ledger.Counters,
+        clock: Callable[[], float],
+    ) -> None:
+        """Raises SettingsError naming the table, the key and the reason if one cannot be used.
+
+        Connects to nothing; needs no event loop yet.
+        """
+        self._uplinks = uplink.Uplinks(counters, clock)
+        self._default = _choice("backend", default)
+        self._by_name = {
+            table.name: _choice(f"model[{number}]", table) for number, table in enumerate(models)
+        }
+
+    def connect(
+        self, session: Event | None, emit: Callable[[Event], None], lost: Callable[[str], None]
+    ) -> Backend:
+        """Open a session at the backend for its `model`, or at the default one.
+
+        `session` is the `session` object that came with the offer, or None; what is wrong in it
+        comes back as an `error` event after `session.created`. `lost` is called once, with the
+        reason as a sentence, when the backend is given up for good: nothing comes after that.
+        """
+        name = session.get("model") if session else None
+        chosen = self._default
+        if isinstance(name, str):
+            chosen = self._by_name.get(name, chosen)
+        if chosen is not None:
+            return self._uplinks.open(chosen, session, emit, lost)
         return InProcess(parrot.Parrot(secrets.token_hex(6), session), emit)
-    raise settings.SettingsError(f'backend.kind: {chosen.kind!r} is unknown; there is "parrot"')
+
+    async def close(self) -> None:
+        """End all connections that sessions have left behind."""
+        await self._uplinks.close()
+
+
+def _choice(where: str, table: settings.Backend) -> uplink.Target | None:
+    """A model server to connect to; None for the parrot."""
+    if table.kind == "parrot":
+        return None
+    try:
+        return uplink.Target(table)
+    except settings.SettingsError as error:
+        raise settings.SettingsError(f"{where}.{error}") from error
 
 
 class InProcess:

@@ -312,6 +312,10 @@ class History:
         """Id of the newest item."""
         return next(reversed(self._items), None)
 
+    def items(self) -> list[Event]:
+        """All that are remembered, in their order."""
+        return [entry.item for entry in self._items.values()]
+
     def put(self, item: Event, after: str | None = None) -> None:
         """Remember an item that has an id: in place of its older state, or as a new one.
 

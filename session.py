@@ -68,6 +68,10 @@ ENDINGS = {
     BACKEND_LOST: metrics.Transceiver.ENDED_BACKEND,
 }
 
+LOSS_TOLD_S = 5.0
+"""How long a call whose backend is lost before its data channel is open waits for that, so that its
+client hears why it ends. A channel takes a few round trips."""
+
 log = logging.getLogger("session")
 Timing = metrics.Timing
 
@@ -117,10 +121,10 @@ class Session:
         mux: Opener,
         offer: sdp.Offer,
         credentials: tuple[str, bytes],
-        chosen: settings.Backend,
+        backends: backend.Backends,
         wanted: dict[str, Any] | None,
     ) -> None:
-        """Open a call under ICE `credentials`, towards the backend `chosen` by the settings.
+        """Open a call under ICE `credentials`, towards one of the `backends`.
 
         `wanted` is the `session` object that came with the offer, if any.
         """
@@ -137,10 +141,11 @@ class Session:
         self._owner, self._offer = owner, offer
         self._noticed = False
         self._meter = meter.Meter(owner.counters, owner.timings, self.opened_at)
-        self._closed = False
+        self._closed = self._opened = False
+        self._lost_why, self._lost_at = "", 0.0
         self._early: list[realtime.Event] | None = []
         terms = floor.Terms(wanted)
-        self._backend = backend.connect(chosen, terms.offered, self._emitted)
+        self._backend = backends.connect(terms.offered, self._emitted, self._backend_lost)
         self._decoder = opus.Decoder(self._backend.rate_hz)
         rate_hz = self._backend.rate_hz
         self._encoder = fec.Encoder(rate_hz, functools.partial(opus.encoder_for, rate_hz))
@@ -235,8 +240,11 @@ class Session:
     def opened(self, now: float) -> None:
         """The data channel is open: session.created goes first."""
         self._meter.set_up(Timing.SETUP_CHANNEL, now)
+        self._opened = True
         self._conversation.opened(now)
         self.flow(now)
+        if self._lost_why:
+            self._end_without_backend()
 
     def message(self, message: str | bytes, now: float) -> None:
         """A client event."""
@@ -291,6 +299,8 @@ class Session:
             )
             self.fault("session_expired", wrong, "invalid_request_error")
             return EXPIRED
+        if self._lost_why and now - self._lost_at >= LOSS_TOLD_S:
+            return BACKEND_LOST
         if self.live_at is None:
             late = now - self.opened_at >= limits.connect_deadline_s
             return NEVER_CONNECTED if late else None
@@ -356,6 +366,16 @@ class Session:
             self._meter.turn(event.get("type"), self._playout.wakes_at is not None, now)
             self._conversation.backend_event(event, now)
             self.flow(now)
+
+    def _backend_lost(self, reason: str) -> None:
+        """The backend is given up. What it has said so far has been passed on."""
+        self._lost_why, self._lost_at = reason, self._owner.clock()
+        if self._opened and not self._closed:
+            self._end_without_backend()
+
+    def _end_without_backend(self) -> None:
+        self.fault("backend_lost", self._lost_why)
+        self._owner.ended(self, BACKEND_LOST)
 
     def _unix_at(self, at: float) -> int:
         """A moment of the owner's clock in whole seconds since 1970."""

@@ -98,7 +98,7 @@ class Transceiver:
         self._collecting_since = 0.0
         self._ticking: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
-        backend.connect(config.backend, None, lambda _: None).close()
+        self._backends = backend.Backends(config.backend, config.model, self.counters, clock)
 
     async def start(self) -> None:
         """Serve from the running loop. Raises OSError if the address is not to be had."""
@@ -145,6 +145,7 @@ class Transceiver:
             self.ended(session, "the transceiver is shutting down")
         while self._closing:
             await asyncio.wait(self._closing)
+        await self._backends.close()
         self._pacer.stop()
         await self._http.cleanup()
         self._mux.close()
@@ -159,7 +160,7 @@ class Transceiver:
             raise control.Full(refused.message)
         offer = sdp.read_offer(text)
         hint, password = self._mint()
-        session = Session(self, self._mux, offer, (hint, password), self._config.backend, wanted)
+        session = Session(self, self._mux, offer, (hint, password), self._backends, wanted)
         self.sessions[session.call_id] = session
         self._slots[session] = next(self._next_slot)
         self.counters.values[Count.SESSIONS_OPENED] += 1
@@ -370,14 +371,16 @@ def _load(path: Path) -> settings.Transceiver:
         config = settings.load(path, settings.Transceiver)
         Transceiver(config)
     except settings.SettingsError as error:
-        typer.echo(f"transceiver: {error}", err=True)
+        # What is wrong with a file that this one names comes without the name of this one.
+        where = "" if str(error).startswith(f"{path}: ") else f"{path}: "
+        typer.echo(f"transceiver: {where}{error}", err=True)
         raise typer.Exit(os.EX_CONFIG) from error
     return config
 
 
 @cli.command()
 def check(config: _Config) -> None:
-    """Read the settings and the keys, try the backend, and say what is wrong, if anything."""
+    """Read the settings and the keys, ready the backends, and say what is wrong, if anything."""
     _load(config)
     typer.echo(f"{config}: good")
 

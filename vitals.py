@@ -182,6 +182,11 @@ class Transceiver(ledger.Kinds):
         "Of callers' PCM, dropped while their model server was away or did not keep up.",
         "What was said then was not heard.",
     )
+    BACKEND_GARBLED = (
+        "messages",
+        "Of model servers, that could not be understood and were ignored.",
+        "A model server of another version, or no model server at all.",
+    )
     ERRORS_CLIENT = (
         "events",
         "Errors told to clients about their own events.",

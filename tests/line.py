@@ -14,8 +14,8 @@ import orjson
 import audio
 import backend
 import floor
+import parrot
 from conversation import Conversation
-from settings import Backend
 from turns import FRAME_OCTETS, RATE_HZ
 
 SENTENCE = Path(__file__).parent / "data" / "sentence.wav"
@@ -144,7 +144,8 @@ class ParrotLine(Line):
 
     def __init__(self, session: dict[str, Any] | None = None) -> None:
         super().__init__(session, opened=False)
-        self.parrot = backend.connect(Backend(), self.terms.offered, self.emitted)
+        mind = parrot.Parrot("line", self.terms.offered)
+        self.parrot = backend.InProcess(mind, self.emitted)
         self.conversation.opened(self.now)
         self.flow()
 

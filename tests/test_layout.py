@@ -15,6 +15,8 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 PROGRAMS = {"relay", "transceiver", "signaling", "parrot_server"}
 SANS_IO = {
     "dialect",
+    "memory",
+    "remote",
     "resample",
     "admission",
     "meter",
@@ -47,7 +49,7 @@ MODULE_LINES_MAX = 500
 # Each outside dependency has the importers named here and no other.
 # fmt: off
 IMPORTERS = {
-    "aiohttp": {"control", "parrot_server", "transceiver", "signaling", "placement", "keeper"},
+    "aiohttp": {"control", "uplink", "parrot_server", "transceiver", "signaling", "placement", "keeper"},
     "aioice": set(),
     "aiortc": {"association", "dtls", "peer"},
     "asyncio": {
@@ -58,7 +60,7 @@ IMPORTERS = {
         "signaling",
         "placement",
         "parrot_server",
-        "backend",
+        "uplink",
         "keeper",
         "registry",
     },
@@ -69,6 +71,7 @@ IMPORTERS = {
     "msgspec": {"settings", "realtime", "relay"},
     "OpenSSL": {"dtls"},
     "orjson": {
+        "remote",
         "channel",
         "keeper",
         "realtime",

@@ -8,7 +8,6 @@ from typing import Any
 import orjson
 import pytest
 
-import backend
 import endpoints
 import ice
 import ledger
@@ -115,15 +114,12 @@ class Call:
         self.peer = FakePeer()
         self.endings: list[str] = []
         self.scheduled: list[float | None] = []
-        monkeypatch.setattr(backend, "connect", self._connect)
-        chosen = settings.Backend()
-        self.session = session.Session(
-            self, self, offer(direction), (HINT, PASSWORD), chosen, {"instructions": "be kind"}
-        )
+        wanted = {"instructions": "be kind"}
+        self.session = session.Session(self, self, offer(direction), (HINT, PASSWORD), self, wanted)
 
-    def _connect(self, _: settings.Backend, wanted: Any, emit: Any) -> FakeBackend:
+    def connect(self, wanted: Any, emit: Any, lost: Any) -> FakeBackend:
         assert wanted == {"instructions": "be kind"}
-        self.backend = FakeBackend(emit)
+        self.backend, self.lose = FakeBackend(emit), weakref.WeakMethod(lost)
         return self.backend
 
     def open(self, *_: Any) -> FakePeer:

@@ -400,7 +400,7 @@ def test_how_soon_pcm_reaches_the_backend(
     jitter buffer, a timer or a thread would put a frame's 20 ms on the median.
     """
     watch = Stopwatch()
-    monkeypatch.setattr(backend, "connect", lambda *_: watch)
+    monkeypatch.setattr(backend.Backends, "connect", lambda *_: watch)
     monkeypatch.setattr(transceiver, "_media_socket", watch.listen)
 
     async def scenario(on: House) -> None:
@@ -459,7 +459,14 @@ def test_the_program_serves_and_ends_on_sigterm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
-        ('[backend]\nkind = "oracle"', "backend.kind: 'oracle' is unknown; there is \"parrot\""),
+        (
+            '[backend]\nkind = "oracle"',
+            "transceiver.toml: backend.kind: Invalid enum value 'oracle'",
+        ),
+        (
+            '[backend]\nkind = "realtime"\nurl = "ws://h/"\nkey_file = "model-key"',
+            "transceiver.toml: backend.key_file: ",
+        ),
         ("[backend]\nkinds = 1", "backend"),
     ],
 )

@@ -1,0 +1,462 @@
+"""A session at a model server, over as many connections as it takes.
+
+    client events, PCM ──▶ Remote ──▶ messages of the Realtime WebSocket
+           events, PCM ◀── Remote ◀── messages of the Realtime WebSocket
+
+What it owns: the order of a connection's beginning (session.created, our session.update, then the
+rest), base64, the server's dialect, and what waits to be sent. What a server that is new to the
+conversation must be told is `memory.py`; who opens connections and moves octets, `uplink.py`.
+
+Rules that stay true:
+- `session.created` reaches the client once, and shows the session with what came with the offer in
+  it. A server that is away from the first delays it no longer than until that is known; then the
+  session as it was asked for is shown, and `session.updated` follows from the server that comes.
+- The audio is PCM16 at the backend's rate whatever anybody asks for.
+- While the server is away its client knows: an `error` of code backend_unavailable, the response
+  that was being made ends as failed, and backend_reconnected when it has been told of the
+  conversation again: as text, as far as there is any, before anything new.
+- Whatever a server sends ends in events, in a number of `garbled` messages, or in the end of the
+  connection. Nothing raises; the largest delta comes out in pieces of DELTA_OCTETS.
+- What waits is bounded. Of audio the oldest is dropped: a model that hears what was said ten
+  seconds ago is of no use. Of events the newest is refused, by an `error` with its event_id.
+- What is answered to events of our own is nobody else's business.
+
+Sans-IO. The events: https://developers.openai.com/api/reference/realtime
+"""
+
+import binascii
+import enum
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+import dialect
+import realtime
+from memory import Memory
+from realtime import Event, Refused
+
+AUDIO_S_MAX = 2.0
+"""Of the caller's audio that waits for the server: over a slow moment, or a reconnection. More
+would only make the answer later."""
+
+EVENTS_MAX = 64
+EVENTS_OCTETS_MAX = 1 << 20
+"""Client events that wait, 16 of the largest. A client sends a few in a minute."""
+
+DELTA_OCTETS = 96_000
+"""Of PCM in one event from here: 2 s at 24 kHz, a third of a millisecond to unpack. Between two of
+them other sessions have their turn."""
+
+LARGE_OCTETS = realtime.SESSION_OCTETS_MAX
+"""A message beyond this is a delta of audio or nothing: no client could be given another."""
+
+COMMAS_MAX = 1_024
+"""In a large message. A delta has ten; as many as fit would be a million objects to make."""
+
+GARBLED_MAX = 64
+"""Messages of one connection that cannot be understood. A server of another version has a few; one
+that goes on is no model server."""
+
+UPDATES_MAX = 16
+"""Updates that a server has not answered; of more the oldest counts as accepted."""
+
+RESPONSES_MAX = 16
+"""Responses that a server has begun and not ended. There is one, rarely two."""
+
+_NOT_TO_BE_SET = ("id", "object", "model", "expires_at", "client_secret")
+"""What stands in a session and is the server's to say."""
+
+_APPEND = b'{"type":"input_audio_buffer.append","audio":"%b"}'
+
+_ERROR = "server_error"
+
+
+class Stage(enum.Enum):
+    """Where a session is with its server."""
+
+    AWAY = "there is no connection"
+    GREETING = "session.created is awaited"
+    SETTLING = "our settings are not confirmed yet"
+    READY = "all that comes is the conversation's"
+
+
+class Remote:
+    """One session. Each method returns the events to emit, in order, unless it says otherwise."""
+
+    def __init__(
+        self, tag: str, rate_hz: int, speaks: str, model: str, wanted: Event | None
+    ) -> None:
+        """`tag` makes ids unlike those of any other session; `speaks` is a dialect, or auto.
+
+        `model` is what the client is shown while nobody knows better, and `wanted` the session
+        that came with the offer.
+        """
+        self.rate_hz = rate_hz
+        self.stage = Stage.AWAY
+        self.garbled = 0
+        """Messages that could not be understood, on all connections."""
+        self.dropped_octets = 0
+        """PCM that the server did not get."""
+        self.broken = ""
+        """Why this connection had better be closed; empty while it is well."""
+        self._tag, self._model = tag, model
+        self._own_prefix, self._ids = f"link_{tag}_", 0
+        self._wish, self._speaks = speaks, "ga"
+        self._reader = dialect.Reader(rate_hz)
+        self._created = False
+        self._provisional = False  # the client was shown a session that no server has yet
+        self._told_away = False
+        self._session: Event = {}  # the server's own, until ours is confirmed
+        self._asked = {k: v for k, v in (wanted or {}).items() if k not in _NOT_TO_BE_SET}
+        self._updates: deque[tuple[str, bool, Event]] = deque()
+        self._owed: list[tuple[str, bool]] = []
+        self._complaints: list[Event] = []
+        self._settling = ""  # id of the update that a connection begins with
+        self._first: deque[Event] = deque()
+        self._waiting: deque[tuple[int, bytes | Event]] = deque()
+        self._audio_octets = 0
+        self._events = self._events_octets = 0
+        self._told_dropping = False
+        self._garbled_here = 0
+        self._odd, self._odd_of = b"", None
+        self._memory = Memory()
+        self._retelling: set[str] = set()
+        self._untold = 0
+        self._responses: dict[str, None] = {}
+        self._speaking = False
+
+    # --- from the caller ---------------------------------------------------------------------
+
+    def send(self, event: Event) -> list[Event]:
+        """Take a client event for the server."""
+        kind = event.get("type")
+        if kind == "session.update" and isinstance(event.get("session"), dict):
+            event = self._noted(event)
+        elif kind == "conversation.item.truncate" and self.stage is Stage.AWAY:
+            self._memory.truncated(event)  # nobody else will say so before it is told again
+        try:
+            octets = len(orjson.dumps(event))
+        except TypeError:
+            return [self._error("invalid_value", "It is nested too deeply.", event)]
+        if self._events >= EVENTS_MAX or self._events_octets + octets > EVENTS_OCTETS_MAX:
+            wrong = "The model server takes nothing at present; this event is dropped."
+            return [self._error("backend_busy", wrong, event, _ERROR)]
+        self._events += 1
+        self._events_octets += octets
+        self._waiting.append((octets, event))
+        return []
+
+    def append(self, pcm: bytes) -> list[Event]:
+        """Take what the caller said next, in PCM."""
+        if not pcm:
+            return []
+        self._audio_octets += len(pcm)
+        self._waiting.append((len(pcm), pcm))
+        told: list[Event] = []
+        while self._audio_octets > AUDIO_S_MAX * 2 * self.rate_hz:
+            self._drop_oldest()
+            if self.stage is Stage.READY and not self._told_dropping:
+                self._told_dropping = True
+                wrong = "The model server is too slow: some of what was said has not reached it."
+                told.append(self._error("audio_dropped", wrong, None, _ERROR))
+        return told
+
+    # --- from the wire -----------------------------------------------------------------------
+
+    def connected(self) -> None:
+        """A connection is open; the server has the first word."""
+        self.stage, self.broken = Stage.GREETING, ""
+        self._garbled_here, self._odd = 0, b""
+        self._reader = dialect.Reader(self.rate_hz)
+        self._first.clear()
+        self._retelling.clear()
+
+    def received(self, message: bytes | str) -> Iterator[Event]:
+        """What a message of the server leads to, a large one piece by piece."""
+        for event in self._read(message):
+            kind = event["type"]
+            if kind == "response.output_audio.delta":
+                yield from self._sound(event)
+            elif self.stage is Stage.GREETING:
+                yield from self._greeted(event)
+            else:
+                yield from self._heard(event, kind)
+
+    def settle(self) -> list[Event]:
+        """Go on although the server has not confirmed its settings: not all of them do."""
+        return self._settled(self._session) if self.stage is Stage.SETTLING else []
+
+    def disconnected(self, why: str) -> list[Event]:
+        """The connection is gone, or could not be had. `why` completes "The model server"."""
+        was_away, self.stage = self.stage is Stage.AWAY, Stage.AWAY
+        told: list[Event] = []
+        if not self._created:
+            self._created = self._provisional = True
+            session = realtime.session(f"sess_{self._tag}", self._model, self.rate_hz)
+            told.append({"type": "session.created", "session": self._in_force(session)})
+        if not (was_away and self._told_away):
+            self._told_away = True
+            wrong = f"The model server {why}. It is being tried again."
+            told.append(self._error("backend_unavailable", wrong, None, _ERROR))
+        for event_id, theirs, session in self._updates:
+            self._owed.append((event_id, theirs))
+            self._asked = realtime.merged(self._asked, session)
+        self._updates.clear()
+        if self._speaking:
+            self._speaking = False
+            told.append({"type": "input_audio_buffer.cleared"})
+        responses, self._responses = self._responses, {}
+        told += [self._failed(response_id) for response_id in responses]
+        self._memory.interrupted()
+        return told
+
+    def next_message(self) -> bytes | None:
+        """What to send next, now; None if there is nothing, or the server is not ready for it."""
+        if self.stage not in (Stage.SETTLING, Stage.READY):
+            return None
+        if self._first:
+            return self._encoded(self._first.popleft())
+        if not self._waiting:
+            self._told_dropping = False
+            return None
+        octets, what = self._waiting.popleft()
+        if isinstance(what, bytes):
+            self._audio_octets -= octets
+            return _APPEND % binascii.b2a_base64(what, newline=False)
+        self._events -= 1
+        self._events_octets -= octets
+        return self._encoded(what)
+
+    # --- the beginning of a connection -------------------------------------------------------
+
+    def _greeted(self, event: Event) -> Iterator[Event]:
+        """Before session.created nothing else counts, but for what is wrong."""
+        session = event.get("session")
+        if event["type"] == "error":
+            yield event
+        elif event["type"] == "session.created" and isinstance(session, dict):
+            self.stage = Stage.SETTLING
+            self._session = session
+            self._ask(self._in_force({"type": "realtime"} | self._asked))
+            self._retell()
+        else:
+            self._garble()
+
+    def _ask(self, session: Event) -> None:
+        self._settling = self._own_id()
+        update = {"type": "session.update", "event_id": self._settling, "session": session}
+        self._first.appendleft(update)
+
+    def _retell(self) -> None:
+        """What a server that is new to the conversation has to be told of it."""
+        items, self._untold = self._memory.tell()
+        for item in items:
+            self._retelling.add(item["id"])
+            create = {"type": "conversation.item.create", "event_id": self._own_id()}
+            self._first.append({**create, "item": item})
+
+    def _settled(self, session: Event) -> list[Event]:
+        """The connection is as it should be."""
+        self.stage, self._settling = Stage.READY, ""
+        told: list[Event] = []
+        if not self._created:
+            self._created = True
+            told.append({"type": "session.created", "session": session})
+        elif self._told_away:
+            if self._provisional:
+                told.append({"type": "session.updated", "session": session})
+            missing = f" {self._untold} of them could not be told." if self._untold else ""
+            wrong = f"The model server is back, and told of earlier items.{missing}"
+            told.append(self._error("backend_reconnected", wrong, None, _ERROR))
+        told += [{"type": "session.updated", "session": session} for _ in self._owed]
+        told += self._complaints
+        self._owed.clear()
+        self._complaints.clear()
+        self._told_away = self._provisional = False
+        return told
+
+    def _unsettled(self, error: Event) -> list[Event]:
+        """The server has refused the settings: it is asked for the audio's format alone."""
+        owed, self._owed = self._owed or [("", False)], []
+        self._complaints += [
+            {"type": "error", "error": error | {"event_id": event_id if theirs else None}}
+            for event_id, theirs in owed
+        ]
+        if not self._asked:
+            return self._settled(self._session)
+        self._asked = {}
+        self._ask(self._in_force({"type": "realtime"}))
+        return []
+
+    def _in_force(self, session: Event) -> Event:
+        """A session with what was asked for in it, and the one format there is."""
+        pcm = {"format": {"type": "audio/pcm", "rate": self.rate_hz}}
+        session = realtime.merged(session, self._asked)
+        return realtime.merged(session, {"audio": {"input": pcm, "output": pcm}})
+
+    # --- what passes -------------------------------------------------------------------------
+
+    def _read(self, message: bytes | str) -> list[Event]:
+        """A message as events of the GA's names; empty for one that is none."""
+        comma = b"," if isinstance(message, bytes) else ","
+        large = len(message) > LARGE_OCTETS
+        if large and message.count(comma) > COMMAS_MAX:  # type: ignore[arg-type]
+            return self._garble()
+        try:
+            event = orjson.loads(message)
+        except orjson.JSONDecodeError:
+            return self._garble()
+        if not (isinstance(event, dict) and isinstance(event.get("type"), str)):
+            return self._garble()
+        if self._wish == "ga":
+            found = [event]
+        else:
+            if self.stage is Stage.GREETING and event["type"] == "session.created":
+                shown = dialect.of_session(event.get("session"))
+                self._speaks = shown if self._wish == "auto" else self._wish
+            found = self._reader.read(event)
+        if large and found[0]["type"] != "response.output_audio.delta":
+            return self._garble()
+        return found
+
+    def _garble(self) -> list[Event]:
+        self.garbled += 1
+        self._garbled_here += 1
+        if self._garbled_here >= GARBLED_MAX:
+            self.broken = "sends what is not of the Realtime API"
+        return []
+
+    def _sound(self, event: Event) -> Iterator[Event]:
+        """A delta as PCM, in pieces, each of whole samples."""
+        text, item_id = event.get("delta"), event.get("item_id")
+        if not isinstance(text, str) or self.stage is Stage.GREETING:
+            self._garble()
+            return
+        odd, self._odd = self._odd if item_id == self._odd_of else b"", b""
+        self._odd_of = item_id
+        step = DELTA_OCTETS // 3 * 4
+        for at in range(0, len(text), step):
+            try:
+                pcm = odd + binascii.a2b_base64(text[at : at + step], strict_mode=True)
+            except ValueError:  # binascii.Error is one
+                self._garble()
+                return
+            whole = len(pcm) & ~1
+            odd = pcm[whole:]
+            if whole:
+                yield event | {"delta": pcm[:whole]}
+        self._odd = odd  # the other half of the sample comes with the next delta
+
+    def _heard(self, event: Event, kind: str) -> Iterator[Event]:
+        """An event that is no sound, in a session that has begun."""
+        if kind == "error":
+            yield from self._refused(event)
+        elif kind == "session.updated":
+            session = event.get("session")
+            if self.stage is Stage.SETTLING:
+                yield from self._settled(session if isinstance(session, dict) else self._session)
+                return
+            if self._updates:
+                self._asked = realtime.merged(self._asked, self._updates.popleft()[2])
+            yield event
+        elif kind == "session.created" or self._is_retelling(event, kind):
+            pass  # the client knows
+        else:
+            self._note(event, kind)
+            yield event
+
+    def _refused(self, event: Event) -> Iterator[Event]:
+        error = event.get("error")
+        event_id = error.get("event_id") if isinstance(error, dict) else None
+        if not (isinstance(error, dict) and isinstance(event_id, str)):
+            yield event
+        elif event_id == self._settling:
+            yield from self._unsettled(error)
+        elif (update := next((u for u in self._updates if u[0] == event_id), None)) is not None:
+            self._updates.remove(update)
+            yield event if update[1] else event | {"error": error | {"event_id": None}}
+        elif event_id.startswith(self._own_prefix):
+            self._untold += 1  # an item that this server does not want to be told of
+        else:
+            yield event
+
+    def _is_retelling(self, event: Event, kind: str) -> bool:
+        """True for the answer to an item that was told again: the client has seen it already."""
+        item_id = _id_of(event.get("item"))
+        if item_id not in self._retelling or not kind.startswith("conversation.item."):
+            return False
+        if kind == "conversation.item.done":
+            self._retelling.discard(item_id)
+        return True
+
+    def _note(self, event: Event, kind: str) -> None:
+        """What is under way, and would be left in the middle if the connection were lost now."""
+        self._memory.note(event, kind)
+        if kind in ("response.created", "response.done"):
+            response_id = _id_of(event.get("response"))
+            if kind == "response.done":
+                self._responses.pop(response_id, None)
+            elif response_id:
+                self._responses[response_id] = None
+                while len(self._responses) > RESPONSES_MAX:
+                    del self._responses[next(iter(self._responses))]
+        elif kind == "input_audio_buffer.speech_started":
+            self._speaking = True
+        elif kind in ("input_audio_buffer.speech_stopped", "input_audio_buffer.cleared"):
+            self._speaking = False
+
+    # --- what waits, and events of our own ---------------------------------------------------
+
+    def _noted(self, event: Event) -> Event:
+        """A session.update as the server gets it, and as it is remembered until it is answered."""
+        event_id = event.get("event_id")
+        theirs = isinstance(event_id, str)
+        name = event_id if isinstance(event_id, str) else self._own_id()
+        session = {k: v for k, v in event["session"].items() if k not in _NOT_TO_BE_SET}
+        session = {"type": "realtime"} | session
+        while len(self._updates) >= UPDATES_MAX:
+            self._asked = realtime.merged(self._asked, self._updates.popleft()[2])
+        self._updates.append((name, theirs, session))
+        return event | {"event_id": name, "session": session}
+
+    def _drop_oldest(self) -> None:
+        """Of the audio that waits."""
+        at = next(i for i, (_, what) in enumerate(self._waiting) if isinstance(what, bytes))
+        octets = self._waiting[at][0]
+        del self._waiting[at]
+        self._audio_octets -= octets
+        self.dropped_octets += octets
+
+    def _encoded(self, event: Event) -> bytes:
+        return orjson.dumps(dialect.client_to_beta(event) if self._speaks == "beta" else event)
+
+    def _own_id(self) -> str:
+        self._ids += 1
+        return f"{self._own_prefix}{self._ids:04d}"
+
+    def _failed(self, response_id: str) -> Event:
+        """The end of a response that will never be finished."""
+        error = {"type": _ERROR, "code": "backend_unavailable"}
+        response: Event = {
+            "object": "realtime.response",
+            "id": response_id,
+            "status": "failed",
+            "status_details": {"type": "failed", "error": error},
+            "output": [],
+            "usage": None,
+        }
+        return {"type": "response.done", "response": response}
+
+    def _error(
+        self, code: str, message: str, event: Event | None, kind: str = "invalid_request_error"
+    ) -> Event:
+        event_id = event.get("event_id") if event else None
+        return {"type": "error", "error": realtime.error(Refused(code, message), event_id, kind)}
+
+
+def _id_of(value: Any) -> str:
+    """The id of an object; empty without one."""
+    found = value.get("id") if isinstance(value, dict) else None
+    return found if isinstance(found, str) else ""

@@ -1,0 +1,360 @@
+"""Uplinks: connections to model servers, opened, kept and opened again.
+
+What it owns: `Target`, a table of the settings with its key read; `Uplinks`, what all connections
+of a process share; and `Uplink`, one session's way to its server (`remote.py` says what goes over
+it), in the shape of `backend.Backend`.
+
+Rules that stay true:
+- What a caller says is written in the turn of the event loop that brought it, unless the server is
+  not reading. Then it waits, bounded: by remote.py's limits here, by SEND_BUFFER_OCTETS in the
+  kernel, by 64 kB in between.
+- Reading never stops for good, however much is still to be played: an interruption comes on the
+  same stream as the audio before it. But a server that never pauses is read at BATCH_MESSAGES or
+  BATCH_OCTETS in BATCH_S, so that no other session notices.
+- A connection that is lost is opened again at once, then ever more slowly, for `retry_s`; a server
+  that refuses us (4xx) is asked once. Then `lost` is called, once, and never after `close`.
+- Whatever happens here ends in events, or in the loss of this session's backend. Nothing raises.
+- Keys, addresses and what is said in a call appear in no message to a client, keys in no log.
+
+https://www.rfc-editor.org/rfc/rfc6455 (WebSocket)
+"""
+
+import asyncio
+import logging
+import random
+import secrets
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable
+
+import aiohttp
+from aiohttp import WSMsgType
+
+import ledger
+import metrics
+import settings
+from dialect import BETA_HEADER
+from realtime import Event
+from remote import Remote, Stage
+
+SUBPROTOCOL = "realtime"
+"""Offered to every server: some insist on it, the others ignore it."""
+
+SEND_BUFFER_OCTETS = 65_536
+"""What the kernel holds for a server that does not read; it takes twice as much for itself. 1.5 s
+of 16 kHz as base64: more would be heard too late. Enough for 300 ms of round trip."""
+
+CLOSE_S = 1.0
+"""How long a server may take to say goodbye; nobody waits for it but its own connection."""
+
+BACKOFF_S = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
+"""Waits before another attempt, the last for all further ones; each half by chance, so that
+the sessions of a server that restarts do not all come back in the same moment."""
+
+STABLE_S = 10.0
+"""A connection that has lasted so long was a good one: its loss is the first again, with all of
+`retry_s` before it. One that is lost sooner is one more failure of the same outage."""
+
+BATCH_MESSAGES = 32
+BATCH_OCTETS = 65_536
+BATCH_S = 0.02
+"""The pace at which a server is read that never pauses: 32 events take about 1.5 ms to pass on, so
+they take no more than a tenth of the time. Audio comes at seventy times real time even so."""
+
+PAUSES_MAX = 5
+"""Of BATCH_S, after one message, however large: an interruption may be waiting behind it."""
+
+Count = metrics.Transceiver
+log = logging.getLogger("uplink")
+
+
+class Target:
+    """A model server that the settings name, ready to be connected to."""
+
+    def __init__(self, table: settings.Backend) -> None:
+        """Raises SettingsError "KEY: REASON" if its key or its certificates cannot be used."""
+        assert table.url is not None  # the settings have seen to that
+        self.table = table
+        self.url = str(table.url)
+        self.headers = dict(table.headers)
+        if table.dialect == "beta":
+            self.headers.setdefault(*BETA_HEADER)
+        try:
+            if table.key_file is not None:
+                self.headers["Authorization"] = f"Bearer {settings.load_secret(table.key_file)}"
+        except settings.SettingsError as error:
+            raise settings.SettingsError(f"key_file: {error}") from error
+        self.trust: ssl.SSLContext | bool = True
+        try:
+            if table.url.tls:
+                self.trust = ssl.create_default_context(cafile=table.ca_file)
+        except OSError as error:  # SSLError is one
+            raise settings.SettingsError(f"ca_file: {table.ca_file}: {error}") from error
+
+    @property
+    def query(self) -> dict[str, str]:
+        """What is added to the address."""
+        return {"model": self.table.model} if self.table.model else {}
+
+
+class Uplinks:
+    """What the connections of a process share. Made before the loop runs; opened inside it."""
+
+    def __init__(self, counters: ledger.Counters, clock: Callable[[], float]) -> None:
+        self.counters, self.clock = counters, clock
+        self.running: set[asyncio.Task[None]] = set()
+        self._http: aiohttp.ClientSession | None = None
+
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        """The client that all connections are opened by."""
+        if self._http is None:
+            self._http = aiohttp.ClientSession(
+                # Without the usual limit of 100 connections, and without cookies: sessions have
+                # nothing in common.
+                connector=aiohttp.TCPConnector(limit=0, socket_factory=_socket),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None),
+            )
+        return self._http
+
+    def open(
+        self,
+        target: Target,
+        session: Event | None,
+        emit: Callable[[Event], None],
+        lost: Callable[[str], None],
+    ) -> "Uplink":
+        """Begin a session at a server; see backend.Backends.connect."""
+        return Uplink(self, target, session, emit, lost)
+
+    async def close(self) -> None:
+        """End every connection that is left."""
+        running = list(self.running)
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+        if self._http is not None:
+            await self._http.close()
+
+
+class Uplink:
+    """One session at a model server, in the shape of backend.Backend."""
+
+    def __init__(
+        self,
+        uplinks: Uplinks,
+        target: Target,
+        session: Event | None,
+        emit: Callable[[Event], None],
+        lost: Callable[[str], None],
+    ) -> None:
+        table = target.table
+        self.rate_hz: int = table.rate_hz
+        self._uplinks, self._target = uplinks, target
+        self._emit, self._lost = emit, lost
+        self._name = secrets.token_hex(6)
+        shown = table.model or "unnamed"
+        self._remote = Remote(self._name, table.rate_hz, table.dialect, shown, session)
+        self._closed = False
+        self._wake = asyncio.Event()
+        self._to_emit: deque[Event] = deque()
+        self._emitting = False
+        self._counted = 0, 0
+        self._ready_at: float | None = None
+        self._taken_octets = 0
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        uplinks.running.add(self._task)
+        self._task.add_done_callback(uplinks.running.discard)
+
+    # --- backend.Backend ---------------------------------------------------------------------
+
+    def send(self, event: Event, now: float) -> None:
+        """See Backend."""
+        if not self._closed:
+            self._deliver(self._remote.send(event))
+            self._wake.set()
+
+    def append(self, pcm: bytes, now: float) -> None:
+        """See Backend."""
+        if not self._closed:
+            told = self._remote.append(pcm)
+            if told:
+                self._deliver(told)
+            self._wake.set()
+
+    def tick(self, now: float) -> None:
+        """See Backend. The server has a clock of its own; here the books are kept."""
+        garbled, dropped = self._remote.garbled, self._remote.dropped_octets
+        values = self._uplinks.counters.values
+        values[Count.BACKEND_GARBLED] += garbled - self._counted[0]
+        values[Count.BACKEND_AUDIO_DROPPED] += dropped - self._counted[1]
+        self._counted = garbled, dropped
+
+    def close(self) -> None:
+        """See Backend. The connection's own goodbye goes on in the background."""
+        if not self._closed:
+            self.tick(0.0)
+            self._closed = True
+            self._to_emit.clear()
+            self._task.cancel()
+
+    # --- the life of a session ---------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            why = await self._keep()
+        except Exception:
+            log.exception("%s met a fault", self)
+            why = "met a fault of ours"
+        if not self._closed:
+            self.tick(0.0)
+            self._closed = True
+            log.warning("%s is given up: the server %s", self, why)
+            self._lost(f"The model server {why}.")
+
+    async def _keep(self) -> str:
+        """Have a connection as long as one is to be had. Returns why there is none any more."""
+        clock, values = self._uplinks.clock, self._uplinks.counters.values
+        failures, away_since = 0, clock()
+        while True:
+            opened_at = clock()
+            why, final = await self._connection()
+            now = clock()
+            was_ready = self._ready_at is not None
+            values[Count.BACKEND_CONNECT_FAILED] += not was_ready
+            if was_ready and now - opened_at >= STABLE_S:
+                failures, away_since = 0, now
+            if final or now - away_since >= self._target.table.retry_s:
+                return why
+            log.info("%s is away: the server %s", self, why)
+            self._deliver(self._remote.disconnected(why))
+            wait = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
+            failures += 1
+            await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+
+    async def _connection(self) -> tuple[str, bool]:
+        """One connection from its opening to its end. Why it ended, and whether that is final."""
+        table, target = self._target.table, self._target
+        self._ready_at = None
+        try:
+            async with asyncio.timeout(table.connect_timeout_s):
+                line = await self._uplinks.http.ws_connect(
+                    target.url,
+                    params=target.query,
+                    headers=target.headers,
+                    protocols=(SUBPROTOCOL,),
+                    ssl=target.trust,
+                    heartbeat=table.heartbeat_s,
+                    max_msg_size=table.message_octets_max,
+                    decode_text=False,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_S),
+                )
+        except aiohttp.WSServerHandshakeError as error:
+            final = 400 <= error.status < 500 and error.status not in (408, 425, 429)
+            return f"refused the connection with status {error.status}", final
+        except TimeoutError:
+            return "did not answer in time", False
+        except (aiohttp.ClientError, OSError) as error:
+            log.info("%s cannot connect: %s", self, error)
+            return "cannot be reached", False
+        writing = asyncio.get_running_loop().create_task(self._write(line))
+        try:
+            return await self._read(line), False
+        finally:
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+            await line.close()
+
+    async def _read(self, line: "aiohttp.ClientWebSocketResponse[bool]") -> str:
+        """Take what comes until the connection ends, and say why it did."""
+        remote, answer_s = self._remote, self._target.table.answer_timeout_s
+        remote.connected()
+        why = ""
+        try:
+            async with asyncio.timeout(answer_s):
+                while remote.stage is Stage.GREETING and not why:
+                    why = await self._take(line)
+        except TimeoutError:
+            return "said nothing"
+        self._wake.set()
+        try:
+            async with asyncio.timeout(answer_s):
+                while remote.stage is Stage.SETTLING and not why:
+                    why = await self._take(line)
+        except TimeoutError:
+            self._deliver(remote.settle())
+        if not why:
+            self._ready_at = self._uplinks.clock()
+            log.info("%s is connected", self)
+        begun, load = self._uplinks.clock(), 0.0
+        while not why:
+            why = await self._take(line)
+            load += max(1 / BATCH_MESSAGES, self._taken_octets / BATCH_OCTETS)
+            if load >= 1.0:
+                took = self._uplinks.clock() - begun
+                await asyncio.sleep(max(0.0, min(load, PAUSES_MAX) * BATCH_S - took))
+                begun, load = self._uplinks.clock(), 0.0
+        return why
+
+    async def _take(self, line: "aiohttp.ClientWebSocketResponse[bool]") -> str:
+        """One message, and what it leads to. Why the connection has to end, or nothing."""
+        message = await line.receive()
+        self._taken_octets = 0
+        if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
+            self._taken_octets = len(message.data)
+            first = True
+            for event in self._remote.received(message.data):
+                if not first:
+                    await asyncio.sleep(0)
+                first = False
+                self._deliver([event])
+            if self._remote.stage is Stage.SETTLING or self._remote.broken:
+                self._wake.set()
+            return self._remote.broken
+        if (
+            message.type is WSMsgType.ERROR
+            and line.close_code == aiohttp.WSCloseCode.MESSAGE_TOO_BIG
+        ):
+            return "sent a message that is too large"
+        if message.type is WSMsgType.ERROR:
+            return "does not speak WebSocket"
+        if isinstance(line.exception(), aiohttp.ServerTimeoutError):
+            return "does not answer any more"
+        return "closed the connection"
+
+    async def _write(self, line: "aiohttp.ClientWebSocketResponse[bool]") -> None:
+        """Send what there is to be sent, as it comes. Ends with the connection."""
+        remote, wake = self._remote, self._wake
+        while True:
+            message = remote.next_message()
+            if message is None:
+                wake.clear()
+                await wake.wait()
+            else:
+                await line.send_frame(message, WSMsgType.TEXT)
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Emit in order. If `emit` itself calls `send`, the outer loop goes on with what comes."""
+        self._to_emit.extend(events)
+        if self._emitting:
+            return
+        self._emitting = True
+        try:
+            while self._to_emit and not self._closed:
+                self._emit(self._to_emit.popleft())
+        finally:
+            self._emitting = False
+
+    def __str__(self) -> str:
+        return f"uplink {self._name}"
+
+
+def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket that holds little of what a server has not taken."""
+    family, kind, protocol, _, _ = address
+    found = socket.socket(family=family, type=kind, proto=protocol)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_OCTETS)
+    return found
