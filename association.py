@@ -121,7 +121,7 @@ class Association(RTCSctpTransport):
 
     Private names that it leans on, pinned by the version: the methods overridden here;
     `_advertised_rwnd`, `_sack_misordered`, `_inbound_streams` (what is held), `_sent_queue`,
-    `_rto`, `_srtt`, `_rttvar`, and what a repeated INIT must leave alone.
+    `_rto`, `_srtt`, `_rttvar`, `_data_channel_queue`, and what a repeated INIT must leave alone.
     """
 
     def __init__(
@@ -155,6 +155,11 @@ class Association(RTCSctpTransport):
             super()._t3_expired()
 
     # --- from aiortc ----------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """End it. What waits to be sent knows its channel, and that this: it is freed here."""
+        await super().stop()
+        self._data_channel_queue.clear()
 
     async def _handle_data(self, data: bytes) -> None:
         """A decrypted packet. Raises ConnectionError to end the session."""

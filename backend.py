@@ -134,6 +134,7 @@ class InProcess:
         """See Backend. The audio that the parrot remembers is freed with it."""
         self._mind = None
         self._waiting.clear()
+        self._emit = _ignore  # it knows the session, which knows this: freed now, not collected
 
     def _deliver(self, events: list[Event]) -> None:
         """Emit in order. If `emit` itself calls `send`, the outer loop goes on with what comes."""
@@ -146,3 +147,7 @@ class InProcess:
                 self._emit(self._waiting.popleft())
         finally:
             self._emitting = False
+
+
+def _ignore(_: Event) -> None:
+    """What a closed backend emits goes nowhere."""

@@ -394,6 +394,11 @@ class Peer:
         self._channels.clear()
         if self._resending is not None:
             self._resending.cancel()
+        # aiortc's objects refer to this one and to each other. Without these references back they
+        # are freed here and now, and not by the collector some day.
+        if self._dtls is not None:
+            self._dtls.remove_all_listeners()
+        self._dtls = self._sctp = None
 
     # --- what aiortc asks of its ICE transport --------------------------------------------------
 

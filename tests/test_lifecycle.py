@@ -1,11 +1,13 @@
 """A call's life and the process's: limits with notice, drains, load, and faults that stay alone."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
 import subprocess
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -337,6 +339,38 @@ def test_a_close_that_fails_frees_the_rest(tmp_path: Path) -> None:
         real()
 
     house(tmp_path, scenario)
+
+
+def test_a_call_that_has_ended_is_freed_without_the_collector(tmp_path: Path) -> None:
+    """Of short calls the collector would keep hundreds, and then hold up everybody's audio."""
+
+    async def scenario(on: House) -> None:
+        for polite in (True, False):
+            client, call_id = await on.call()
+            session = on.transceiver.sessions[call_id]
+            parts = (session, session._peer, session._backend, session._conversation)
+            transports = (session._peer._dtls, session._peer._sctp)
+            left = [weakref.ref(each) for each in parts + transports]
+            if polite:
+                await on.ask("DELETE", f"/v1/sessions/{call_id}")
+                await closed(client)
+            else:
+                # A client that takes nothing any more: messages wait for it.
+                on.shim.down = lambda _: None
+                for _ in range(50):
+                    session.fault("a_code", "of a test" * 1_000)
+                await on.ask("DELETE", f"/v1/sessions/{call_id}")
+            del session, parts, transports
+            names = ("session", "peer", "backend", "conversation", "dtls", "sctp")
+            kept = dict(zip(names, left, strict=True))
+            await shim.until(lambda kept=kept: not any(each() for each in kept.values()))
+
+    gc.collect()
+    gc.disable()
+    try:
+        house(tmp_path, scenario)
+    finally:
+        gc.enable()
 
 
 # --- what is measured -----------------------------------------------------------------------------

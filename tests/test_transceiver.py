@@ -50,6 +50,18 @@ ports = [1, 65535]
 """
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that is free for TCP and for UDP, as a transceiver needs it."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = int(server.getsockname()[1])
+            try:
+                shim.udp_socket(port=port).close()
+            except OSError:
+                continue
+            return port
+
+
 def configure(
     folder: Path,
     control: str = "127.0.0.0/8",
@@ -57,8 +69,7 @@ def configure(
     limits: str = "sessions_max = 2",
 ) -> Path:
     """A configuration file with keys and a free port; its path."""
-    with shim.udp_socket() as sock:
-        listen = f"127.0.0.1:{sock.getsockname()[1]}"
+    listen = f"127.0.0.1:{free_port()}"
     keys = folder / "keys"
     keys.write_text("0 " + bytes(range(32)).hex())
     keys.chmod(0o600)
