@@ -1,6 +1,6 @@
 """Whether what we send is protected against loss, by the client's reports: an encoder that changes.
 
-CELT, the encoder of choice, costs a quarter of the work of SILK and looks less far ahead, but has
+CELT, the encoder of choice, costs an eighth of the work of SILK and looks less far ahead, but has
 no in-band FEC: what is lost, the client invents. SILK (in hybrid with CELT) carries a coarse copy
 of each frame in the next packet, and a client that misses one plays that. `Encoder` is the former
 where nothing gets lost, and the latter as long as reports say that something does.
@@ -15,8 +15,7 @@ Rules that stay true:
   each time it is a new one. What it would have looked ahead to, 2.5 or 6.5 ms, is lost by that.
 - Nothing changes while nothing is sent: an idle session has one encoder and no work.
 
-Lost packets are not sent again: that is receiver.py's reasoning seen from the other side, and a
-client that plays in real time would have to wait for them with all that it plays.
+Lost packets are not sent again: receiver.py has the reasons, which are the same from here.
 
 It owns no codec: those are made by a function that is an argument. It reads no RTCP (rtp.py does).
 """
@@ -36,10 +35,11 @@ JUDGED_PACKETS = 100
 """Taken as sent when there were fewer: one packet lost of the first ten is not ten per cent."""
 
 PROTECT_AT = 0.02
-"""Share of packets lost from which on protection pays. It costs four times the work for a frame (50
-us become 200 on a 2 vCPU Xeon), while somebody speaks, and 4 ms of delay. In what can be understood
-of it (ESTOI) the protected speech is ahead by 0.005 with 2 % lost, by 0.03 with 5, by 0.06 with 10;
-below 2 % there is nothing to gain but a sound a little more pleasant. `quality.py` has the table.
+"""Share of packets lost from which on protection pays. It costs eight times the work for a frame (20
+us become 150 on a 2 vCPU Xeon), while somebody speaks, and 4 ms of delay. What it brings: with 1, 2,
+5, 10 % lost, PESQ is 3.9, 3.8, 3.4, 3.1 instead of 3.3, 3.1, 2.5, 2.0 (wide band, 48 kb/s, the
+client's concealment played by libopus; without loss 4.0 and 3.7). Lower, and a core carries fewer
+calls for what few hear; higher, and replies are hard to follow. `quality.py` prints the like.
 """
 
 LEAVE_AT = 0.005

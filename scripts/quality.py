@@ -211,6 +211,35 @@ def likeness(reference: Speech, heard: Speech) -> float:
     return float(found)
 
 
+def nack(seconds: float, seed: int) -> list[Figures]:
+    """How many lost packets asking for them again would bring back before their hole is filled.
+
+    The question leaves with the packet that shows the hole, the answer can be lost as well. FEC is
+    what the next packet's copy brings in that time anyway, without asking.
+    """
+    rows = []
+    sent_at = [n * FRAME_S for n in range(round(seconds / FRAME_S))]
+    for name in ("loss 2 %", "bursts 5 %", "2 % and jitter"):
+        path = next(path for path in PATHS if path.name == name)
+        arrivals = travel(path, sent_at, seed)
+        came = {each.number: each.at for each in reversed(arrivals)}
+        times = sorted(came.items(), key=lambda item: item[1])
+        holes = []  # how long from when each shows until it is filled, and whether FEC has it
+        for number in range(min(came), max(came)):
+            if number not in came:
+                behind = [at for other, at in times if number < other < number + 50][:2]
+                if len(behind) == 2:
+                    wait_s = min(behind[1] - behind[0], receiver.HOLE_S)
+                    holes.append((wait_s, number + 1 in came))
+        row: Figures = {"path": name, "lost": len(holes)}
+        row["by_fec"] = f"{sum(copied for _, copied in holes) / len(holes):.0%}"
+        for trip_ms in (5, 10, 20, 30, 50, 100):
+            saved = sum(wait_s >= trip_ms / 1_000 for wait_s, _ in holes) * (1 - path.loss)
+            row[f"rtt_{trip_ms}_ms"] = f"{saved / len(holes):.0%}"
+        rows.append(row)
+    return rows
+
+
 def per_cent(values: Sequence[float], share: float) -> float:
     """That quantile, as it occurred."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
@@ -269,6 +298,33 @@ def describe(name: str, done: Run, whole: Speech) -> Figures:
     }
 
 
+def outgoing(seconds: float, seed: int) -> list[Figures]:
+    """A reply over paths that lose, by the encoder without FEC and by the one with (fec.py).
+
+    The client is one that waits for one packet more than it plays and conceals as libopus does.
+    """
+    frames = speech(seconds, BACKEND_HZ)
+    rows = []
+    for percent in (0, 1, 2, 3, 5, 10):
+        row: Figures = {"loss": f"{percent} %"}
+        for name, expected in (("celt", 0), ("silk", max(1, percent))):
+            encoder = opus.encoder_for(BACKEND_HZ, expected)
+            began = time.process_time()
+            payloads = [encoder.encode(frame) for frame in frames]
+            took = (time.process_time() - began) / len(frames)
+            path = Path("down", loss=percent / 100)
+            done = run(payloads, path, seed, Watched(BACKEND_HZ))
+            said = np.frombuffer(b"".join(frames), "<i2")
+            ahead = 60 if name == "celt" else 156  # samples: 2.5 and 6.5 ms
+            row |= {
+                f"{name}_us": round(1e6 * took),
+                f"{name}_kbps": round(sum(map(len, payloads)) * 8 / seconds / 1_000),
+                f"{name}_estoi": round(likeness(said, done.samples[ahead:]), 3),
+            }
+        rows.append(row)
+    return rows
+
+
 def outbound(rounds: int) -> list[Figures]:
     """From PCM written to an idle Playout to its first packet, by the clock."""
     rows = []
@@ -303,6 +359,8 @@ def measure(seconds: float, seed: int) -> Figures:
         "seconds": seconds,
         "seed": seed,
         "inbound": inbound(seconds, seed),
+        "outgoing": outgoing(seconds, seed),
+        "nack": nack(seconds, seed),
         "outbound_idle": outbound(200 if seconds < 20 else 1_000),
     }
 
@@ -327,8 +385,9 @@ def main(
         json.dump(found, sys.stdout, indent=2)
         return
     typer.echo(f"{found['libopus']}, {seconds:g} s, seed {seed}; delays in ms, p50/p99/max")
-    table(found["inbound"], typer.echo)
-    table(found["outbound_idle"], typer.echo)
+    for part in ("inbound", "outgoing", "nack", "outbound_idle"):
+        typer.echo(f"\n{part}")
+        table(found[part], typer.echo)
 
 
 if __name__ == "__main__":

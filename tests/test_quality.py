@@ -165,3 +165,20 @@ def test_the_first_frame_of_a_reply_leaves_in_the_call_that_brings_it(quality):
     for row in quality.outbound(20):  # asserts it for each
         print(row)
         assert row["max"] > 0
+
+
+def test_protection_and_asking_again_are_measured(quality):
+    """The figures behind two decisions: FEC from some loss on (fec.py), no NACK (receiver.py)."""
+    rows = quality.outgoing(SECONDS, SEED)
+    by_loss = {row["loss"]: row for row in rows}
+    for row in rows:
+        print(row)
+    assert by_loss["10 %"]["silk_estoi"] > by_loss["10 %"]["celt_estoi"] + 0.01
+    assert by_loss["0 %"]["celt_estoi"] > 0.98
+    assert by_loss["0 %"]["celt_us"] < by_loss["0 %"]["silk_us"] / 2
+    rows = quality.nack(SECONDS, SEED)
+    for row in rows:
+        print(row)
+        shares = [int(row[f"rtt_{trip}_ms"][:-1]) for trip in (5, 10, 20, 30, 50, 100)]
+        assert shares == sorted(shares, reverse=True)
+        assert shares[-1] == 0
