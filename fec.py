@@ -35,11 +35,11 @@ JUDGED_PACKETS = 100
 """Taken as sent when there were fewer: one packet lost of the first ten is not ten per cent."""
 
 PROTECT_AT = 0.02
-"""Share of packets lost from which on protection pays. It costs eight times the work for a frame (20
-us become 150 on a 2 vCPU Xeon), while somebody speaks, and 4 ms of delay. What it brings: with 1, 2,
-5, 10 % lost, PESQ is 3.9, 3.8, 3.4, 3.1 instead of 3.3, 3.1, 2.5, 2.0 (wide band, 48 kb/s, the
-client's concealment played by libopus; without loss 4.0 and 3.7). Lower, and a core carries fewer
-calls for what few hear; higher, and replies are hard to follow. `quality.py` prints the like.
+"""Share of packets lost from which on protection pays. It costs eight times the work for a frame
+(20 us become 150 on a 2 vCPU Xeon), while somebody speaks, and 4 ms of delay. What it brings: with
+1, 2, 5, 10 % lost, PESQ is 3.9, 3.8, 3.4, 3.1 instead of 3.3, 3.1, 2.5, 2.0 (wide band, 48 kb/s,
+the client's concealment played by libopus; without loss 4.0 and 3.7). Lower, and a core carries
+fewer calls for what few hear; higher, and replies are hard to follow. `quality.py` prints the like.
 """
 
 LEAVE_AT = 0.005

@@ -175,7 +175,6 @@ def test_protection_and_asking_again_are_measured(quality):
         print(row)
     assert by_loss["10 %"]["silk_estoi"] > by_loss["10 %"]["celt_estoi"] + 0.01
     assert by_loss["0 %"]["celt_estoi"] > 0.98
-    assert by_loss["0 %"]["celt_us"] < by_loss["0 %"]["silk_us"] / 2
     rows = quality.nack(SECONDS, SEED)
     for row in rows:
         print(row)
