@@ -1,4 +1,4 @@
-"""Interruption, in a whole session: real Opus both ways, the real parrot, a clock of the test's own.
+"""Interruption, in a whole session: real Opus both ways, the real parrot, a clock of the test's.
 
 What is counted are packets at the transport. Behind a reply that is cut off come HUSH_PACKETS of
 silence, and they are decoded to prove that they are.

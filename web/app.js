@@ -16,7 +16,8 @@
 //              sound of a reply, since Start was pressed
 //   counters   {sent, received, turns, interruptions, errors, packetsIn, packetsOut}
 //   turns      the turns, oldest first: {status, heard, said, replyAfterMs, audibleAfterMs,
-//              silentAfterMs}; the last is from an interruption to the end of the reply's sound
+//              interruptedBy, silentAfterMs}; the last is from the press or the first sound of the
+//              speech that interrupted the reply to the end of the reply's own sound
 //   events     [{direction, event}], the last 500, oldest first
 
 import { Call } from "./call.js";
@@ -37,6 +38,17 @@ const RELEASE_TAIL_MS = 150;
 
 // A shorter press is a slip, and its commit would be an error of an empty buffer.
 const PRESS_MS_MIN = 250;
+
+// The sliders, and the fields of turn detection that they set. The last two are Earshot's own.
+const SLIDERS = {
+  delay: "silence_duration_ms",
+  interruption: "min_interruption_duration_ms",
+  patience: "response_delay_ms",
+};
+
+// What the browser has buffered of a reply that is cut off would still be heard: some 20 to 60 ms.
+// Nothing of it is left after this long, and no other reply begins before it is announced.
+const HUSH_MS = 250;
 
 const TURNS_SHOWN = 20;
 const EVENTS_KEPT = 500;
@@ -66,6 +78,7 @@ const page = {
   posted: 0, // performance.now() when the call began
   timers: [],
   muted: false,
+  hushTimer: 0,
   press: null, // {at, released}: the talk button is down, or its last word is still on its way
 };
 
@@ -119,6 +132,7 @@ function stateChanged(call, ears, { state, error }) {
 }
 
 function endOf(ears) {
+  clearTimeout(page.hushTimer);
   page.timers.forEach(clearInterval);
   page.timers = [];
   endPress();
@@ -152,7 +166,9 @@ function message({ direction, event }) {
   if (event.type === "error") page.counters.errors += 1;
   if (event.type === "input_audio_buffer.speech_started") $("hint").textContent = "";
   if (event.type === "session.updated") sessionUpdated(event.session);
+  if (event.type === "output_audio_buffer.started") hush(false);
   if (event.type === "output_audio_buffer.cleared") {
+    hush(true);
     tape.mark({ kind: "cut", at: now, text: "interrupted" });
   }
 }
@@ -171,8 +187,17 @@ function showTurn(turn) {
 
 function interrupt() {
   if (page.turns?.last?.status !== "replying") return;
+  page.turns.press(page.ears.now);
+  hush(true);
   page.call.send({ type: "response.cancel" });
   page.call.send({ type: "output_audio_buffer.clear" });
+}
+
+// Silence the reply here, before what the server does about it arrives; or let it sound again.
+function hush(on) {
+  clearTimeout(page.hushTimer);
+  if (on) page.hushTimer = setTimeout(hush, HUSH_MS, false);
+  for (const track of $("speaker").srcObject?.getAudioTracks() ?? []) track.enabled = !on;
 }
 
 // --- settings of the session ----------------------------------------------------------------------
@@ -180,9 +205,8 @@ function interrupt() {
 const pushToTalk = () => document.querySelector("input[name=mode]:checked").value === "push";
 
 function session() {
-  const turn_detection = pushToTalk()
-    ? null
-    : { type: "server_vad", silence_duration_ms: $("delay").valueAsNumber };
+  const set = Object.entries(SLIDERS).map(([id, field]) => [field, $(id).valueAsNumber]);
+  const turn_detection = pushToTalk() ? null : { type: "server_vad", ...Object.fromEntries(set) };
   // Transcripts have to be asked for; servers that know other models take this name for theirs.
   const transcription = { model: "whisper-1" };
   return { type: "realtime", audio: { input: { turn_detection, transcription } } };
@@ -190,17 +214,21 @@ function session() {
 
 function updateSession() {
   const sent = page.call?.send({ type: "session.update", session: session() });
-  if (sent) $("delay-state").textContent = "Telling the server…";
+  if (!sent) return;
+  for (const id of Object.keys(SLIDERS)) $(`${id}-state`).textContent = "Telling the server…";
 }
 
 function sessionUpdated(updated) {
-  const silence = updated?.audio?.input?.turn_detection?.silence_duration_ms;
-  $("delay-state").textContent = silence === undefined ? "" : `In effect: ${silence} ms.`;
+  const detection = updated?.audio?.input?.turn_detection;
+  for (const [id, field] of Object.entries(SLIDERS)) {
+    const value = detection?.[field];
+    $(`${id}-state`).textContent = value === undefined ? "" : `In effect: ${value} ms.`;
+  }
 }
 
 let sliderTimer = 0;
 function slide() {
-  $("delay-text").textContent = `${$("delay").value} ms`;
+  for (const id of Object.keys(SLIDERS)) $(`${id}-text`).textContent = `${$(id).value} ms`;
   clearTimeout(sliderTimer);
   sliderTimer = setTimeout(updateSession, SLIDER_REST_MS);
 }
@@ -277,8 +305,10 @@ function showState(state) {
   $("mute").setAttribute("aria-pressed", page.muted);
   $("talk").hidden = !pushToTalk();
   $("talk").disabled = !live;
-  $("delay-box").classList.toggle("off", pushToTalk());
-  $("delay").disabled = pushToTalk();
+  for (const id of Object.keys(SLIDERS)) {
+    $(`${id}-box`).classList.toggle("off", pushToTalk());
+    $(id).disabled = pushToTalk();
+  }
   $("processing").disabled = !idle;
   if (!live) $("interrupt").disabled = true;
   if (state === "idle") $("hint").textContent = "Press Start, allow the microphone, and say something.";
@@ -334,7 +364,7 @@ $("start").onclick = () => {
 $("mute").onclick = mute;
 $("interrupt").onclick = interrupt;
 $("notice-close").onclick = hideNotice;
-$("delay").oninput = slide;
+for (const id of Object.keys(SLIDERS)) $(id).oninput = slide;
 for (const radio of document.querySelectorAll("input[name=mode]")) radio.onchange = modeChanged;
 
 const talk = $("talk");
@@ -388,7 +418,8 @@ Object.defineProperty(window, "earshot", {
         said: turn.said,
         replyAfterMs: between(turn.speechEnd, turn.replyBegan),
         audibleAfterMs: between(turn.speechEnd, turn.replyHeard),
-        silentAfterMs: between(turn.replyEnd, turn.silentAt),
+        interruptedBy: turn.interruptedBy,
+        silentAfterMs: between(turn.interruptedFrom, turn.silentAt),
       }));
     },
     get events() {

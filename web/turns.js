@@ -63,7 +63,9 @@ export class Turns {
       replyBegan: null,
       replyHeard: null,
       replyEnd: null,
-      silentAt: null, // of an interrupted reply: when it was last loud, its end at the earliest
+      interruptedBy: null, // "press" or "speech"
+      interruptedFrom: null, // when the button was pressed, or the speech was first loud
+      silentAt: null, // of an interrupted reply: when it was last loud
       responseId: null,
       heard: "",
       said: "",
@@ -83,6 +85,14 @@ export class Turns {
     this.#changed(turn);
   }
 
+  // The button that interrupts was pressed; `output_audio_buffer.cleared` is the server's answer.
+  press(now) {
+    const turn = this.last;
+    if (turn?.status !== "replying") return;
+    turn.interruptedBy = "press";
+    turn.interruptedFrom = now;
+  }
+
   // A press too short to be speech: no turn after all.
   drop() {
     const turn = this.list.pop();
@@ -94,7 +104,7 @@ export class Turns {
   listen() {
     const [turn, cut] = [this.last, this.#interrupted];
     if (cut && this.#reply.onset <= cut.replyEnd) {
-      cut.silentAt = Math.max(cut.replyEnd, this.#reply.lastLoud);
+      cut.silentAt = Math.max(cut.interruptedFrom, this.#reply.lastLoud);
     }
     if (turn?.status !== "replying" || turn.replyHeard !== null) return;
     if (this.#reply.onset < turn.speechEnd) return;
@@ -140,6 +150,10 @@ export class Turns {
       case "output_audio_buffer.cleared":
         turn.replyEnd = now;
         turn.status = "interrupted";
+        if (!turn.interruptedBy) {
+          turn.interruptedBy = "speech";
+          turn.interruptedFrom = Math.min(this.#microphone.onset, now);
+        }
         this.#interrupted = turn;
         this.interruptions += 1;
         break;
