@@ -9,7 +9,7 @@
 Everything runs on loopback and is started and ended here: the relay as an operator would start it
 (rig.py), and its clients and their transceiver in this process (load.py), which keeps to one CPU,
 the relay to the others where there are any. What is measured is in losses.py and costs.py, and of
-a transceiver in capacity.py.
+a transceiver in capacity.py, setup_times.py, quality.py and churn.py.
 
 Rules that stay true:
 - What must hold exactly (nothing lost or twice, the law of the counters, flows unchanged) and did
@@ -35,10 +35,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import capacity
+import churn
 import costs
 import dev
 import flood
 import losses
+import quality
+import setup_times
 import typer
 from load import Figures, Load
 from rig import Setting, Skip
@@ -48,7 +51,12 @@ import settings
 
 Parts = Mapping[str, Callable[[Setting], Figures]]
 PARTS = losses.PARTS | costs.PARTS
-TRANSCEIVER_PARTS = capacity.PARTS
+TRANSCEIVER_PARTS: Parts = {
+    **capacity.PARTS,
+    "setup": lambda setting: setup_times.measure(calls=2 if setting.quick else 20),
+    "quality": lambda setting: quality.measure(5.0 if setting.quick else 60.0, setting.seed),
+    **churn.PARTS,
+}
 
 
 def about(seed: int) -> Figures:
@@ -144,7 +152,8 @@ def _transceiver(
     quick: Annotated[bool, typer.Option("--quick", help="Small: does it work?")] = False,
     seed: Annotated[int | None, typer.Option(help="Of all random moments.")] = None,
 ) -> None:
-    """Measure the transceiver of this tree, beside a server on stock aiortc."""
+    """Measure the transceiver of this tree, beside a server on stock aiortc: what a core carries,
+    set-up over a path with delay, what loss does to speech, and 10,000 short calls."""
     _report(TRANSCEIVER_PARTS, only, as_json, quick, seed, {})
 
 
