@@ -42,8 +42,8 @@ const PRESS_MS_MIN = 250;
 // The sliders, and the fields of turn detection that they set. The last two are Earshot's own.
 const SLIDERS = {
   delay: "silence_duration_ms",
-  interruption: "min_interruption_duration_ms",
   patience: "response_delay_ms",
+  interruption: "min_interruption_duration_ms",
 };
 
 // What the browser has buffered of a reply that is cut off would still be heard: some 20 to 60 ms.
