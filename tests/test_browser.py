@@ -478,6 +478,27 @@ def test_an_interruption_is_heard_at_once(
     browser.close()
 
 
+def test_a_hm_does_not_cut_the_bot_off(
+    launch: Callable[[Path], Any], system: dict[str, Any], tmp_path: Path
+) -> None:
+    """A word of 200 ms into a reply that needs 400, and the button works all the same."""
+    said = [silence(LEAD_S), vowel(3.0), silence(1.0), vowel(0.2), silence(8.0)]
+    browser = launch(written(np.concatenate(said), tmp_path / "said.wav"))
+    opener = pages(browser, system)
+    page = next(opener)()
+    page.get_by_label("Interrupt with at least").fill("400")
+    page.get_by_label("Echo cancellation").uncheck()
+    start(page)
+    until(page, "earshot.turns.length === 2 && earshot.turns[1].status === 'aside'")
+    assert page.evaluate("earshot.turns[0].status") == "replying"
+    assert page.get_by_text("Heard; the reply went on").is_visible()
+    page.get_by_role("button", name="Interrupt").click()
+    until(page, "earshot.turns[0].status === 'interrupted'")
+    assert page.evaluate("earshot.counters.interruptions") == 1
+    opener.close()
+    browser.close()
+
+
 FULL = {"status": 503, "headers": {"Retry-After": "30"}, "json": {"error": {"message": "Full."}}}
 
 

@@ -182,11 +182,11 @@ function showTurn(turn) {
     const text = `${between(turn.speechEnd, turn.replyBegan)} ms`;
     tape.mark({ kind: "wait", from: turn.speechEnd, until: turn.replyBegan, text });
   }
-  $("interrupt").disabled = page.call.state !== "live" || turn.status !== "replying";
+  $("interrupt").disabled = page.call.state !== "live" || !page.turns.replying;
 }
 
 function interrupt() {
-  if (page.turns?.last?.status !== "replying") return;
+  if (!page.turns?.replying) return;
   page.turns.press(page.ears.now);
   hush(true);
   page.call.send({ type: "response.cancel" });

@@ -5,6 +5,7 @@ import { between } from "./turns.js";
 const STATUS = {
   listening: "Listening…",
   thinking: "Waiting for the reply…",
+  aside: "Heard; the reply went on",
   replying: "Replying…",
   done: "",
   interrupted: "Interrupted",

@@ -54,6 +54,11 @@ export class Turns {
     return this.list.at(-1);
   }
 
+  // The turn whose reply is being played. Not always the last: a short "hm" is a turn, too.
+  get replying() {
+    return this.list.findLast((turn) => turn.status === "replying");
+  }
+
   // A turn begins: the server heard speech, or the button was pressed.
   begin(now) {
     this.list.push({
@@ -69,7 +74,7 @@ export class Turns {
       responseId: null,
       heard: "",
       said: "",
-      status: "listening", // then: thinking, replying, done, interrupted, silent, failed
+      status: "listening", // then: thinking or aside, replying, done, interrupted, silent, failed
     });
     if (this.list.length > TURNS_MAX) this.list.shift();
     this.#changed(this.last);
@@ -81,14 +86,15 @@ export class Turns {
     if (!turn || turn.status !== "listening") return;
     const loud = this.#microphone.lastLoud;
     turn.speechEnd = loud > turn.began - 1 ? Math.min(loud, now) : now;
-    turn.status = "thinking";
+    // What did not interrupt a reply need not be answered; if it is, that event will say so.
+    turn.status = this.replying ? "aside" : "thinking";
     this.#changed(turn);
   }
 
   // The button that interrupts was pressed; `output_audio_buffer.cleared` is the server's answer.
   press(now) {
-    const turn = this.last;
-    if (turn?.status !== "replying") return;
+    const turn = this.replying;
+    if (!turn) return;
     turn.interruptedBy = "press";
     turn.interruptedFrom = now;
   }
