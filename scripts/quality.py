@@ -33,14 +33,14 @@ import audio
 import opus
 import receiver
 import rtp
+import sdp
 
 Figures = dict[str, Any]
 Speech = npt.NDArray[np.int16]
 
 SPEECH = File(__file__).resolve().parent.parent / "tests/data/sentence.wav"
-BROWSER_HZ, BACKEND_HZ = 48_000, 24_000
-BROWSER_BITRATE = 32_000
-"""What libwebrtc takes for mono speech with FEC where nobody asks for another."""
+BACKEND_HZ = 24_000
+"""Also what the browser is told to be heard at (maxplaybackrate), so that it encodes no more."""
 BROWSER_COMPLEXITY = 9
 """libwebrtc's on a desktop computer; on telephones it is 5."""
 FRAME_S = 0.02
@@ -62,7 +62,7 @@ PATHS = (
 )
 
 
-def speech(seconds: float, rate_hz: int = BROWSER_HZ) -> list[bytes]:
+def speech(seconds: float, rate_hz: int = BACKEND_HZ) -> list[bytes]:
     """Frames of real speech, over and over."""
     with wave.open(str(SPEECH)) as file:
         assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 48_000)
@@ -86,8 +86,8 @@ def _thinned(pcm: bytes, factor: int) -> bytes:
 def browser(frames: Sequence[bytes], loss: float) -> list[bytes]:
     """Payloads as a browser makes them that hears of so much loss; without any it adds no FEC."""
     encoder = opus.Encoder(
-        BROWSER_HZ,
-        bitrate=BROWSER_BITRATE,
+        BACKEND_HZ,
+        bitrate=sdp.BITRATE,
         complexity=BROWSER_COMPLEXITY,
         application=opus.Application.VOIP,
         loss_percent=round(100 * loss),
@@ -303,7 +303,7 @@ def outgoing(seconds: float, seed: int) -> list[Figures]:
 
     The client is one that waits for one packet more than it plays and conceals as libopus does.
     """
-    frames = speech(seconds, BACKEND_HZ)
+    frames = speech(seconds)
     rows = []
     for percent in (0, 1, 2, 3, 5, 10):
         row: Figures = {"loss": f"{percent} %"}
@@ -331,7 +331,7 @@ def outbound(rounds: int) -> list[Figures]:
     for application in opus.Application:
         encoder = opus.Encoder(BACKEND_HZ, application=application)
         out = audio.Playout(encoder, ssrc=1, payload_type=111, sequence=0, timestamp=0)
-        frames = speech(2.0, BACKEND_HZ)
+        frames = speech(2.0)
         took = []
         for n in range(rounds):
             frame, now = frames[n % len(frames)], float(n)

@@ -105,7 +105,10 @@ def test_the_answer_to_a_browser() -> None:
     assert "a=ssrc:7 cname:earshot" in audio
     assert "a=sendrecv" in audio
     assert "a=rtcp-rsize" in audio
-    fmtp = "minptime=10;useinbandfec=1;stereo=0;sprop-stereo=0;maxplaybackrate=16000"
+    fmtp = (
+        "minptime=10;useinbandfec=1;stereo=0;sprop-stereo=0;maxplaybackrate=16000"
+        ";maxaveragebitrate=40000"
+    )
     assert f"a=fmtp:111 {fmtp}" in audio
     assert video[0] == "m=video 3478 UDP/TLS/RTP/SAVPF 96"
     assert {"a=mid:1", "a=inactive", "a=rtpmap:96 VP8/90000"} <= set(video)
