@@ -304,7 +304,6 @@ def test_a_session_that_meets_a_fault_ends_alone(tmp_path: Path, what: str) -> N
         healthy, kept = await on.call()
         ill, lost = await on.call()
         BREAKS[what](on.transceiver.sessions[lost])
-        on.transceiver.sessions[lost]._emitted({"type": "response.created", "response": {}})
 
         async def speak() -> None:
             while lost in on.transceiver.sessions:
