@@ -58,6 +58,7 @@ VANISHED = "the client has vanished"
 EXPIRED = "the session limit is reached"
 FAULT = "a fault in the server"
 BACKEND_LOST = "the backend is lost"
+STOPPED_READING = "the client has stopped reading its data channel"
 """Reasons why calls end that are counted (ENDINGS)."""
 
 ENDINGS = {
@@ -273,6 +274,9 @@ class Session:
         for event in self._conversation.to_backend():
             self._backend.send(event, now)
         for message in self._conversation.to_client():
+            if self._peer.backlog_octets > BACKLOG_OCTETS_MAX:  # a backend may say a lot a second
+                self._owner.ended(self, STOPPED_READING)
+                break
             self._peer.send_message(message)
             self._meter.told(message, self._owner.clock() - now)
         self._owner.paced(self)
@@ -311,7 +315,7 @@ class Session:
         if now - heard_at >= limits.silence_deadline_s:
             return VANISHED
         if self._peer.backlog_octets > BACKLOG_OCTETS_MAX:
-            return "the client has stopped reading its data channel"
+            return STOPPED_READING
         self._report(now)
         return None
 

@@ -322,6 +322,19 @@ def test_a_client_that_stops_reading_is_let_go(call: Call) -> None:
     assert call.session.sweep(call.now) == "the client has stopped reading its data channel"
 
 
+def test_a_backend_that_says_more_than_the_client_reads_fills_no_memory(call: Call) -> None:
+    call.session.connected(call.now)
+    call.session.opened(call.now)
+    told = len(call.peer.messages)
+    for _ in range(100):
+        call.backend.emit(
+            {"type": "response.function_call_arguments.delta", "delta": "x" * 100_000}
+        )
+        call.peer.backlog_octets += 100_000
+    assert 40 < len(call.peer.messages) - told < 50
+    assert set(call.endings) == {session.STOPPED_READING}
+
+
 def test_time_passes_only_while_live(call: Call) -> None:
     call.session.tick(call.now)
     assert call.backend.ticks == 0
