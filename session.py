@@ -58,8 +58,10 @@ VANISHED = "the client has vanished"
 EXPIRED = "the session limit is reached"
 FAULT = "a fault in the server"
 BACKEND_LOST = "the backend is lost"
-STOPPED_READING = "the client has stopped reading its data channel"
 """Reasons why calls end that are counted (ENDINGS)."""
+
+STOPPED_READING = "the client has stopped reading its data channel"
+"""Another reason."""
 
 ENDINGS = {
     NEVER_CONNECTED: metrics.Transceiver.ENDED_NEVER_CONNECTED,
