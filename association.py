@@ -75,6 +75,10 @@ _PARAMETERS_AT = {_INIT: 20, _INIT_ACK: 20, 4: 4, 5: 4, 6: 4, 9: 4, 130: 4}
 RE-CONFIG."""
 _LENGTH_MIN = {_DATA: 17, _INIT: 20, _INIT_ACK: 20, _SACK: 16, 7: 8, 192: 8}
 
+BROKEN = "the client's SCTP is broken"
+EXCEEDED = "the client ignores the limits of its data channel"
+"""Reasons for which a session ends here."""
+
 log = logging.getLogger("association")
 
 
@@ -136,6 +140,8 @@ class Association(RTCSctpTransport):
         `round_trip_s` is what the handshake took, if that is known.
         """
         super().__init__(transport, sdp.SCTP_PORT)
+        self.failure: str | None = None
+        """Why the session ends, if it does so by what the client sent here."""
         self._advertised_rwnd = WINDOW_OCTETS
         first_s = RTO_INITIAL_S if round_trip_s is None else 2 * round_trip_s + ACK_DELAY_S
         self._first_s = self._rto = min(first_s, RTO_BACKED_OFF_S_MAX)
@@ -173,15 +179,16 @@ class Association(RTCSctpTransport):
             raise
         except Exception as error:  # aiortc asserts, decodes and unpacks what the client chose
             log.info("SCTP that aiortc cannot take: %r", error)
-            raise ConnectionError("the client's SCTP is broken") from error
+            self.failure = BROKEN
+            raise ConnectionError(BROKEN) from error
         if (
             self._advertised_rwnd < -WINDOW_SLACK_OCTETS
             or len(self._sack_misordered) > HELD_MAX
             or len(self._inbound_streams) > STREAMS_MAX
             or sum(len(stream.reassembly) for stream in self._inbound_streams.values()) > HELD_MAX
         ):
-            log.info("a client ignores the limits of its data channel")
-            raise ConnectionError("the client ignores the SCTP window")
+            self.failure = EXCEEDED
+            raise ConnectionError(EXCEEDED)
 
     async def _receive_chunk(self, chunk: Chunk) -> None:
         if not isinstance(chunk, InitChunk) or self._last_received_tsn is None:

@@ -352,7 +352,8 @@ class Peer:
 
     def _changed(self) -> None:
         if self._dtls is not None and self._dtls.state in ("closed", "failed"):
-            self.end("the client closed the connection")
+            failure = None if self._sctp is None else self._sctp.failure
+            self.end(failure or "the client closed the connection")
 
     def restart(self, ufrag: str, password: bytes) -> None:
         """Answer checks under these credentials too (ICE restart)."""
