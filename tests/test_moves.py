@@ -3,12 +3,15 @@ new ICE credentials; copied, replayed, forged and made-up packets.
 """
 
 import asyncio
+import contextlib
 import os
+import random
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import aioice.ice
+import pylibsrtp
 import pytest
 from aiortc.mediastreams import AudioStreamTrack
 
@@ -99,6 +102,61 @@ def test_an_ice_restart_that_is_wrong_is_refused(tmp_path: Path, body: Any, para
         assert on.transceiver.counters[Count.ICE_RESTARTS] == 0
         status, refusal, _ = await on.ask("POST", "/v1/sessions/rtc_x/ice", PAIR)
         assert (status, refusal["error"]["code"]) == (404, "call_id_not_found")
+
+    test_transceiver.house(tmp_path, scenario)
+
+
+def test_media_that_authenticates_and_makes_no_sense(tmp_path: Path) -> None:
+    """A client may encrypt what it likes: no session notices, its own least of all."""
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+
+    def nonsense(ssrc: int) -> tuple[bytes, bytes]:
+        opus = chance.choice((96, 111, chance.randrange(128)))
+        packet = bytearray(
+            rtp.write(
+                opus,
+                chance.randrange(1 << 16),
+                chance.randrange(1 << 32),
+                ssrc,
+                chance.randbytes(chance.choice((0, 1, 2, 60, 900))),
+                marker=chance.random() < 0.5,
+            )
+        )
+        if chance.random() < 0.3:
+            packet[0] ^= chance.choice((0x10, 0x20, 0x0F))  # extension, padding, sources
+        report = bytearray(rtp.receiver_report(ssrc, [], "x") + chance.randbytes(40))
+        for _ in range(chance.randrange(4)):
+            report[chance.randrange(2, len(report))] = chance.randrange(256)
+        report[4:8] = ssrc.to_bytes(4, "big")
+        return bytes(packet), bytes(report)
+
+    async def scenario(on: House) -> None:
+        hostile, _ = await on.call()
+        bystander, _ = await on.call()
+        one, other = test_transceiver.sessions(on)
+        heard = other._receiver.received
+        sender = hostile.pc.getSenders()[0].transport
+        at = frame.client(one._peer.agent.active.header)
+        for number in range(600):
+            packet, report = nonsense(chance.choice((1, 2, 3)))
+            protected = []
+            for protect, octets in (
+                (sender._tx_srtp.protect, packet),
+                (sender._tx_srtp.protect_rtcp, report),
+            ):
+                with contextlib.suppress(pylibsrtp.Error):  # it reads the header itself
+                    protected.append(protect(octets))
+            on.shim.inject(protected, at)
+            if not number % 4:
+                await asyncio.sleep(0.001)
+        await shim.until(lambda: other._receiver.received > heard + 20)
+        for client in (hostile, bystander):
+            count = len(client.messages)
+            client.channel.send('{"type": "input_audio_buffer.clear"}')
+            await shim.until(lambda client=client, count=count: len(client.messages) > count)
+        assert test_transceiver.sessions(on) == [one, other]
 
     test_transceiver.house(tmp_path, scenario)
 
