@@ -31,6 +31,7 @@ _FRAMES = (
     ("duplicate", Count.FRAMES_DUPLICATE),
     ("stray", Count.FRAMES_STRAY),
     ("malformed", Count.FRAMES_MALFORMED),
+    ("surplus", Count.FRAMES_SURPLUS),
 )
 """What the receiver of a client's audio counts, and where it ends up."""
 

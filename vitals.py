@@ -220,6 +220,11 @@ class Transceiver(ledger.Kinds):
         "That are no Opus.",
         "A broken client; its session goes on.",
     )
+    FRAMES_SURPLUS = (
+        "frames",
+        "Beyond real time, and not decoded.",
+        "A client that floods its session with audio; nobody else notices.",
+    )
 
 
 _SETUP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 15.0)

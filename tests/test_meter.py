@@ -63,7 +63,7 @@ def test_errors_and_interruptions_by_what_the_client_is_told(on: Metered) -> Non
 
 
 def test_frames_are_sums_over_calls(on: Metered) -> None:
-    names = ("decoded", "concealed", "recovered", "late", "duplicate", "stray", "malformed")
+    names = tuple(name for name, _ in meter._FRAMES)
     first = types.SimpleNamespace(**dict.fromkeys(names, 2))
     second = types.SimpleNamespace(**dict.fromkeys(names, 10))
     on.meter.frames(first)

@@ -293,6 +293,26 @@ def test_the_clients_report_tells_round_trip_and_loss(call: Call) -> None:
     call.session.rtcp(b"\x80\xc9", call.now)
 
 
+def test_loss_that_the_client_reports_puts_redundancy_into_what_it_is_sent(call: Call) -> None:
+    call.session.connected(call.now)
+
+    def reported(highest: int, lost: int) -> None:
+        block = rtp.Block(call.session.ssrc, 0, lost, highest, 0, 0, 0)
+        call.session.rtcp(rtp.receiver_report(5, [block], "client"), call.now)
+
+    def is_celt() -> bool:
+        call.now += 0.02
+        call.session.flow(call.now)
+        return call.peer.sent[-1].payload[0] >= 0x80  # RFC 6716 section 3.1, table 2
+
+    call.backend.reply(bytes(10 * 640))
+    assert is_celt()
+    reported(1_000, 10)
+    assert is_celt()
+    reported(1_250, 25)
+    assert not is_celt()
+
+
 def test_a_clients_sender_report_is_echoed_for_its_own_round_trip(call: Call) -> None:
     call.session.connected(call.now)
     call.session.rtp(packets(1)[0], call.now)
