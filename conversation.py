@@ -173,11 +173,13 @@ class Conversation:
             return
         if kind == "conversation.item.truncate":
             self._truncate_to_heard(event)
-        elif kind == "response.cancel":
+        elif kind == "response.cancel" and event.get("response_id") is None:
             self._floor.answered()
         elif kind == "response.create":
-            self._floor.answered()
-            self._replies.ask(self._known_by(event), now)
+            aside = _at(event, "response", "conversation") == "none"
+            self._replies.ask(self._known_by(event), now, aside=aside)
+            if not aside:
+                self._floor.answered()
         elif kind == "session.update" and isinstance(session := event.get("session"), dict):
             _drop_formats(session)
             event["session"] = self._terms.asked(session, self._known_by(event))
@@ -286,6 +288,8 @@ class Conversation:
             self._floor.stopped()
         elif kind == "input_audio_buffer.committed":
             self._floor.committed(now, busy=self._replies.busy)
+        elif kind == "input_audio_buffer.cleared":
+            self._floor.abandoned()
 
     def _note_response(self, event: Event, kind: str, now: float) -> None:
         """What an event about a response means for the play-out."""
@@ -298,8 +302,10 @@ class Conversation:
             if kind == "response.done":
                 self._replies.done(response_id, now)
                 return
-            self._floor.answered()
-            if not self._replies.created(response_id, now):
+            wanted = self._replies.created(response_id, now)
+            if not self._replies.is_aside(response_id):
+                self._floor.answered()
+            if not wanted:
                 self._tell_backend("own", "response.cancel", response_id=response_id)
 
     def _interrupt(self, now: float, *, cancel: bool) -> bool:

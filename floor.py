@@ -285,6 +285,10 @@ class Floor:
         if ended and self.terms.answers and not (busy and short):
             self._due = now + self.terms.patience.response_delay_ms / 1000
 
+    def abandoned(self) -> None:
+        """What was heard of a turn has been dropped, and nothing follows."""
+        self._speaking = self._stopped = False
+
     def answered(self) -> None:
         """A response to the last turn is no longer due: there is one, or the client wants none."""
         self._due = None

@@ -14,6 +14,8 @@ Rules that stay true:
   still sends: under the same item, another item, or after its own end.
 - A response that was asked for before an interruption, and comes into being after it, is cut off
   before its first sample.
+- A response that its client asked for beside the conversation ("none") is no turn of the bot's: it
+  is neither cancelled nor waited for. Where it sounds it is cut off like any other.
 - Items are told apart by response and id together, so a backend that uses an id twice confuses
   nobody. Ids are of ID_CHARACTERS_MAX at most; audio under a longer one is dropped.
 
@@ -82,6 +84,8 @@ class _Reply:
     """More came than fits; the rest is dropped."""
     cut: bool = False
     """Interrupted: whatever comes now is dropped, and it does not stop any more."""
+    aside: bool = False
+    """It does not belong to the conversation."""
     items: dict[str, None] = field(default_factory=dict)
     """Of what was cut off: the items whose truncation has been told."""
 
@@ -90,6 +94,7 @@ class _Reply:
 class _Ask:
     event_id: str
     until: float
+    aside: bool
     wanted: bool = True
 
 
@@ -113,14 +118,19 @@ class Replies:
 
     @property
     def making(self) -> list[str]:
-        """Responses that the backend is making and that were not cut off."""
+        """The conversation's responses that are being made and were not cut off."""
         replies = self._replies.items()
-        return [name for name, r in replies if not r.cut and name not in self._made]
+        return [n for n, r in replies if not (r.cut or r.aside) and n not in self._made]
 
     @property
     def busy(self) -> bool:
         """Whether the bot has the floor: something is being made, or is still to be heard."""
         return bool(self._pieces or self.making)
+
+    def is_aside(self, response_id: str) -> bool:
+        """Whether a response was asked for beside the conversation."""
+        reply = self._replies.get(response_id)
+        return reply is not None and reply.aside
 
     def heard_ms(self, item_id: str) -> int | None:
         """How much of an item has been sent; None if it never came, or is forgotten."""
@@ -131,10 +141,10 @@ class Replies:
 
     # --- from the backend, and towards it ----------------------------------------------------
 
-    def ask(self, event_id: str, now: float) -> None:
+    def ask(self, event_id: str, now: float, *, aside: bool = False) -> None:
         """A response.create with that id is on its way to the backend."""
         self._asked = [ask for ask in self._asked if now < ask.until][-ASKED_MAX + 1 :]
-        self._asked.append(_Ask(event_id, now + ASKED_S_MAX))
+        self._asked.append(_Ask(event_id, now + ASKED_S_MAX, aside))
 
     def refused(self, event_id: str) -> None:
         """The backend refuses that one."""
@@ -216,7 +226,7 @@ class Replies:
         """
         self._listen()
         for ask in self._asked:
-            ask.wanted = False
+            ask.wanted = ask.aside
         cut = []
         for piece, ms in self._playout.flush(now):
             response_id, item_id = self._pieces[piece]
@@ -225,6 +235,8 @@ class Replies:
             cut.append(Cut(item_id, ms))
         silenced = []
         for response_id, reply in list(self._replies.items()):
+            if reply.aside and not reply.started and not reply.items:
+                continue
             if reply.started and not reply.cut:
                 silenced.append(response_id)
             reply.cut = True
@@ -249,8 +261,9 @@ class Replies:
                 return None
             asked = [ask for ask in self._asked if now < ask.until]
             self._asked = asked[1:]
-            unwanted = bool(asked) and not asked[0].wanted
-            reply = self._replies[response_id] = _Reply(cut=unwanted)
+            reply = self._replies[response_id] = _Reply()
+            if asked:
+                reply.cut, reply.aside = not asked[0].wanted, asked[0].aside
         return reply
 
     def _make_room(self) -> bool:

@@ -364,6 +364,27 @@ def test_a_client_that_interrupts_in_the_delay_gets_no_answer(event: str) -> Non
     assert "response.created" not in kinds(line.wait(3))
 
 
+def test_a_response_beside_the_conversation_is_no_answer() -> None:
+    line = Line()
+    line.client("session.update", session=detecting(response_delay_ms=200))
+    line.backend("session.updated", session=line.asks()[0]["session"])
+    for kind in ("speech_started", "speech_stopped", "committed"):
+        line.backend(f"input_audio_buffer.{kind}", item_id="u")
+    line.client("response.create", response={"conversation": "none"})
+    line.backend("response.created", response={"id": "aside"})
+    line.client("response.cancel", response_id="aside")
+    line.asks()
+    line.wait(0.22)
+    assert kinds(line.asks()) == ["response.create"]
+
+
+def test_what_is_dropped_of_a_turn_interrupts_nothing() -> None:
+    line = replying(min_interruption_duration_ms=400)
+    line.say(LONG[: 200 * MS_OCTETS])
+    line.client("input_audio_buffer.clear")
+    assert "output_audio_buffer.cleared" not in kinds(line.say(LONG[: 40 * MS_OCTETS]))
+
+
 def test_a_client_that_asks_in_the_delay_gets_one_answer() -> None:
     line = ParrotLine(detecting(response_delay_ms=700))
     line.say(quiet(300) + SPEECH + quiet(600))

@@ -43,7 +43,7 @@ class Talk(Call):
         self.session.opened(self.now)
         self.note()
 
-    def _connect(self, _: Any, wanted: Any, emit: Any) -> Any:
+    def connect(self, wanted: Any, emit: Any, lost: Any) -> Any:
         return backend.InProcess(parrot.Parrot("tag", wanted), emit)
 
     def update(self, **detection: Any) -> None:

@@ -107,6 +107,21 @@ def test_what_was_asked_for_before_is_cut_off_when_it_comes() -> None:
     assert room.sound("new", "j", 100) is Taken.FIRST
 
 
+def test_what_is_asked_for_beside_the_conversation_is_left_alone() -> None:
+    room = Room()
+    room.replies.ask("e1", room.now, aside=True)
+    room.replies.ask("e2", room.now)
+    assert room.replies.created("aside", room.now)
+    assert room.replies.is_aside("aside")
+    assert not room.replies.busy
+    room.cut()
+    assert room.sound("aside", "i", 100) is Taken.FIRST  # in a voice of its own
+    assert not room.replies.created("reply", room.now), "asked for before the cut"
+    room.wait()
+    assert room.cut() == (["aside"], [Cut("i", 20)])
+    assert room.sound("aside", "i", 100) is Taken.DROPPED
+
+
 def test_an_error_or_time_ends_the_waiting_for_a_response() -> None:
     room = Room()
     room.replies.ask("e1", room.now)
