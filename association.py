@@ -17,6 +17,7 @@ RFC 9260 https://www.rfc-editor.org/rfc/rfc9260 (SCTP), RFC 6525 (resetting stre
 (giving up messages).
 """
 
+import contextlib
 import logging
 import struct
 from collections.abc import Callable
@@ -189,6 +190,12 @@ class Association(RTCSctpTransport):
         ):
             self.failure = EXCEEDED
             raise ConnectionError(EXCEEDED)
+
+    async def _send_chunk(self, chunk: Chunk) -> None:
+        # aiortc sends from tasks that nobody waits for: they would log at length that DTLS has
+        # ended, which the session knows.
+        with contextlib.suppress(ConnectionError):
+            await super()._send_chunk(chunk)
 
     async def _receive_chunk(self, chunk: Chunk) -> None:
         if not isinstance(chunk, InitChunk) or self._last_received_tsn is None:

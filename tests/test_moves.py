@@ -428,6 +428,28 @@ def test_an_address_claimed_by_srtp_is_its_owners_with_the_first_check() -> None
     town(scenario)
 
 
+def test_an_address_that_no_check_comes_from_is_given_up() -> None:
+    async def scenario(on: Town) -> None:
+        victim = await on.call()
+        home, moved = victim.at, ("127.0.0.1", 4444)
+        real = on.shim.clients[home]
+        on.shim.up = lambda octets: None if stun.kind(octets[0]) is stun.Kind.STUN else octets
+        on.shim.seen_as = lambda client: moved if client == real else client
+        on.shim.clients[moved] = real
+        await shim.until(lambda: victim.at == moved)
+        victim.peer.sweep(on.mux.clock() + ice.UNCHECKED_S_MAX)
+        assert victim.at == home
+        assert frame.key(frame.header(*moved)) not in on.mux._by_client
+        on.sent.clear()
+        await victim.goes_on()  # its voice is heard all the same
+        assert moved not in on.sent
+        on.shim.up = lambda octets: octets
+        on.shim.inject([victim.check()], moved)
+        await shim.until(lambda: victim.at == moved)
+
+    town(scenario)
+
+
 def test_a_client_that_only_listens_is_followed_by_its_reports() -> None:
     async def scenario(on: Town) -> None:
         listener = await on.call()

@@ -1,6 +1,7 @@
 """One client's transport, against a client as users have it."""
 
 import asyncio
+import gc
 import os
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -336,6 +337,44 @@ def test_media_follows_the_client_to_another_address() -> None:
         assert on.counters[Count.ADDRESSES_LEARNED] == 0
 
     line(scenario)
+
+
+def test_what_was_on_its_way_to_the_old_address_is_sent_again_at_once() -> None:
+    async def scenario(on: Line) -> None:
+        await on.connect()
+        on.shim.down = lambda octets: None if stun.kind(octets[0]) is stun.Kind.DTLS else octets
+        on.peer.send_message("are you there?")
+        sctp = on.peer._sctp
+        assert sctp is not None
+        await shim.until(lambda: sctp._sent_queue)
+        sctp._rto = 10 * shim.WAIT_S  # as after some time without an answer, and more
+        sctp._t3_restart()
+        await asyncio.sleep(0.05)
+        on.shim.down = lambda datagram: datagram
+        moved = ("127.0.0.9", 4444)
+        on.shim.clients[moved] = next(iter(on.shim.clients.values()))
+        on.shim.inject([stun.request(os.urandom(12), f"{UFRAG}:x", PASSWORD)], moved)
+        await shim.until(lambda: on.client.messages == ["are you there?"])
+
+    line(scenario)
+
+
+def test_a_message_after_the_client_has_gone_is_no_complaint(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario(on: Line) -> None:
+        await on.connect()
+        # DTLS's goodbye overtakes SCTP's (content type 23).
+        on.shim.up = lambda octets: None if octets[0] == 23 else octets
+        await on.client.close()
+        await shim.until(lambda: "lost: the client closed the connection" in on.handler.heard)
+        on.peer.send_message("goodbye")
+        await asyncio.sleep(0.02)
+        gc.collect()
+
+    line(scenario)
+    gc.collect()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_media_and_messages_follow_a_client_that_has_sent_no_check_yet() -> None:
