@@ -1,14 +1,14 @@
 """The census: which clients have an assured flow in any worker, seen from outside the workers.
 
 What it owns: one look at all flow tables in shared memory, which finds what has changed since the
-look before; an index of the assured flows by client; and which of them are due to be written to
-where other relays find them.
+look before; an index of the assured flows by client, and one by SSRC; and which of them are due to
+be written to where other relays find them.
 
 Rules that stay true:
 - Nobody is asked and nothing is locked: the workers go on while their tables are looked at. What is
   handed out is read from its slot in that moment, and may be gone in the next.
-- A look costs two strided copies of memory and a comparison, whatever the number of flows: 1 ms for
-  100,000 slots, and it can be had in pieces. Python touches only what has changed.
+- A look costs three strided copies of memory and a comparison, whatever the number of flows: 1 ms
+  for 100,000 slots, and it can be had in pieces. Python touches only what has changed.
 - What it holds is bounded by the number of slots.
 
 It tells no time and writes nothing anywhere. Sans-IO.
@@ -22,6 +22,7 @@ from typing import Literal
 
 import flows
 import frame
+import roaming
 
 _BLOCK_OCTETS = 2048
 """What is compared at a time: small enough to leave little to look through where something has
@@ -31,7 +32,7 @@ changed, large enough that a thousand comparisons cover a large table."""
 class Watch:
     """A worker's flow table, as it was at the last look."""
 
-    __slots__ = ("_assurances", "_assured", "_views", "memory", "states")
+    __slots__ = ("_assured", "_ssrcs", "_views", "memory", "states")
 
     memory: memoryview
     """The table itself (flows.py)."""
@@ -42,27 +43,31 @@ class Watch:
         """Nothing was seen yet: the first look finds all that there is."""
         self.memory = memory
         assurances = memory.cast("Q")[flows._ASSURED_AT_AT // 8 :: flows.SLOT_OCTETS // 8]
-        self._views = states(memory), assurances
-        self.states, self._assured = bytearray(len(assurances)), bytearray(8 * len(assurances))
+        ssrcs = memory.cast("I")[flows.SSRC_AT // 4 :: flows.SLOT_OCTETS // 4]
+        self._views, slots = (states(memory), assurances, ssrcs), len(assurances)
+        self.states, self._assured = bytearray(slots), bytearray(8 * slots)
+        self._ssrcs = bytearray(4 * slots)
 
-    def look(self, first: int, end: int) -> set[int]:
+    def look(self, first: int, end: int) -> tuple[set[int], set[int]]:
         """Those of the slots from `first` on, before `end`, that have changed since: another state,
-        or another flow that is assured.
+        or another flow that is assured; and those with another SSRC.
 
-        Two strided copies and a comparison, whatever the number of flows.
+        Three strided copies and a comparison, whatever the number of flows.
         """
         # In this order: a slot's state is written after what it vouches for.
-        fresh, assured = (view[first:end].tobytes() for view in self._views)
+        fresh, assured, ssrcs = (view[first:end].tobytes() for view in self._views)
         before, assured_before = self.states[first:end], self._assured[8 * first : 8 * end]
         changed = {
             *_differences(before, fresh, "B"),
             *_differences(assured_before, assured, "Q"),
         }
+        heard = set(_differences(self._ssrcs[4 * first : 4 * end], ssrcs, "I"))
         self.states[first:end], self._assured[8 * first : 8 * end] = fresh, assured
-        return {first + slot for slot in changed}
+        self._ssrcs[4 * first : 4 * end] = ssrcs
+        return {first + slot for slot in changed}, {first + slot for slot in heard - changed}
 
 
-def _differences(before: bytearray, after: bytes, shape: Literal["B", "Q"]) -> Iterator[int]:
+def _differences(before: bytearray, after: bytes, shape: Literal["B", "I", "Q"]) -> Iterator[int]:
     """The numbers of the items that differ."""
     if before == after:
         return
@@ -90,6 +95,7 @@ class Index:
         self._slots = len(self._watches[0].states)
         self._held: dict[int, bytes] = {}
         self._numbers: dict[bytes, int] = {}
+        self._ssrcs = roaming.Index()
         self._cursor = 0.0
         self.due = {}
 
@@ -107,11 +113,16 @@ class Index:
 
     def _look(self, worker: int, first: int, end: int) -> None:
         watch = self._watches[worker]
-        for slot in watch.look(first, end):
+        changed, heard = watch.look(first, end)
+        for slot in changed:
             number = worker * self._slots + slot
             self._forget(number)
             if watch.states[slot] == flows.State.ASSURED:
                 self._note(number)
+        for slot in heard:
+            number = worker * self._slots + slot
+            if number in self._held and (flow := self._read(number)):
+                self._ssrcs.note(number, flow.ssrc)
 
     def _note(self, number: int) -> None:
         flow = self._read(number)
@@ -120,12 +131,14 @@ class Index:
         key = frame.key(flow.header)
         self._held[number] = key
         self._numbers[key] = number
+        self._ssrcs.note(number, flow.ssrc)
         self.due[number] = None
 
     def _forget(self, number: int) -> None:
         key = self._held.pop(number, None)
         if key is not None and self._numbers.get(key) == number:  # not another worker's by now
             del self._numbers[key]
+        self._ssrcs.note(number, 0)
         self.due.pop(number, None)
 
     def _read(self, number: int) -> flows.Flow | None:
@@ -167,6 +180,13 @@ class Index:
         number = self._numbers.get(key)
         flow = None if number is None else self._read(number)
         return flow.ufrag if flow and frame.key(flow.header) == key else None
+
+    def follow(self, header: bytes, ssrc: int) -> tuple[bytes, bool] | None:
+        """The ufrag of the assured flows with this SSRC, read now, and whether one of them has the
+        client's IP address; None if there is none, or if it is not clear which (roaming.py)."""
+        read = filter(None, map(self._read, self._ssrcs.find(ssrc)))
+        pairs = [(flow.header, flow.ufrag) for flow in read if flow.ssrc == ssrc]
+        return roaming.choose(header, pairs)
 
     def count(self) -> list[tuple[int, int]]:
         """Tentative and assured flows of each worker, at the last look."""

@@ -12,19 +12,22 @@ asking: both ways use the same key, since a transceiver answers with the client'
 A flow is **tentative** until its transceiver has sent its client something other than STUN, then
 **assured**. What strangers can cause by repeating other people's packets ends at tentative flows.
 
+A slot also has the SSRC of its client's media (roaming.py): a client whose NAT has given it another
+port is found by it. The flow that is opened for the new address **follows** the old one: anybody
+who has seen the client's media could have caused it, so it takes no place of a client that checks.
+
 Rules that stay true:
 - A slot's state is written last when it fills and first when it empties: whenever the process dies,
   every slot that is not FREE is whole. A slot changes its client only after it was FREE.
 - An assured flow goes to another transceiver only when its own has said nothing for
   `FLOW_HELD_S` after it was contested: a repeated check moves no live call.
-- Nothing is evicted to make room. Full is full, and counted.
-- Slots are freed by `sweep` alone, never while a batch is in hand.
+- Nothing is evicted to make room. Full is full, and counted. One exception: of the flows that
+  follow one session and were never answered, the oldest makes room for the next.
+- Slots are freed by `sweep` and `follow` alone, never while a batch is in hand.
 
-Expiry is a clock's: for each state a hand goes round the slots once a period. A client heard of
-stands in `active`, which costs the hot path one set update a batch. The hand takes a flow that it
-finds there out of `active`, and forgets one that is not there: it was silent for a whole round. So
-a flow lives between one and two periods beyond its last packet, and no sweep looks at more than
-`FLOWS_A_SWEEP` of each state.
+A flow whose client is silent ends: for each state a hand goes round the slots once a period
+(expiry.py). A client heard of stands in `active`, which costs the hot path one set update a batch.
+The hand takes a flow that it finds there out of `active`, and forgets one that is not there.
 
 Sans-IO: `now` is an argument, in seconds of one monotonic clock that the host's processes share
 (CLOCK_MONOTONIC). It judges no packet: relay.py has checked ufrag and integrity.
@@ -38,7 +41,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import expiry
 import frame
+import roaming
 
 SLOT_OCTETS = 128
 """A slot: two cache lines. 65,536 flows are 8 MiB."""
@@ -56,27 +61,18 @@ CONTESTED_MAX = 1024
 CONTEST_S_MAX = 60.0
 """How long a contest is remembered: longer than any ICE agent goes on checking."""
 
-FLOWS_A_SWEEP = 256
-"""Flows that a hand looks at in one call of `sweep`, 0.5 us each and 3 us if all of them end. A
-worker with traffic wakes at least 50 times a second, which makes 12,800 flows a second; more would
-be felt as a pause. One that cannot keep up, since it sleeps, goes round slower: never faster."""
-
-SLOTS_A_SWEEP = 16_384
-"""The same for slots, most of which hold nothing of the hand's state: 5 ns each."""
-
 SWEEP_S = 0.02
 """Between two sweeps. A process may wake ten thousand times a second, and looking costs 3 us."""
 
-LATE_S_MAX = 2.0
-"""How far a hand that was held up catches up, at most a quarter of its period: it is how much less
-than a period a flow may be given. A worker that was stopped for a minute heard nobody meanwhile."""
-
-_SLOT = struct.Struct("<B7x32s32p24pdd")  # state, header, hop, ufrag, opened at, assured at
+# State, origin, when the SSRC was noted, SSRC, header, hop, ufrag, opened at, assured at.
+_SLOT = struct.Struct("<BBHI32s32p24pdd")
 _HEADER = struct.Struct("<8x32s")
 _INDEXED = f"8x32s32p24p{SLOT_OCTETS - 96}x"
 _BULK = 1024
 """Slots read at once when a table is indexed: 75 ns each, where one by one takes 800."""
-_STATE_AT = 0
+_STATE_AT, _ORIGIN_AT, _NOTED_AT, SSRC_AT = 0, 1, 2, 4
+_NOTED = struct.Struct("<HI")
+_CLOCK = 1 << 16  # when an SSRC was noted: seconds, as far as 16 bits go
 _ASSURED_AT = struct.Struct("<d")
 _ASSURED_AT_AT = _SLOT.size - _ASSURED_AT.size
 _HOP_OCTETS_MAX, _UFRAG_OCTETS_MAX = 31, 23  # one of each field is the length
@@ -88,6 +84,17 @@ class State(enum.IntEnum):
     FREE = 0
     TENTATIVE = 1
     ASSURED = 2
+
+
+class Origin(enum.IntEnum):
+    """What a client had shown when its flow was opened."""
+
+    CHECKED = 0
+    """A check with integrity, or its address stands in another table or in Redis."""
+    FAR = 1
+    """The SSRC of an assured flow."""
+    NEAR = 2
+    """The same, and it has the same IP address."""
 
 
 class Refusal(enum.Enum):
@@ -128,6 +135,14 @@ class Flow(NamedTuple):
     """Seconds of the monotonic clock."""
     assured_at: float
     """The same; 0 while tentative."""
+    ssrc: int = 0
+    """Of its client's media; 0 while unknown."""
+    origin: Origin = Origin.CHECKED
+
+    @property
+    def follows(self) -> bool:
+        """True for an unanswered flow that nothing but an SSRC has opened."""
+        return self.origin is not Origin.CHECKED and self.state is State.TENTATIVE
 
 
 class Table:
@@ -140,6 +155,8 @@ class Table:
     that have a flow: a stranger's address must not stay in memory."""
     watched: set[bytes]
     """Headers whose transceiver's next word matters: tentative or contested flows."""
+    listening: roaming.Listening
+    """Headers of clients whose next media says their SSRC: the hot path asks for them."""
     tentative: int
     """How many flows are tentative."""
     due: float
@@ -148,11 +165,12 @@ class Table:
     def __init__(self, memory: memoryview, limits: Limits, now: float) -> None:
         """Index what is in `memory`, of `octets(limits.flows)` octets: zeros are an empty table."""
         self._memory, self._limits = memory, limits
+        self.listening = roaming.Listening()
         self._contested: dict[bytes, float] = {}
         self._interned: dict[bytes, bytes] = {}
         self._hands = (
-            _Hand(State.ASSURED, limits.flows, limits.idle_s, now),
-            _Hand(State.TENTATIVE, limits.flows, limits.tentative_idle_s, now),
+            expiry.Hand(State.ASSURED, limits.flows, limits.idle_s, now),
+            expiry.Hand(State.TENTATIVE, limits.flows, limits.tentative_idle_s, now),
         )
         self.due = now
         self._take_over()
@@ -181,14 +199,23 @@ class Table:
                     memory[number * SLOT_OCTETS + _STATE_AT] = State.FREE
             self._take_over()
             return
-        self._free = list(itertools.compress(range(slots), states.translate(_ONLY[State.FREE])))
+        self._free = list(
+            itertools.compress(range(slots), states.translate(expiry.only(State.FREE)))
+        )
         self._free.reverse()
         interned = map(self._interned.setdefault, hops, hops)
         self.hops = dict(zip(headers, interned, strict=True))
         self._addresses = collections.Counter(ufrags)
-        only = states.translate(_ONLY[State.TENTATIVE])
+        only = states.translate(expiry.only(State.TENTATIVE))
         self.watched = set(itertools.compress(headers, itertools.compress(only, states)))
         self.tentative = len(self.watched)
+        self._followers = roaming.Followers()
+        origins = bytes(memory[_ORIGIN_AT : octets(slots) : SLOT_OCTETS])
+        for number in itertools.compress(taken, itertools.compress(origins, states)):
+            flow = self._flow(number)
+            if flow.follows:
+                self._index(flow._replace(origin=Origin.CHECKED), -1)
+                self._index(flow, 1)
         # What the process before heard is unknown: all live.
         self.active = set(headers)
 
@@ -221,9 +248,40 @@ class Table:
             return Refusal.FLOWS_LIMIT
         if flow.state is State.TENTATIVE and self.tentative >= limits.tentative:
             return Refusal.TENTATIVE_LIMIT
+        if flow.follows:
+            most = max(1, limits.tentative // roaming.FOLLOWERS_SHARE)
+            return Refusal.TENTATIVE_LIMIT if self._followers.count >= most else None
         if self._addresses[flow.ufrag] >= limits.addresses:
             return Refusal.ADDRESSES_LIMIT
         return None
+
+    def follow(
+        self, header: bytes, hop: bytes, ufrag: bytes, ssrc: int, near: bool, now: float
+    ) -> Refusal | None:
+        """Media of a flow that is assured comes from this address, which has no flow: open one.
+
+        Who can be followed has seen the media, and nothing more is known of him. He can push out
+        only what is as doubtful: an unanswered follower of the same session, and from another IP
+        address than the session's none from its own. Not to be called with a batch in hand.
+        """
+        assert header not in self._slots
+        origin = Origin.NEAR if near else Origin.FAR
+        flow = Flow(State.TENTATIVE, header, hop, ufrag, now, 0.0, ssrc, origin)
+        leaves = self._followers.leaves(ufrag, near)
+        # Somewhat more than checks may have: replayed ones must not keep it out.
+        most = self._limits.addresses + roaming.FOLLOWERS_MAX
+        if leaves == b"" or self._addresses[ufrag] >= most:
+            return Refusal.ADDRESSES_LIMIT
+        if leaves:
+            number = self._slots[leaves]
+            gone = self._flow(number)
+            self._empty(number)
+            self._unindex(gone)
+            self.active.discard(leaves)
+        refusal = self._refusal(flow)
+        if refusal is None:
+            self._put(flow)
+        return refusal
 
     def adopt(self, found: Iterable[Flow]) -> int:
         """Take over flows of another table as they are; returns how many.
@@ -244,12 +302,14 @@ class Table:
             return Refusal.FLOW_HELD
         if not tentative and not same_hop and self.tentative >= self._limits.tentative:
             return Refusal.TENTATIVE_LIMIT
-        if old.ufrag != ufrag and self._addresses[ufrag] >= self._limits.addresses:
+        counted = old.ufrag == ufrag and not old.follows
+        if not counted and self._addresses[ufrag] >= self._limits.addresses:
             return Refusal.ADDRESSES_LIMIT
         # The same transceiver (an ICE restart) keeps its place; another one has to earn it.
         flow = Flow(State.TENTATIVE, header, hop, ufrag, now, 0.0)
         if same_hop:
-            flow = old._replace(ufrag=ufrag)
+            ssrc = old.ssrc if old.ufrag == ufrag else 0
+            flow = old._replace(ufrag=ufrag, ssrc=ssrc, origin=Origin.CHECKED)
         # Into another slot, if there is one: the flow stands in one of the two at every moment.
         self._unindex(old)
         if self._free:
@@ -280,12 +340,36 @@ class Table:
                 continue
             at = number * SLOT_OCTETS
             if self._memory[at + _STATE_AT] == State.TENTATIVE:
+                flow = self._flow(number)
                 assured_at = at + _ASSURED_AT_AT
                 self._memory[assured_at : assured_at + _ASSURED_AT.size] = _ASSURED_AT.pack(now)
                 self._memory[at + _STATE_AT] = State.ASSURED
-                self.tentative -= 1
+                self._index(flow, -1)
+                self._index(flow._replace(state=State.ASSURED), 1)
+                if not flow.ssrc:
+                    self.listening.add(header)
                 # From now on it is the other hand's, which may come by at once.
                 self.active.add(header)
+
+    def checks(self, header: bytes, ufrag: bytes, now: float) -> bool:
+        """True if this client's flow was opened for `ufrag` by a check, or is assured: another
+        check for it has nothing to prove here. It lets the client's SSRC be noted again."""
+        number = self._slots.get(header)
+        flow = None if number is None else self._flow(number)
+        if number is None or flow is None or flow.ufrag != ufrag:
+            return False
+        if flow.state is State.ASSURED:
+            noted_at, _ = _NOTED.unpack_from(self._memory, number * SLOT_OCTETS + _NOTED_AT)
+            if not flow.ssrc or (_clock(now) - noted_at) % _CLOCK >= roaming.LISTEN_S:
+                self.listening.add(header)
+            return True
+        return not flow.follows
+
+    def heard(self, header: bytes, ssrc: int, now: float) -> None:
+        """A datagram of a client in `listening`, with the SSRC of its media; 0 if it has none."""
+        if self.listening.hear(header, ssrc):
+            at = self._slots[header] * SLOT_OCTETS + _NOTED_AT
+            self._memory[at : at + _NOTED.size] = _NOTED.pack(_clock(now), ssrc)
 
     def sweep(self, now: float) -> list[bytes]:
         """Forget flows that have been idle; returns their clients' headers.
@@ -297,7 +381,7 @@ class Table:
         self.due = now + SWEEP_S
         gone: list[Flow] = []
         for hand in self._hands:
-            for number in hand.passes(self._memory, now):
+            for number in hand.passes(self._memory[_STATE_AT::SLOT_OCTETS], now):
                 (header,) = _HEADER.unpack_from(self._memory, number * SLOT_OCTETS)
                 if header in self.active:
                     self.active.remove(header)
@@ -326,19 +410,35 @@ class Table:
 
     def _put(self, flow: Flow) -> None:
         """Write a flow into a free slot, and index it."""
-        state, header, hop, ufrag, _, _ = flow
+        state, header, hop, ufrag, opened_at, assured_at, ssrc, origin = flow
         assert len(hop) <= _HOP_OCTETS_MAX and len(ufrag) <= _UFRAG_OCTETS_MAX
         number = self._free.pop()
         at = number * SLOT_OCTETS
-        self._memory[at : at + _SLOT.size] = _SLOT.pack(State.FREE, *flow[1:])
+        self._memory[at : at + _SLOT.size] = _SLOT.pack(
+            State.FREE, origin, 0, ssrc, header, hop, ufrag, opened_at, assured_at
+        )
         self._memory[at + _STATE_AT] = state
         self._slots[header] = number
         self.hops[header] = self._interned.setdefault(hop, hop)
-        self._addresses[ufrag] += 1
+        self._index(flow, 1)
         if state is State.TENTATIVE:
-            self.tentative += 1
             self.watched.add(header)
+        elif not ssrc:
+            self.listening.add(header)
         self.active.add(header)
+
+    def _index(self, flow: Flow, by: int) -> None:
+        """Count a flow where it has a limit, or no longer (-1)."""
+        text, header = flow.ufrag, flow.header
+        self.tentative += by * (flow.state is State.TENTATIVE)
+        if not flow.follows:
+            self._addresses[text] += by
+            if not self._addresses[text]:
+                del self._addresses[text]
+        elif by > 0:
+            self._followers.add(text, header, flow.origin is Origin.NEAR)
+        else:
+            self._followers.remove(text, header)
 
     def _empty(self, number: int) -> None:
         self._memory[number * SLOT_OCTETS + _STATE_AT] = State.FREE
@@ -347,38 +447,10 @@ class Table:
     def _unindex(self, flow: Flow) -> None:
         """Forget all that points to a flow's slot."""
         del self._slots[flow.header], self.hops[flow.header]
-        self._addresses[flow.ufrag] -= 1
-        if not self._addresses[flow.ufrag]:
-            del self._addresses[flow.ufrag]
-        self.tentative -= flow.state is State.TENTATIVE
+        self._index(flow, -1)
         self._contested.pop(flow.header, None)
         self.watched.discard(flow.header)
-
-
-class _Hand:
-    """A clock's hand: goes round the slots once a period and looks at those of one state."""
-
-    __slots__ = ("_at", "_late_s", "_only", "_since", "_slot_s", "_slots")
-
-    def __init__(self, state: State, slots: int, period_s: float, now: float) -> None:
-        self._only, self._slots, self._slot_s = _ONLY[state], slots, period_s / slots
-        self._late_s = min(LATE_S_MAX, period_s / 4)
-        self._at, self._since = 0, now
-
-    def passes(self, memory: memoryview, now: float) -> list[int]:
-        """The slots of its state that the hand passes until `now`, ascending."""
-        self._since = max(self._since, now - self._slot_s - self._late_s)
-        first, due = self._at, int((now - self._since) / self._slot_s)
-        if due < 1:
-            return []
-        end = min(first + min(due, SLOTS_A_SWEEP), self._slots)
-        states = bytes(memory[first * SLOT_OCTETS + _STATE_AT : end * SLOT_OCTETS : SLOT_OCTETS])
-        found = itertools.compress(range(first, end), states.translate(self._only))
-        numbers = list(itertools.islice(found, FLOWS_A_SWEEP))
-        if len(numbers) == FLOWS_A_SWEEP:
-            end = numbers[-1] + 1
-        self._at, self._since = end % self._slots, self._since + (end - first) * self._slot_s
-        return numbers
+        self.listening.pop(flow.header, None)
 
 
 def octets(flows: int) -> int:
@@ -401,13 +473,17 @@ def read_all(memory: memoryview) -> Iterator[Flow]:
             yield flow
 
 
+def _clock(now: float) -> int:
+    return int(now) % _CLOCK
+
+
 def _copy(fields: tuple[Any, ...]) -> Flow:
-    return Flow(_STATES[fields[0]], *fields[1:])
+    state, origin, _, ssrc, header, hop, ufrag, *times = fields
+    opened_at, assured_at = times
+    return Flow(_STATES[state], header, hop, ufrag, opened_at, assured_at, ssrc, _ORIGINS[origin])
 
 
-_STATES = tuple(State)
-_ONLY = tuple(bytes(octet == state for octet in range(256)) for state in State)
-"""For bytes.translate: 1 where a slot has that state."""
+_STATES, _ORIGINS = tuple(State), tuple(Origin)
 
 # The slot's fields fit, and hold what other modules put there.
 assert _SLOT.size <= SLOT_OCTETS

@@ -7,8 +7,10 @@ to go to, what may not has the counter that says why.
 Rules that stay true:
 - Nothing opens a flow but a Binding Request whose ufrag names a transceiver of a configured cluster
   under one of the keys and whose MESSAGE-INTEGRITY shows that its sender was given that ufrag's
-  password; or a ufrag under the keys that Redis has for the client.
-- A known client's STUN with its flow's own ufrag passes unchecked: the transceiver checks it.
+  password; or a ufrag under the keys that Redis has for the client, or that a flow has whose SSRC
+  the client's media carries.
+- A known client's STUN with its flow's own ufrag passes unchecked: the transceiver checks it. But
+  for a flow that only follows another one (flows.py): a genuine check makes it the client's own.
 - The dear steps are last, and the dearest, the integrity check, has a budget.
 - No exception, whatever a peer sends.
 
@@ -73,7 +75,7 @@ class Gate:
             if hop is not None and request is stun.Malformed.NOT_REQUEST:
                 return hop
             return _MALFORMED[request]
-        if hop is not None and self._flows.ufrag(header) == request.ufrag:
+        if hop is not None and self._flows.checks(header, request.ufrag, now):
             return hop  # the transceiver checks its integrity
         return self._admit(header, payload, request, now)
 
@@ -94,13 +96,20 @@ class Gate:
             return metrics.Inbound.DROPPED_BAD_INTEGRITY
         if self.draining and header not in self._flows.hops:
             return metrics.Inbound.DROPPED_DRAINING
-        return self._open(header, hint, request.ufrag, now)
+        opened = self._open(header, hint, request.ufrag, now)
+        if not isinstance(opened, bytes) and self._flows.ufrag(header) == request.ufrag:
+            return self._flows.hops[header]  # it goes on as what it was
+        return opened
 
-    def recovered(self, header: bytes, text: bytes, now: float) -> bytes | metrics.Inbound:
-        """Redis says that the client at `header` was given this ufrag: where its datagrams go.
+    def recovered(
+        self, header: bytes, text: bytes, now: float, follows: tuple[int, bool] | None = None
+    ) -> bytes | metrics.Inbound:
+        """The client at `header` was given this ufrag: where its datagrams go.
 
-        It is believed no further than the keys allow: the ufrag names a transceiver of ours, which
-        knows its clients. A flow that the client has by now stays as it is.
+        Redis says so, or another worker's table; or the SSRC of its media, and whether its session
+        is near (`follows`). It is believed no further than the keys allow: the ufrag names a
+        transceiver of ours, which knows its clients. A flow that the client has by now stays as it
+        is.
         """
         hop = self._flows.hops.get(header)
         if hop is not None:
@@ -108,10 +117,12 @@ class Gate:
         hint = ufrag.parse(self._keyring, self._clusters, text)
         if isinstance(hint, ufrag.Reject):
             return metrics.Inbound.DROPPED_RECOVERED_INVALID
-        opened = self._open(header, hint, text, now)
-        if isinstance(opened, bytes):
-            return opened
-        return metrics.Inbound.DROPPED_RECOVERED_INVALID
+        hop = frame.name(hint.address, hint.port, self._family)
+        if follows is None:
+            refusal = self._flows.open(header, hop, text, now)
+        else:
+            refusal = self._flows.follow(header, hop, text, *follows, now)
+        return hop if refusal is None else metrics.Inbound.DROPPED_RECOVERED_INVALID
 
     def _open(
         self, header: bytes, hint: ufrag.Hint, text: bytes, now: float

@@ -4,7 +4,7 @@ What it owns: all sockets and all shared memory of the relay's workers, opened b
 them is forked and kept open to the end, so that nothing of it is lost with a process.
 
     a worker       public and internal socket; a memory with control words, counters, flow table,
-                   the two batches that it has in hand and the datagrams that wait for Redis
+                   the two batches that it has in hand and the datagrams that wait for the keeper
     the relay      the pairs of sockets between workers and keeper; a memory with the counters of
                    the supervisor and the keeper
 
@@ -37,7 +37,7 @@ import recovery
 import settings
 import udp
 
-LAYOUT = 2
+LAYOUT = 3
 """Version of the memory: any change to its sections, slots or counters is a new one."""
 
 MEMORY = "earshot-relay"
@@ -239,15 +239,14 @@ def limits(table: settings.RelayTable) -> flows.Limits:
 
 
 def waiting_limits(found: settings.Relay) -> recovery.Limits:
-    """What one worker holds of clients that it does not know; nothing without Redis."""
-    if found.redis is None:
-        return recovery.Limits(0, 1.0, 0, 0, 1.0)
+    """What one worker holds of clients that it does not know."""
+    table = found.recovery
     return recovery.Limits(
-        waiting=found.redis.waiting_max,
-        wait_s=found.redis.wait_s,
-        lookups_per_s=found.redis.lookups_per_s,
-        unknown=found.redis.unknown_max,
-        unknown_s=found.redis.unknown_s,
+        waiting=table.waiting_max,
+        wait_s=table.wait_s,
+        lookups_per_s=table.lookups_per_s,
+        unknown=table.unknown_max,
+        unknown_s=table.unknown_s,
     )
 
 

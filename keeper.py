@@ -4,7 +4,7 @@ What it owns: Redis for the whole relay, the HTTP that monitoring reads, the vir
 the view of all workers' flows that these need.
 
     flow tables         -- looked at -->  census  -- assured flows -->  Redis
-    clients without a flow, asked about by workers  -->  census, else Redis  -- ufrags -->  workers
+    clients without a flow, asked about by workers  -->  inquiries, with census and Redis
     counters, sockets   -->  /metrics  /healthz  /readyz
     heartbeats, drain   -->  virtual addresses; how many flows are left
 
@@ -22,23 +22,23 @@ Prometheus' text, SO_MEMINFO (socket(7), linux/sock_diag.h)
 """
 
 import asyncio
+import contextlib
 import logging
 import select
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import orjson
 from aiohttp import web
 
 import census
-import frame
 import handover
 import host
+import inquiries
 import ledger
 import metrics
-import recovery
 import registry
 import settings
 import supervisor
@@ -52,6 +52,10 @@ SLOTS_AT_ONCE, SLOTS_PAUSE_S = 4096, 0.002
 its end, whatever the scheduler is told: with 65,536 at once the 99th percentile of round trips at
 20,000 a second was 0.4 to 0.7 ms, and is about 0.2."""
 
+LOOK_AGAIN_S = 0.05
+"""The same while a worker asks about an SSRC that no table had at the last look: the call is young,
+or it is garbage. A flood of that costs a hundredth of a CPU."""
+
 LOOK_IDLE_S = 5.0
 """The same while no worker receives anything: then flows can only expire."""
 
@@ -63,20 +67,6 @@ STORE_MAX = 1024
 
 STORE_RETRY_S = 1.0
 """After a batch that Redis did not take."""
-
-LOOKUPS_AT_ONCE = 4
-"""Look-ups under way, each for all clients that were asked about by then. More would only be more
-connections to a Redis that is slow; fewer would let one slow answer hold up all others."""
-
-LOOKUP_KEYS_MAX = 512
-"""Clients in one look-up: what Redis answers in a millisecond."""
-
-ASKED_MAX = 4096
-"""Clients that wait for a look-up, over all workers: two seconds of one worker's budget at its
-default. Beyond it the answer is that Redis is not available."""
-
-MESSAGES_AT_ONCE = 32
-"""Questions read from one worker in a turn of the loop, so that none starves the rest."""
 
 HEARD_S_MAX = 3.0
 """A worker that was heard of within it serves: it wakes up every second, a successor in 50 ms."""
@@ -120,7 +110,8 @@ class Keeper:
         self._supervisor = ledger.Counters(metrics.Supervisor, shared.relay.section("supervisor"))
         self._controls = [memory.section("control").cast("Q") for memory in shared.memories]
         self._ways = [handover.counters_in(memory) for memory in shared.memories]
-        self._asked: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue(ASKED_MAX)
+        ends = [ours for _, ours in shared.asks]
+        self._inquiries = inquiries.Inquiries(ends, self.index, self.counters, redis)
         self._due = asyncio.Event()
         self._received, self._refused, self._losses = -1, False, 0
         self._looked_at = self._refreshed_at = time.monotonic()
@@ -135,9 +126,8 @@ class Keeper:
             stop.set()
 
         loop.add_reader(link, end)
-        for number, (_, ours) in enumerate(self._shared.asks):
-            loop.add_reader(ours, self._hear, number, ours)
         self._look(time.monotonic())
+        self._inquiries.listen()
         link.send(supervisor.READY)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._keep_looking()), group.create_task(self._serve_http())]
@@ -147,7 +137,8 @@ class Keeper:
                 tasks.append(group.create_task(self._redis.watch()))
                 tasks.append(group.create_task(self._write(self._redis)))
                 tasks += [
-                    group.create_task(self._look_up(self._redis)) for _ in range(LOOKUPS_AT_ONCE)
+                    group.create_task(self._inquiries.look_up(self._redis))
+                    for _ in range(inquiries.LOOKUPS_AT_ONCE)
                 ]
             await stop.wait()
             for task in tasks:
@@ -162,16 +153,20 @@ class Keeper:
 
     async def _keep_looking(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_S)
-            now = time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._inquiries.wanted.wait()
+                await asyncio.sleep(self._looked_at + LOOK_AGAIN_S - time.monotonic())
+            now, late = time.monotonic(), self._inquiries.take_late()
             received = sum(way.values[0] for ways in self._ways for way in ways)
             idle = received == self._received and not self._is_draining()
             # What has received nothing has assured nothing, and an idle relay costs nothing.
-            if not idle or now - self._looked_at >= LOOK_IDLE_S:
+            if late or not idle or now - self._looked_at >= LOOK_IDLE_S:
                 for _ in self.index.looks(SLOTS_AT_ONCE):
                     await asyncio.sleep(SLOTS_PAUSE_S)
                 self._received, self._looked_at = received, now
             self._note(time.monotonic())
+            self._inquiries.settle(late)
 
     def _look(self, now: float) -> None:
         """One look at all of it, at once: somebody asks."""
@@ -249,77 +244,6 @@ class Keeper:
         except TimeoutError:
             pass
         await redis.close()
-
-    def _hear(self, worker: int, ours: socket.socket) -> None:
-        """Questions of a worker: answer what is known here, queue the rest."""
-        for _ in range(MESSAGES_AT_ONCE):
-            try:
-                message = ours.recv(recovery.ASK_MAX * frame.HEADER_OCTETS)
-            except BlockingIOError:
-                return
-            except OSError:
-                message = b""
-            if not message:  # the other end is gone for good, and so will this process be
-                asyncio.get_running_loop().remove_reader(ours)
-                return
-            size = frame.HEADER_OCTETS
-            self._take(worker, [message[at : at + size] for at in range(0, len(message), size)])
-
-    def _take(self, worker: int, headers: list[bytes]) -> None:
-        values, answers = self.counters.values, []
-        values[metrics.Keeper.LOOKUPS] += len(headers)
-        for header in headers:
-            ufrag = self.index.find(frame.key(header))
-            if ufrag is not None:
-                answers.append(recovery.ANSWER.pack(header, recovery.FOUND, ufrag))
-                values[metrics.Keeper.LOOKUPS_HERE] += 1
-            elif self._redis is None:
-                answers.append(recovery.ANSWER.pack(header, recovery.UNKNOWN, b""))
-                values[metrics.Keeper.LOOKUPS_UNKNOWN] += 1
-            elif not self._redis.up or self._asked.full():
-                answers.append(recovery.ANSWER.pack(header, recovery.UNAVAILABLE, b""))
-                values[metrics.Keeper.LOOKUPS_FAILED] += 1
-            else:
-                self._asked.put_nowait((worker, header))
-        self._answer(worker, answers)
-
-    async def _look_up(self, redis: registry.Registry) -> None:
-        """Ask Redis, for ever: each time about all clients that were asked about by then."""
-        while True:
-            asked = [await self._asked.get()]
-            while len(asked) < LOOKUP_KEYS_MAX and not self._asked.empty():
-                asked.append(self._asked.get_nowait())
-            answers: dict[int, list[bytes]] = {worker: [] for worker, _ in asked}
-            found: Sequence[bytes | registry.Unavailable | None]
-            try:
-                found = await redis.look_up([frame.key(header) for _, header in asked])
-            except registry.Unavailable as error:
-                found = [error] * len(asked)
-            for (worker, header), each in zip(asked, found, strict=True):
-                answers[worker].append(self._packed(header, each))
-            for worker, packed in answers.items():
-                self._answer(worker, packed)
-
-    def _packed(self, header: bytes, found: bytes | registry.Unavailable | None) -> bytes:
-        """The answer about a client of which Redis was asked, counted."""
-        kinds = metrics.Keeper
-        if isinstance(found, bytes):
-            status, kind = recovery.FOUND, kinds.LOOKUPS_FOUND
-        elif found is None:
-            status, kind = recovery.UNKNOWN, kinds.LOOKUPS_UNKNOWN
-        else:
-            status, kind = recovery.UNAVAILABLE, kinds.LOOKUPS_FAILED
-        self.counters.values[kind] += 1
-        return recovery.ANSWER.pack(header, status, found if isinstance(found, bytes) else b"")
-
-    def _answer(self, worker: int, answers: list[bytes]) -> None:
-        _, ours = self._shared.asks[worker]
-        for at in range(0, len(answers), recovery.ASK_MAX):
-            message = answers[at : at + recovery.ASK_MAX]
-            try:
-                ours.send(b"".join(message))
-            except OSError:
-                self.counters.values[metrics.Keeper.ANSWERS_LOST] += len(message)
 
     # --- virtual addresses ------------------------------------------------------------------------
 

@@ -223,12 +223,26 @@ def _read_first(memory: host.Memory) -> Iterator[flows.Flow]:
             yield flows.Flow(flows.State(state), header, hop[:octets], text, opened_at, assured_at)
 
 
+_SECOND_SLOT = struct.Struct("<B7x32s32p24pdd")
+_SECOND_SLOT_OCTETS = 128
+
+
+def _read_second(memory: host.Memory) -> Iterator[flows.Flow]:
+    """Layout 2: state, header, hop, ufrag, two times; no SSRC."""
+    slots = memory.section("flows")
+    for at in range(0, len(slots) - _SECOND_SLOT_OCTETS + 1, _SECOND_SLOT_OCTETS):
+        if slots[at]:
+            state, *fields = _SECOND_SLOT.unpack_from(slots, at)
+            yield flows.Flow(flows.State(state), *fields)
+
+
 def _read_present(memory: host.Memory) -> Iterator[flows.Flow]:
     return flows.read_all(memory.section("flows"))
 
 
 READERS: dict[int, Callable[[host.Memory], Iterator[flows.Flow]]] = {
     1: _read_first,
-    2: _read_present,
+    2: _read_second,
+    3: _read_present,
 }
 """How the flows of each layout are read. The last one is flows.py's, as it is now."""

@@ -34,8 +34,11 @@ class Inbound(ledger.Kinds):
     RECEIVED = "datagrams", "Taken from the public socket."
     FORWARDED = "datagrams", "Sent on to a transceiver."
     OCTETS = "octets", "Payload of what was forwarded, without the frame's header."
-    RECOVERED = "datagrams", "Sent on to a transceiver once Redis had named the client's session."
-    WAITING = "datagrams", "Waiting for Redis to name their client's session.", "", True
+    RECOVERED = (
+        "datagrams",
+        "Sent on to a transceiver once the keeper had found their client's session.",
+    )
+    WAITING = "datagrams", "Waiting for the keeper to find their client's session.", "", True
     DROPPED_OVERSIZED = (
         "datagrams",
         "Larger than datagram_octets_max.",
@@ -43,7 +46,7 @@ class Inbound(ledger.Kinds):
     )
     DROPPED_UNKNOWN_CLIENT = (
         "datagrams",
-        "Not STUN, from an address without a flow, which Redis does not know either.",
+        "Not STUN, from an address without a flow, and nobody knows it or the SSRC of its media.",
         "Garbage, or media of a flow that has expired; its next STUN brings the flow back.",
     )
     DROPPED_LOOKUP_LIMIT = (
@@ -53,13 +56,14 @@ class Inbound(ledger.Kinds):
     )
     DROPPED_LOOKUP_FAILED = (
         "datagrams",
-        "The same, and Redis did not answer in time.",
+        "The same, and neither keeper nor Redis answered in time.",
         "Redis is down or slow: clients that come from a lost relay wait for their next STUN.",
     )
     DROPPED_RECOVERED_INVALID = (
         "datagrams",
-        "The same, and what Redis has for the client opens no flow.",
-        "A key was retired, a limit was reached, or others than relays write to Redis.",
+        "The same, and what was found for the client opens no flow.",
+        "A key was retired, a limit was reached (also of followers of one session), or others"
+        " than relays write to Redis.",
     )
     DROPPED_OVERLOADED = (
         "datagrams",
@@ -249,6 +253,11 @@ class Keeper(ledger.Kinds):
     STORE_FAILED = "batches", "Of flows that Redis did not take; tried again.", "Redis is down."
     LOOKUPS = "clients", "That workers asked about."
     LOOKUPS_HERE = "clients", "Asked about, and found in another worker's table."
+    LOOKUPS_SSRC = (
+        "clients",
+        "Asked about, and found by the SSRC of their media.",
+        "Their addresses changed: NATs that forget, or phones that move.",
+    )
     LOOKUPS_FOUND = "clients", "Asked about, and found in Redis."
     LOOKUPS_UNKNOWN = "clients", "Asked about, and found nowhere."
     LOOKUPS_FAILED = (

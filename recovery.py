@@ -1,8 +1,10 @@
 """Recovery: media of clients that this worker does not know, while somebody finds out who does.
 
 A client's datagrams arrive at another relay when the network chooses another way, or when the relay
-that knew the client is gone. They wait here while the keeper asks Redis for the client's ufrag, and
-go on once gate.py has judged it; the caller hears nothing of it.
+that knew the client is gone; or from another address, since its NAT has changed the port. They wait
+here while the keeper finds the client's ufrag, in any worker's table or in Redis, by its address or
+by the SSRC of its media (roaming.py), and go on once gate.py has judged it; the caller hears
+nothing of it.
 
 What it owns: the datagrams that wait, in shared memory, and the decision whom to ask about. Whoever
 sends garbage from addresses of his choice makes this work, so everything in it has a limit: how
@@ -28,6 +30,7 @@ from dataclasses import dataclass
 
 import frame
 import metrics
+import roaming
 
 CLIENT_MAX = 8
 """Datagrams of one client that may wait: 160 ms of a call. More would let one client fill all."""
@@ -35,11 +38,15 @@ CLIENT_MAX = 8
 ASK_MAX = 64
 """Clients in one question to the keeper."""
 
-ANSWER = struct.Struct("<32sB7x24s")
-"""The keeper's answer about one client: header, status, ufrag."""
+ASK = struct.Struct("<32sI4x")
+"""A question about one client: header, SSRC of its media (0: none was seen)."""
 
-UNKNOWN, FOUND, UNAVAILABLE = range(3)
-"""The status: nobody knows the client; here is its ufrag; nobody could be asked."""
+ANSWER = struct.Struct("<32sB3xI24s")
+"""The keeper's answer: header, status, the SSRC that was asked about, ufrag."""
+
+UNKNOWN, FOUND, UNAVAILABLE, FOLLOWS_FAR, FOLLOWS_NEAR = range(5)
+"""The status: nobody knows the client; here is its ufrag; nobody could be asked; here is the ufrag
+of the flow with its SSRC, from another IP address; the same, from its own."""
 
 _SLOT = struct.Struct("<QIB3x")  # mark, octets of the frame, 1 if it was let go
 _MARK = struct.Struct("<Q")
@@ -48,7 +55,7 @@ _LET_GO_AT = 12
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one worker holds and asks. The settings `[redis]` say what each is for."""
+    """What one worker holds and asks. The settings `[recovery]` say what each is for."""
 
     waiting: int
     """Datagrams."""
@@ -77,8 +84,9 @@ class Recovery:
         self._slots: dict[bytes, list[int]] = {}
         self.asked_at = {}
         self._to_ask: dict[bytes, None] = {}
+        self._asks: dict[bytes, tuple[roaming.Kind, int]] = {}
         self._left, self._renewed_at = limits.lookups_per_s, now
-        self._unknown: tuple[set[bytes], set[bytes]] = set(), set()
+        self._unknown: tuple[_Kinds, _Kinds] = {}, {}
         self._turned_at = now
         self._free, self._left_behind = [], list[int]()
         for slot in reversed(range(limits.waiting)):
@@ -104,7 +112,9 @@ class Recovery:
             self._note_again(slot, now)
 
     def _note_again(self, slot: int, now: float) -> None:
-        self._note(bytes(self.frame(slot)[: frame.HEADER_OCTETS]), slot, now)
+        whole = self.frame(slot)
+        header, payload = bytes(whole[: frame.HEADER_OCTETS]), whole[frame.HEADER_OCTETS :]
+        self._note(header, slot, *roaming.read(payload), now)
 
     def __len__(self) -> int:
         """How many datagrams wait."""
@@ -115,7 +125,8 @@ class Recovery:
     ) -> metrics.Inbound | None:
         """Let a datagram wait; returns why it cannot, or None if it does."""
         self._renew(now)
-        if header in self._unknown[0] or header in self._unknown[1]:
+        kind, ssrc = roaming.read(payload)
+        if any(kind <= of.get(header, _NEVER) for of in self._unknown):
             return metrics.Inbound.DROPPED_UNKNOWN_CLIENT
         slots = self._slots.get(header, ())
         if len(slots) >= CLIENT_MAX or not self._free or not (slots or self._left):
@@ -128,18 +139,21 @@ class Recovery:
         self._memory[start + frame.HEADER_OCTETS : end] = payload
         _SLOT.pack_into(self._memory, at, 0, end - start, 0)
         _MARK.pack_into(self._memory, at, mark)
-        self._note(header, slot, now)
+        self._note(header, slot, kind, ssrc, now)
         return None
 
-    def _note(self, header: bytes, slot: int, now: float) -> None:
-        slots = self._slots.get(header)
-        if slots is None:
-            self._slots[header] = [slot]
+    def _note(self, header: bytes, slot: int, kind: roaming.Kind, ssrc: int, now: float) -> None:
+        slots = self._slots.setdefault(header, [])
+        slots.append(slot)
+        if len(slots) == 1:
             self.asked_at[header] = now
-            self._to_ask[header] = None
             self._left = max(0, self._left - 1)
-        else:
-            slots.append(slot)
+        elif kind <= self._asks[header][0] or not self._left:
+            return
+        else:  # this one says better whose they are
+            self._left -= 1
+        self._asks[header] = kind, ssrc
+        self._to_ask[header] = None
 
     def _renew(self, now: float) -> None:
         """A new second's budget; a new generation of those who are unknown."""
@@ -152,10 +166,10 @@ class Recovery:
             self._turn(now)
 
     def _turn(self, now: float) -> None:
-        self._turned_at, self._unknown = now, (set(), self._unknown[0])
+        self._turned_at, self._unknown = now, ({}, self._unknown[0])
 
     def asks(self) -> list[bytes]:
-        """Headers of clients to ask the keeper about now, at most `ASK_MAX`, or none.
+        """What to ask the keeper now: at most `ASK_MAX` questions, or none.
 
         Each is returned once: an answer that never comes is overdue some time. Nobody is asked
         about for whom nothing waits any more: with a keeper that does not listen there would be
@@ -164,7 +178,11 @@ class Recovery:
         asked = list(itertools.islice(self._to_ask, ASK_MAX))
         for header in asked:
             del self._to_ask[header]
-        return asked
+        return [ASK.pack(header, self._asks[header][1]) for header in asked]
+
+    def asks_for(self, header: bytes, ssrc: int) -> bool:
+        """False if more has been asked about this client than that question."""
+        return self._asks.get(header, (0, ssrc))[1] == ssrc
 
     def take(self, header: bytes) -> list[int]:
         """Somebody knows about this client: the slots that waited for it, no longer waiting.
@@ -173,14 +191,16 @@ class Recovery:
         """
         self.asked_at.pop(header, None)
         self._to_ask.pop(header, None)
+        self._asks.pop(header, None)
         return self._slots.pop(header, [])
 
     def unknown(self, header: bytes, now: float) -> None:
-        """Nobody knows this client: ask no more about it for a while."""
+        """Nobody knows this client: ask no more about it for a while, but for media where it was
+        asked without its SSRC. To be called before `take`."""
         self._renew(now)
         if len(self._unknown[0]) >= self._limits.unknown // 2:
             self._turn(now)
-        self._unknown[0].add(header)
+        self._unknown[0][header] = self._asks.get(header, (roaming.Kind.ADDRESS, 0))[0]
 
     def overdue(self, now: float) -> list[bytes]:
         """Headers of clients about whom nobody answered in time."""
@@ -207,6 +227,11 @@ class Recovery:
         for slot in slots:
             _MARK.pack_into(self._memory, slot * self._stride, 0)
             self._free.append(slot)
+
+
+_Kinds = dict[bytes, roaming.Kind]
+_NEVER = -1
+"""Less than any kind."""
 
 
 def _stride(octets_max: int) -> int:

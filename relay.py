@@ -191,12 +191,12 @@ class Relay:
             if str(getattr(found.relay, key)) != str(getattr(before.relay, key)):
                 _log.warning("relay.%s is changed by a restart, and not by a reload", key)
                 kept[key] = getattr(before.relay, key)
-        redis = found.redis
-        if handover.waiting_limits(found).waiting != handover.waiting_limits(before).waiting:
-            _log.warning("[redis] waiting_max, or the table, is changed by a restart")
-            redis = before.redis
+        recovery, waiting_max = found.recovery, before.recovery.waiting_max
+        if recovery.waiting_max != waiting_max:
+            _log.warning("recovery.waiting_max is changed by a restart, and not by a reload")
+            recovery = msgspec.structs.replace(recovery, waiting_max=waiting_max)
         table = msgspec.structs.replace(found.relay, **kept)
-        self._found = msgspec.structs.replace(found, relay=table, redis=redis)
+        self._found = msgspec.structs.replace(found, relay=table, recovery=recovery)
         self._keyring = keyring
         self._counted[metrics.Supervisor.RELOADED] += 1
         ids = ", ".join(map(str, sorted(keyring.keys)))

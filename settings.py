@@ -117,6 +117,23 @@ class RelayTable(_Table, frozen=True):
     it. Let nobody but the monitoring reach it."""
 
 
+class Recovery(_Table, frozen=True):
+    """`[recovery]`: media from an address that has no flow waits while the relay finds out whose it
+    is: by the SSRC of a flow that it knows, or in Redis. These keys may also stand in `[redis]`,
+    where they were before."""
+
+    lookups_per_s: Annotated[int, Meta(ge=1, le=1_000_000)] = 2_000
+    """Clients that a worker asks about in a second: whoever sends garbage chooses to ask."""
+    waiting_max: Annotated[int, Meta(ge=1, le=65_536)] = 1_024
+    """Datagrams that wait in a worker for an answer; each takes a datagram's room."""
+    wait_s: Annotated[float, Meta(gt=0, le=10)] = 0.5
+    """How long a datagram waits for an answer before it is dropped."""
+    unknown_s: Annotated[float, Meta(gt=0, le=3_600)] = 5.0
+    """How long nothing more is asked about a client that nobody knows."""
+    unknown_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 16_384
+    """How many such clients a worker remembers."""
+
+
 class Redis(_Table, frozen=True):
     """`[redis]`: flows that outlive the relay that knows them. Without this table a relay's
     clients wait for their own next STUN after their relay was lost."""
@@ -129,16 +146,6 @@ class Redis(_Table, frozen=True):
     """A flow is forgotten there this long after its relay last confirmed it (every third of it)."""
     timeout_s: Annotated[float, Meta(gt=0, le=10)] = 0.25
     """How long a look-up may take. Media that waits longer is worth nothing."""
-    lookups_per_s: Annotated[int, Meta(ge=1, le=1_000_000)] = 2_000
-    """Clients that a worker asks about in a second: whoever sends garbage chooses to ask."""
-    waiting_max: Annotated[int, Meta(ge=1, le=65_536)] = 1_024
-    """Datagrams that wait in a worker for an answer; each takes a datagram's room."""
-    wait_s: Annotated[float, Meta(gt=0, le=10)] = 0.5
-    """How long a datagram waits for an answer before it is dropped."""
-    unknown_s: Annotated[float, Meta(gt=0, le=3_600)] = 5.0
-    """How long nothing more is asked about a client that Redis does not know."""
-    unknown_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 16_384
-    """How many such clients a worker remembers."""
 
 
 class Vip(_Table, frozen=True):
@@ -157,6 +164,7 @@ class Relay(_Table, frozen=True):
     relay: RelayTable
     keys: Keys
     cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1)]
+    recovery: Recovery = Recovery()
     redis: Redis | None = None
     vip: Vip | None = None
 
@@ -296,6 +304,8 @@ def load(path: Path | str, shape: type[File]) -> File:
 
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        if shape is Relay:
+            _move(tables)
         found = msgspec.convert(tables, shape, dec_hook=convert)
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from error
@@ -311,6 +321,16 @@ def load(path: Path | str, shape: type[File]) -> File:
     except ValueError as error:
         raise SettingsError(f"{path}: {error}") from error
     return found
+
+
+def _move(tables: dict[str, Any]) -> None:
+    """Keys of [recovery] that stand in [redis], as they did in files of relays before."""
+    redis, recovery = tables.get("redis"), tables.setdefault("recovery", {})
+    if isinstance(redis, dict) and isinstance(recovery, dict):
+        for key in [key for key in Recovery.__struct_fields__ if key in redis]:
+            if key in recovery:
+                raise msgspec.ValidationError(f"it stands in [recovery], too - at `$.redis.{key}`")
+            recovery[key] = redis.pop(key)
 
 
 def _agree(found: Relay | Transceiver | Signaling) -> None:

@@ -89,7 +89,7 @@ def kind(first_octet: int) -> Kind:
     return Kind(KINDS[first_octet])
 
 
-def is_rtcp(datagram: bytes) -> bool:
+def is_rtcp(datagram: bytes | memoryview) -> bool:
     """True for RTCP among what `Kind.RTP` covers (RFC 5761 section 4); False if too short."""
     return len(datagram) >= 2 and 192 <= datagram[1] <= 223
 

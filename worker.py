@@ -9,10 +9,12 @@ Rules that stay true:
   no exception and no log line. What misses, and STUN, is judged one by one (gate.py).
 - Every datagram ends in exactly one counter of its way, also when this process is killed: received
   = forwarded + recovered + waiting + dropped.
-- Nothing blocks but the wait for the sockets. Redis is the keeper's; it is asked by a message.
+- Nothing blocks but the wait for the sockets. Redis and the other workers' clients are the
+  keeper's; it is asked by a message.
 - Live flows come first: while the public socket does not run dry, unknown clients wait outside.
 
-It keeps no session, decrypts nothing and knows no Redis. DTLS, RTP and RTCP pass unread.
+It keeps no session, decrypts nothing and knows no Redis. DTLS, RTP and RTCP pass unread, but for
+the SSRC of a client's first media.
 
 RFC 8445 (ICE), RFC 7983 (telling STUN from the rest by the first octet)
 """
@@ -32,6 +34,7 @@ import handover
 import ledger
 import metrics
 import recovery
+import roaming
 import settings
 import stun
 import udp
@@ -122,7 +125,7 @@ class Worker:
         book, inbound = self.inbound_ledger, metrics.Inbound
         self._recovery.settle(book[inbound.WAITING], time.monotonic())
         more = len(self._recovery) - book[inbound.WAITING]
-        if more < 0:  # there is no room for it any more: [redis] has gone from the settings
+        if more < 0:  # there is no room for it any more: waiting_max was made smaller
             book.change({inbound.WAITING: more, inbound.DROPPED_LOOKUP_LIMIT: -more})
 
     def serve(self, link: socket.socket) -> None:
@@ -187,6 +190,8 @@ class Worker:
             table.active.update(headers)
         else:
             holes = self._judge_inbound(headers, lengths, hops, to_judge, sent)
+        if table.listening and not table.listening.keys().isdisjoint(headers):
+            self._note_ssrcs(headers, lengths)
         batch.direct(n, hops)  # type: ignore[arg-type]  # judged: no None is left
         refused = batch.send(n, _skipped(holes, sent) if holes or sent else ())
         if holes or refused:
@@ -281,6 +286,13 @@ class Worker:
                 holes[i] = drop
         return holes
 
+    def _note_ssrcs(self, headers: tuple[bytes, ...], lengths: list[int]) -> None:
+        """Media of clients whose SSRC is not known yet: it finds them at their next address."""
+        table, listening, now = self.flows, self.flows.listening, time.monotonic()
+        for i in [i for i, header in enumerate(headers) if header in listening]:
+            kind, ssrc = roaming.read(self._inbound.payload(i, lengths[i]))
+            table.heard(headers[i], ssrc if kind is roaming.Kind.MEDIA else 0, now)
+
     def _note_answers(
         self, headers: tuple[bytes, ...], lengths: list[int], kinds: bytes, holes: Container[int]
     ) -> None:
@@ -300,7 +312,7 @@ class Worker:
 
     def _hold(self, header: bytes, payload: memoryview, now: float) -> metrics.Inbound:
         """Media of a client without a flow: it waits, or the reason why not."""
-        if not self._recovers:
+        if not self._recovers and roaming.read(payload)[0] is roaming.Kind.ADDRESS:
             return metrics.Inbound.DROPPED_UNKNOWN_CLIENT
         refusal = self._recovery.hold(header, payload, self._inbound.number, now)
         return metrics.Inbound.WAITING if refusal is None else refusal
@@ -323,18 +335,23 @@ class Worker:
             if not message:
                 break
             whole = message[: len(message) - len(message) % recovery.ANSWER.size]
-            for header, status, text in recovery.ANSWER.iter_unpack(whole):
-                self._resolve(header, status, text.rstrip(b"\x00"), now)
+            for header, status, ssrc, text in recovery.ANSWER.iter_unpack(whole):
+                self._resolve(header, status, ssrc, text.rstrip(b"\x00"), now)
         for header in self._recovery.overdue(now):
             self._release(self._recovery.take(header), metrics.Inbound.DROPPED_LOOKUP_FAILED)
 
-    def _resolve(self, header: bytes, status: int, text: bytes, now: float) -> None:
+    def _resolve(self, header: bytes, status: int, ssrc: int, text: bytes, now: float) -> None:
         """An answer: what waited for it goes on, or is dropped."""
         verdict: bytes | metrics.Inbound = metrics.Inbound.DROPPED_LOOKUP_FAILED
         if header in self.flows.hops:  # its own check came first
             verdict = self.flows.hops[header]
         elif status == recovery.FOUND:
             verdict = self._gate.recovered(header, text, now)
+        elif status in (recovery.FOLLOWS_FAR, recovery.FOLLOWS_NEAR):
+            near = status == recovery.FOLLOWS_NEAR
+            verdict = self._gate.recovered(header, text, now, (ssrc, near))
+        elif not self._recovery.asks_for(header, ssrc):
+            return  # its media has come meanwhile, and with it a better question
         elif status == recovery.UNKNOWN:
             self._recovery.unknown(header, now)
             verdict = metrics.Inbound.DROPPED_UNKNOWN_CLIENT

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import stateful
 from hypothesis import strategies as some
 
+import expiry
 import flows
 import frame
 
@@ -164,7 +165,7 @@ def test_a_sweep_is_short_however_many_flows_end():
     while len(flow):
         now += 1.0  # four times as long as such a table needs
         longest = max(longest, len(flow.sweep(now)))
-    assert 0 < longest <= flows.FLOWS_A_SWEEP
+    assert 0 < longest <= expiry.FLOWS_A_SWEEP
     assert 60 <= now <= 140
 
 
@@ -360,7 +361,7 @@ def test_an_ipv6_hop_comes_back_whole():
 # --- the table against a plain dictionary ---------------------------------------------------------
 
 CLIENTS, UFRAGS = 8, 5
-LATE_S = flows.LATE_S_MAX + 1.0
+LATE_S = expiry.LATE_S_MAX + 1.0
 """How much earlier or later than its period a hand may come by, swept once a second."""
 
 

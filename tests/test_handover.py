@@ -159,7 +159,7 @@ def first_layout(flow, slots=512):
     fd = os.memfd_create("earshot-relay")
     os.ftruncate(fd, 4096 + slots * 128)
     slot = flows.struct.Struct("<BB6x32s32s24sdd").pack(
-        flow.state, len(flow.hop), flow.header, flow.hop, flow.ufrag, *flow[4:]
+        flow.state, len(flow.hop), flow.header, flow.hop, flow.ufrag, *flow[4:6]
     )
     os.pwrite(fd, slot, 4096 + 7 * 128)
     return fd, sections
@@ -175,6 +175,31 @@ def test_the_first_layout_is_read(site, state):
     estate = legacy.Estate([("memory-0", fd)], sections=sections)
     shared = handover.Shared(settings.load(site.config, settings.Relay), estate)
     assert list(flows.read_all(shared.memories[0].section("flows"))) == [flow]
+    close(shared)
+
+
+@pytest.mark.parametrize("state", [flows.State.ASSURED, flows.State.TENTATIVE])
+def test_the_second_layout_is_read(site, state):
+    """It describes itself, and knows no SSRC: such clients are listened to from the first."""
+    hop = frame.name("127.0.0.1", 9000, socket.AF_INET)
+    assured_at = 2.0 if state is flows.State.ASSURED else 0.0
+    flow = flows.Flow(state, frame.header("192.0.2.1", 1), hop, b"x" * 23, 1.0, assured_at)
+    site.configure(workers=1)
+    found = settings.load(site.config, settings.Relay)
+    sizes = handover.sections(found, socket.AF_INET)
+    memory = host.SharedMemory("earshot-relay", sizes, 2, {"flows": 1})
+    slot = flows.struct.Struct("<B7x32s32p24pdd").pack(
+        state, flow.header, hop, flow.ufrag, *flow[4:6]
+    )
+    memory.section("flows")[7 * 128 : 7 * 128 + len(slot)] = slot
+    estate = legacy.Estate([("memory-0", os.dup(memory.fd))])
+    shared = handover.Shared(found, estate)
+    section = shared.memories[0].section("flows")
+    assert list(flows.read_all(section)) == [flow]
+    table = flows.Table(section, handover.limits(found.relay), 3.0)
+    assert table.checks(flow.header, flow.ufrag, 3.0)
+    assert set(table.listening) == ({flow.header} if assured_at else set())
+    os.close(memory.fd)
     close(shared)
 
 

@@ -18,6 +18,7 @@ import pytest
 import flows
 import frame
 import handover
+import inquiries
 import keeper
 import ledger
 import metrics
@@ -61,6 +62,10 @@ def header(number):
 
 def key(number):
     return frame.key(header(number))
+
+
+def question(number, ssrc=0):
+    return recovery.ASK.pack(header(number), ssrc)
 
 
 def ufrag(number):
@@ -180,12 +185,12 @@ class Relay:
     def ask(self, *numbers, worker=0):
         """A worker asks, the answers come: number, status and ufrag of each."""
         ours, _ = self.shared.asks[worker]
-        ours.send(b"".join(map(header, numbers)))
+        ours.send(b"".join(map(question, numbers)))
         answers = []
         while len(answers) < len(numbers):
             assert select.select([ours], [], [], PATIENCE_S)[0], "no answer"
             answers += recovery.ANSWER.iter_unpack(ours.recv(65536))
-        return {of: (status, found.rstrip(b"\0")) for of, status, found in answers}
+        return {of: (status, found.rstrip(b"\0")) for of, status, _, found in answers}
 
     def until(self, condition):
         """Wait until the keeper has seen it."""
@@ -328,7 +333,7 @@ def test_a_flow_that_is_only_tentative_is_nobodys(make):
 
 def test_questions_that_came_while_there_was_no_keeper_are_answered(make):
     relay = make()
-    relay.shared.asks[0][0].send(header(5))
+    relay.shared.asks[0][0].send(question(5))
     relay.start()
     assert relay.ask(6) == {header(5): (recovery.UNKNOWN, b"")}
 
@@ -336,11 +341,11 @@ def test_questions_that_came_while_there_was_no_keeper_are_answered(make):
 def test_a_worker_that_reads_no_answers_harms_nobody(make):
     relay = make().start()
     ours, _ = relay.shared.asks[0]
-    question = b"".join(map(header, range(64)))
+    questions = b"".join(map(question, range(64)))
     for _ in range(1000):
         select.select([], [ours], [], PATIENCE_S)
         with contextlib.suppress(BlockingIOError):
-            ours.send(question)
+            ours.send(questions)
     relay.until(lambda: relay.counters[KINDS.ANSWERS_LOST])
     assert relay.ask(1, worker=1) == {header(1): (recovery.UNKNOWN, b"")}
 
@@ -439,7 +444,7 @@ async def answers(relay, count, worker=0):
         with contextlib.suppress(BlockingIOError):
             got += recovery.ANSWER.iter_unpack(ours.recv(65536))
         await asyncio.sleep(0.001)
-    return {of: (status, found.rstrip(b"\0")) for of, status, found in got}
+    return {of: (status, found.rstrip(b"\0")) for of, status, _, found in got}
 
 
 def test_assured_flows_are_written_and_written_again(make):
@@ -488,10 +493,10 @@ def test_redis_is_asked_once_for_all_that_came_meanwhile(make):
         redis.known = {key(n): ufrag(n) for n in range(0, 1000, 2)}
         redis.open.clear()
         for n in range(100):
-            relay.shared.asks[n % 2][0].send(header(n))
+            relay.shared.asks[n % 2][0].send(question(n))
             await asyncio.sleep(0.001)
         await until(lambda: kept.counters[KINDS.LOOKUPS] == 100)
-        assert len(redis.asked) == keeper.LOOKUPS_AT_ONCE
+        assert len(redis.asked) == inquiries.LOOKUPS_AT_ONCE
         redis.open.set()
         for worker in range(2):
             for of, answer in (await answers(relay, 50, worker)).items():
@@ -501,7 +506,7 @@ def test_redis_is_asked_once_for_all_that_came_meanwhile(make):
                     (recovery.FOUND, ufrag(number)) if number % 2 == 0 else (recovery.UNKNOWN, b"")
                 )
                 assert answer == known
-        assert len(redis.asked) <= 2 * keeper.LOOKUPS_AT_ONCE
+        assert len(redis.asked) <= 2 * inquiries.LOOKUPS_AT_ONCE
         assert kept.counters[KINDS.LOOKUPS_FOUND] == kept.counters[KINDS.LOOKUPS_UNKNOWN] == 50
 
     play(relay, story)
@@ -515,11 +520,14 @@ def test_a_redis_that_hangs_is_not_waited_for_by_more_than_there_is_room(make):
         sent, failed = 0, kept.counters
         while not failed[KINDS.LOOKUPS_FAILED]:
             with contextlib.suppress(BlockingIOError):
-                sent += relay.shared.asks[0][0].send(b"".join(map(header, range(64)))) // 32
+                sent += relay.shared.asks[0][0].send(b"".join(map(question, range(64)))) // 40
             await asyncio.sleep(0)
-        assert sent <= keeper.ASKED_MAX + (keeper.LOOKUPS_AT_ONCE + 100) * keeper.LOOKUP_KEYS_MAX
+        assert (
+            sent
+            <= inquiries.ASKED_MAX + (inquiries.LOOKUPS_AT_ONCE + 100) * inquiries.LOOKUP_KEYS_MAX
+        )
         assert (await answers(relay, 1)).popitem()[1] == (recovery.UNAVAILABLE, b"")
-        assert len(redis.asked) == keeper.LOOKUPS_AT_ONCE
+        assert len(redis.asked) == inquiries.LOOKUPS_AT_ONCE
         redis.open.set()
 
     play(relay, story)
@@ -531,7 +539,7 @@ def test_without_redis_nobody_waits(make, how):
 
     async def story(kept, redis):
         redis.up, redis.refuses = how != "down", True
-        relay.shared.asks[1][0].send(header(1) + header(2))
+        relay.shared.asks[1][0].send(question(1) + question(2))
         both = {header(n): (recovery.UNAVAILABLE, b"") for n in (1, 2)}
         assert await answers(relay, 2, worker=1) == both
         assert kept.counters[KINDS.LOOKUPS_FAILED] == 2

@@ -40,8 +40,9 @@ class Room:
         found = []
         while some_ := self.one.asks():
             assert len(some_) <= recovery.ASK_MAX
-            found += map(CLIENTS.index, some_)
-        return found
+            found += [recovery.ASK.unpack(each) for each in some_]
+        self.ssrcs = [ssrc for _, ssrc in found]
+        return [CLIENTS.index(header) for header, _ in found]
 
     def drop(self, number):
         slots = self.one.take(CLIENTS[number])
@@ -139,6 +140,65 @@ def test_a_client_that_nobody_knows_is_not_asked_about_for_a_while(room):
     assert room.hold(1, now=3.9) is IN.DROPPED_UNKNOWN_CLIENT
     assert room.hold(1, now=4.0) is None
     assert len(room.one) == 1 and room.asked() == [1]
+
+
+def media(ssrc, second=0x6F):
+    return b"\x80%c\0\1\0\0\0\2" % second + ssrc.to_bytes(4, "big") + b"media"
+
+
+def report(ssrc):
+    return b"\x80\xc9\0\1" + ssrc.to_bytes(4, "big")
+
+
+def test_the_question_carries_the_ssrc_of_the_media(room):
+    room.hold(1, media(7))
+    room.hold(2, b"\x16 no media")
+    room.hold(3, report(9))
+    assert room.asked() == [1, 2, 3] and room.ssrcs == [7, 0, 9]
+
+
+def test_what_says_better_whose_it_is_is_asked_about_anew(room):
+    """Of a client whose data channel speaks first, then its reports, then its media."""
+    room.hold(1, b"\x16 no media")
+    assert room.asked() == [1] and room.ssrcs == [0]
+    room.hold(1, report(9))
+    assert room.asked() == [1] and room.ssrcs == [9]
+    room.hold(1, media(7))
+    room.hold(1, report(9))  # in one question
+    assert room.asked() == [1] and room.ssrcs == [7]
+    assert [room.one.asks_for(CLIENTS[1], ssrc) for ssrc in (0, 9, 7)] == [False, False, True]
+    for payload in (media(7), media(8), report(9), b"\x16"):
+        room.hold(1, payload)
+        assert room.asked() == []
+    room.begin(counted=1)
+    assert room.asked() == [1] and room.ssrcs[0] in (7, 8)  # the slots have no order
+    assert len(room.waiting(1)) == recovery.CLIENT_MAX
+    assert room.one.asks_for(CLIENTS[1], 0)  # nothing is under way
+
+
+def test_a_better_question_takes_from_the_budget(room):
+    for number in range(4):
+        room.hold(number, b"\x16", now=0.1)
+    room.hold(0, media(7), now=0.2)
+    room.hold(1, media(8), now=0.2)  # waits with what was asked
+    assert room.asked() == [0, 1, 2, 3] and room.ssrcs == [7, 0, 0, 0]
+    room.hold(1, media(8), now=1.1)
+    assert room.asked() == [1] and room.ssrcs == [8]
+
+
+def test_who_is_unknown_by_its_address_may_be_known_by_its_media(room):
+    wants = [b"\x16", report(9), media(7)]
+    for kind, payload in enumerate(wants):
+        assert room.hold(1, payload, now=0.0) is None
+        assert room.asked() == [1]
+        room.one.unknown(CLIENTS[1], 0.0)
+        room.drop(1)
+        for better, again in enumerate(wants):
+            expected = None if better > kind else IN.DROPPED_UNKNOWN_CLIENT
+            assert room.hold(1, again, now=0.0) is expected
+            room.drop(1)
+        room.one._renew(now=1.0 + kind)
+    assert room.hold(1, media(8), now=0.0) is IN.DROPPED_UNKNOWN_CLIENT
 
 
 def test_generations_turn_while_others_are_learnt(room):

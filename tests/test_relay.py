@@ -225,7 +225,7 @@ def foreign(key_id, digits):
 
 
 BAD_IN = {
-    "unknown_client": lambda r: b"\x80 media of nobody",
+    "unknown_client": lambda r: b"\x16 of nobody",
     "oversized": lambda r: b"\x80" * 1501,
     "stun_truncated": lambda r: r.check()[:-4],
     "stun_not_request": lambda r: stun.success(bytes(12), "192.0.2.1", 1, b"x" * 24),

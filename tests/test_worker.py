@@ -27,6 +27,9 @@ from . import test_takeover, workbench
 
 IN, OUT = metrics.Inbound, metrics.Outbound
 BATCH = 16
+SSRC = 0xDECAFBAD
+MEDIA = b"\x80\x6f\0\1\0\0\0\2" + SSRC.to_bytes(4, "big")
+REPORT = b"\x80\xc8\0\1" + SSRC.to_bytes(4, "big")
 REDIS = """
 [redis]
 url = "redis://127.0.0.1:1"
@@ -76,11 +79,12 @@ class Bench(workbench.Bench):
     def asked(self):
         """The headers of the next question."""
         assert select.select([self.keeper], [], [], workbench.PATIENCE_S)[0], "it asked nothing"
-        message = self.keeper.recv(recovery.ASK_MAX * frame.HEADER_OCTETS + 1)
-        return [message[at : at + 32] for at in range(0, len(message), 32)]
+        message = self.keeper.recv(recovery.ASK_MAX * recovery.ASK.size + 1)
+        self.ssrcs = [ssrc for _, ssrc in recovery.ASK.iter_unpack(message)]
+        return [header for header, _ in recovery.ASK.iter_unpack(message)]
 
-    def answer(self, header, status, text=b""):
-        self.keeper.send(recovery.ANSWER.pack(header, status, text))
+    def answer(self, header, status, text=b"", ssrc=0):
+        self.keeper.send(recovery.ANSWER.pack(header, status, ssrc, text))
 
     def until(self, **expected):
         """Wait until just this has been counted."""
@@ -148,7 +152,7 @@ def serving(bench):
 def test_media_of_a_client_that_redis_knows_goes_on(build):
     bench = build()
     sock, header = bench.stranger()
-    payloads = [b"\x80 one", b"", b"\x80" * 1500]
+    payloads = [b"\x80 one", b"", b"\x16" * 1500]
     with serving(bench):
         for payload in payloads:
             sock.send(payload)
@@ -185,7 +189,7 @@ def test_a_client_that_nobody_knows_is_asked_about_once(build):
     assert bench.quiet()
 
 
-@pytest.mark.parametrize("status", [recovery.UNAVAILABLE, 3, 255])
+@pytest.mark.parametrize("status", [recovery.UNAVAILABLE, 9, 255])
 def test_without_redis_it_is_dropped_and_asked_about_again(build, status):
     bench = build()
     sock, header = bench.stranger()
@@ -301,7 +305,7 @@ def test_a_transceiver_that_cannot_be_reached_is_a_failed_send(build):
     bench = build()
     sock, header = bench.stranger()
     with serving(bench):
-        sock.send(b"\x80" * 1500)
+        sock.send(b"\x16" * 1500)
         bench.asked()
         home, _, port = bench.home  # the prefix's broadcast address, where the kernel lets nobody
         at = home.prefix.broadcast_address
@@ -320,7 +324,7 @@ def test_a_keeper_that_reads_nothing_holds_up_nobody(build):
     filled = 0
     with contextlib.suppress(BlockingIOError):
         while True:
-            ours.send(b"y" * 32)
+            ours.send(b"y" * recovery.ASK.size)
             filled += 1
     (sock, header), (later, later_at) = bench.stranger(), bench.stranger()
     with serving(bench):
@@ -380,19 +384,23 @@ def test_a_successor_asks_again_about_what_waits(build):
     assert bench.quiet()
 
 
-def test_where_redis_has_gone_from_the_settings_nothing_waits_any_more(build):
+def test_where_redis_has_gone_from_the_settings_only_media_waits(build):
     bench = build()
-    sock, _ = bench.stranger()
+    sock, header = bench.stranger()
     sock.send(b"\x80 early")
     assert not bench.run(bench.worker.inbound, bench.shared.public[0])
     bench.asked()
     bench.found = msgspec.structs.replace(bench.found, redis=None)
     bench.worker = bench.successor()
     bench.worker.take_over()
-    assert bench.counted() == {IN.RECEIVED: 1, IN.DROPPED_LOOKUP_LIMIT: 1}
     with serving(bench):
-        sock.send(b"\x80 media")
-        bench.until(RECEIVED=2, DROPPED_LOOKUP_LIMIT=1, DROPPED_UNKNOWN_CLIENT=1)
+        assert bench.asked() == [header]  # what waits already is asked about once more
+        bench.answer(header, recovery.UNKNOWN)
+        bench.until(RECEIVED=1, DROPPED_UNKNOWN_CLIENT=1)
+        sock.send(b"\x16 media")
+        bench.until(RECEIVED=2, DROPPED_UNKNOWN_CLIENT=2)
+        sock.send(MEDIA)
+        assert bench.asked() == [header] and bench.ssrcs == [SSRC]
     assert bench.quiet()
 
 
@@ -403,7 +411,16 @@ def drained(sock):
     return found
 
 
-@pytest.mark.parametrize("status", [recovery.FOUND, recovery.UNKNOWN, recovery.UNAVAILABLE])
+STATUSES = (
+    recovery.FOUND,
+    recovery.UNKNOWN,
+    recovery.UNAVAILABLE,
+    recovery.FOLLOWS_NEAR,
+    recovery.FOLLOWS_FAR,
+)
+
+
+@pytest.mark.parametrize("status", STATUSES)
 @pytest.mark.parametrize("dying", ["inbound", "_hear"])
 def test_at_every_line_of_its_way_what_waits_is_counted_once(build, monkeypatch, dying, status):
     """A death while something begins to wait, or while it is let go: the law holds, each datagram
@@ -411,14 +428,17 @@ def test_at_every_line_of_its_way_what_waits_is_counted_once(build, monkeypatch,
     modules = ("worker.py", "recovery.py", "ledger.py", "gate.py", "flows.py", "udp.py")
     monkeypatch.setattr(test_takeover, "MODULES", modules)
     bench, deaths, again = build(lookups=1000), 0, 0
-    kinds = IN.RECOVERED, IN.DROPPED_UNKNOWN_CLIENT, IN.DROPPED_LOOKUP_FAILED
-    ends = kinds[[recovery.FOUND, recovery.UNKNOWN, recovery.UNAVAILABLE].index(status)]
-    payloads = [b"\x80 one", b"\x80 two"]
+    ends = {
+        recovery.UNKNOWN: IN.DROPPED_UNKNOWN_CLIENT,
+        recovery.UNAVAILABLE: IN.DROPPED_LOOKUP_FAILED,
+    }.get(status, IN.RECOVERED)
+    text = ends is IN.RECOVERED
+    payloads = [MEDIA + b" one", MEDIA + b" two"]
 
     def answer_all():
         for message in drained(bench.keeper):
-            for at in range(0, len(message), 32):
-                bench.answer(message[at : at + 32], status, bench.mint() if status == 1 else b"")
+            for header, ssrc in recovery.ASK.iter_unpack(message):
+                bench.answer(header, status, bench.mint() if text else b"", ssrc)
 
     while True:
         bench.before = bench._counters()
@@ -444,7 +464,7 @@ def test_at_every_line_of_its_way_what_waits_is_counted_once(build, monkeypatch,
         bench.worker._hear(time.monotonic())
         assert bench.counted() == {IN.RECEIVED: 3, IN.FORWARDED: 1, ends: 2}, deaths
         came = drained(bench.transceiver)
-        expected = [header + payload for payload in payloads] if status == recovery.FOUND else []
+        expected = [header + payload for payload in payloads] if text else []
         assert set(came) == {*expected, bench.header + b"\x80 known"}, deaths
         # Sent, and not yet counted as such, it is sent again: that cannot be known.
         times = [came.count(each) for each in expected]
@@ -454,7 +474,7 @@ def test_at_every_line_of_its_way_what_waits_is_counted_once(build, monkeypatch,
             break
         deaths += 1
     assert deaths > (60 if dying == "inbound" else 20)
-    assert again == 0 or (dying, status) == ("_hear", recovery.FOUND)
+    assert again == 0 or (dying, text) == ("_hear", True)
 
 
 # --- whom it serves first -------------------------------------------------------------------------
