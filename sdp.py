@@ -296,9 +296,9 @@ def _split(text: str) -> tuple[_Section, list[_Section]]:
 def _bundle(session: _Section) -> list[str] | None:
     """The mids of the first BUNDLE group; None without one."""
     for value in session.attributes.get("group", []):
-        semantics, *mids = value.split()
-        if semantics == "BUNDLE":
-            return mids
+        match value.split():
+            case ["BUNDLE", *mids]:
+                return mids
     return None
 
 

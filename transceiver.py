@@ -348,11 +348,11 @@ async def serve(config: settings.Transceiver) -> None:
 
     loop.add_signal_handler(signal.SIGTERM, told_to_stop)
     loop.add_signal_handler(signal.SIGINT, ended.set)
-    await transceiver.start()
     # What exists now lives as long as the process: keep the collector from walking it, since a
     # full pass over the imported libraries is a pause of 30 ms in everybody's audio.
     gc.collect()
     gc.freeze()
+    await transceiver.start()
     log.info("transceiver ready on %s", config.transceiver.listen)
     await ended.wait()
     log.info("stopping with %d sessions", len(transceiver.sessions))

@@ -206,6 +206,11 @@ def test_what_cannot_be_bundled_is_rejected_with_port_0(line: str) -> None:
     assert rejected[:3] == [f"{kind} 0 {protocol} {form}", "c=IN IP4 0.0.0.0", "a=mid:7"]
 
 
+def test_a_group_that_names_nothing_is_no_group() -> None:
+    offer = sdp.read_offer(text([*SESSION, "a=group:", *AUDIO]))
+    assert offer.bundle == ("0",)
+
+
 def test_a_line_that_is_switched_off_stays_off() -> None:
     video = changed(VIDEO, "m=video", "m=video 0 UDP/TLS/RTP/SAVPF 96")
     offer = sdp.read_offer(text([*SESSION, *BUNDLE, *AUDIO, *video, *DATA]))
