@@ -6,8 +6,9 @@ the channel to open, and what waits for a sound.
 Rules that stay true:
 - `session.created` is the first message; what is said before it waits, bounded, and of too much the
   oldest is dropped.
-- Every message has an `event_id` and is no longer than SERVER_MESSAGE_OCTETS_MAX. What JSON cannot
-  say, or not that shortly, becomes an `error`: nothing disappears unseen.
+- Every message has an `event_id` and is no longer than the client takes. What JSON cannot say, or
+  not that shortly, becomes an `error`: nothing disappears unseen. Of a session the long fields are
+  left out instead.
 - While events are held, only what overtakes them goes out; they follow in their order, after
   HOLD_S_MAX at the latest.
 
@@ -22,7 +23,12 @@ import realtime
 from realtime import Event, Refused
 
 SERVER_MESSAGE_OCTETS_MAX = 262_144
-"""Of one event to the client; a browser closes a channel that brings more than it announced."""
+"""Of one event to the client; a browser closes a channel that brings more than it announced, and
+clients that announce nothing take 64 kB."""
+
+SHOWN_OCTETS_MAX = 4_096
+"""Of a field of a session whose JSON is too long for the client as a whole. What is left out then
+are instructions and tools: it knows them, having set them."""
 
 BACKLOG_OCTETS_MAX = 262_144
 """Messages that wait for the channel to open, the oldest dropped first: a greeting, of a client
@@ -40,9 +46,13 @@ in a tenth of a second the order matters less."""
 class Channel:
     """One client's messages. Methods that need the time take monotonic seconds as `now`."""
 
-    def __init__(self, tag: str) -> None:
-        """Ids of events are made of `tag`, which is this session's alone."""
+    def __init__(self, tag: str, octets_max: int = SERVER_MESSAGE_OCTETS_MAX) -> None:
+        """Ids of events are made of `tag`, which is this session's alone.
+
+        `octets_max` is the client's own limit of a message; 0 is none.
+        """
         self._tag = tag
+        self._octets_max = min(octets_max or SERVER_MESSAGE_OCTETS_MAX, SERVER_MESSAGE_OCTETS_MAX)
         self._events = 0
         self._closed = False
         self._opened = False
@@ -124,11 +134,12 @@ class Channel:
         event_id = event.get("event_id")
         if not isinstance(event_id, str):
             event_id = self.next_id("event")
-        try:
-            message = orjson.dumps(event | {"event_id": event_id})
-        except TypeError:
-            message = b""
-        if 0 < len(message) <= SERVER_MESSAGE_OCTETS_MAX:
+        message = _json(event | {"event_id": event_id})
+        fits = 0 < len(message) <= self._octets_max
+        if not fits and isinstance(session := event.get("session"), dict):
+            brief = {k: v for k, v in session.items() if 0 < len(_json(v)) <= SHOWN_OCTETS_MAX}
+            message = _json(event | {"event_id": event_id, "session": brief})
+        if 0 < len(message) <= self._octets_max:
             return message.decode()
         wrong = Refused("server_event_lost", "An event of the backend could not be passed on.")
         lost = {"type": "error", "error": realtime.error(wrong, None, "server_error")}
@@ -152,3 +163,11 @@ class Channel:
         self._out += [self._created, *self._backlog]
         self._created = None
         self._backlog.clear()
+
+
+def _json(value: object) -> bytes:
+    """Empty for what JSON cannot say."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return b""

@@ -47,12 +47,21 @@ _SECRETS = frozenset(("authorization", "headers", "client_secret", "api_key"))
 class Conversation:
     """One call's events. Every method takes monotonic seconds as `now`."""
 
-    def __init__(self, session_id: str, playout: audio.Playout, ruled: floor.Floor) -> None:
-        """`session_id` becomes the session's id for the client; event ids are derived from it."""
+    def __init__(
+        self,
+        session_id: str,
+        playout: audio.Playout,
+        ruled: floor.Floor,
+        message_octets_max: int = channel.SERVER_MESSAGE_OCTETS_MAX,
+    ) -> None:
+        """`session_id` becomes the session's id for the client; event ids are derived from it.
+
+        `message_octets_max` is what the client takes in one message; 0 is any.
+        """
         self._session_id = session_id
         self._tag = hashlib.blake2s(session_id.encode(), digest_size=6).hexdigest()
         self._closed = False
-        self._channel = channel.Channel(self._tag)
+        self._channel = channel.Channel(self._tag, message_octets_max)
         self._replies = replies.Replies(playout)
         self._floor, self._terms = ruled, ruled.terms
         self._to_backend: list[Event] = []

@@ -164,7 +164,9 @@ class Session:
             timestamp=secrets.randbits(32),
         )
         ruled = floor.Floor(terms, self._backend.rate_hz)
-        self._conversation = conversation.Conversation(self.call_id, self._playout, ruled)
+        self._conversation = conversation.Conversation(
+            self.call_id, self._playout, ruled, offer.message_octets_max
+        )
         self._conversation.expires_at = self._unix_at(self.ends_at)
         self._peer = mux.open(offer, *credentials, self)
         early, self._early = self._early, None

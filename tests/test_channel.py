@@ -94,6 +94,24 @@ def test_what_json_cannot_say_is_told(value: Any) -> None:
     assert (event["type"], event["error"]["code"]) == ("error", "server_event_lost")
 
 
+def test_a_client_that_takes_less_is_told_as_much_as_it_takes() -> None:
+    found = Channel("tag", 65_536)
+    found.open()
+    session = {"model": "m", "instructions": "x" * 70_000, "audio": {"input": {}}, "odd": {1}}
+    found.create({"type": "session.created", "session": session})
+    (created,) = taken(found)
+    assert created["session"] == {"model": "m", "audio": {"input": {}}}
+    found.say({"type": "x", "text": "x" * 70_000})
+    (event,) = taken(found)
+    assert event["error"]["code"] == "server_event_lost"
+    for limit in (0, 1 << 40):
+        roomy = Channel("tag", limit)
+        roomy.open()
+        roomy.create({"type": "session.created", "text": "x" * 200_000})
+        roomy.say({"type": "x", "text": "x" * 300_000})
+        assert kinds(roomy) == ["session.created", "error"]
+
+
 def test_errors_name_what_was_refused() -> None:
     found = live()
     found.error(Refused("code", "Sentence.", "field"), "theirs")
