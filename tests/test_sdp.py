@@ -208,7 +208,7 @@ def test_what_cannot_be_bundled_is_rejected_with_port_0(line: str) -> None:
 
 def test_a_group_that_names_nothing_is_no_group() -> None:
     offer = sdp.read_offer(text([*SESSION, "a=group:", *AUDIO]))
-    assert offer.bundle == ("0",)
+    assert offer.bundle == ()
 
 
 def test_a_line_that_is_switched_off_stays_off() -> None:
