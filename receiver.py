@@ -307,7 +307,8 @@ class Receiver:
         self._bridged = False
         samples = self._samples
         pcm = None
-        if self._ahead_of(now) > AHEAD_S_MAX:
+        ahead_s = self._ahead_of(now)
+        if ahead_s > AHEAD_S_MAX:
             self.surplus += 1
         else:
             pcm = self._decoder.decode(packet.payload)
@@ -317,17 +318,19 @@ class Receiver:
             else:
                 self.decoded += 1
                 samples = self._samples = len(pcm) // 2
-            self._ahead_s += samples / self._rate_hz
-        self._made = self._made + samples * self._clocks & 0xFFFF_FFFF
-        self._end = packet.timestamp + samples * self._clocks & 0xFFFF_FFFF
+            self._ahead_s = ahead_s + samples / self._rate_hz
+        clocks = samples * self._clocks
+        self._made = self._made + clocks & 0xFFFF_FFFF
+        self._end = packet.timestamp + clocks & 0xFFFF_FFFF
         self._end_at = self._last_at
         return pcm
 
     def _ahead_of(self, now: float) -> float:
         """Seconds taken in beyond real time."""
-        self._ahead_s = max(0.0, self._ahead_s - (now - self._ahead_at))
+        ahead_s = self._ahead_s - (now - self._ahead_at)
         self._ahead_at = now
-        return self._ahead_s
+        self._ahead_s = ahead_s = ahead_s if ahead_s > 0.0 else 0.0  # max() takes 80 ns
+        return ahead_s
 
 
 def _signed(difference: int) -> int:

@@ -80,7 +80,8 @@ def read(datagram: bytes) -> Packet | None:
         if found is None:
             return None
         payload = found
-    return Packet(second > 0x7F, second & 0x7F, sequence, timestamp, ssrc, payload)
+    # What Packet() does, less the call of its own __new__: 90 ns of 400.
+    return tuple.__new__(Packet, (second > 0x7F, second & 0x7F, sequence, timestamp, ssrc, payload))
 
 
 def _payload(datagram: bytes, first: int) -> bytes | None:
@@ -280,7 +281,8 @@ class Reception:
         self.packets += 1
         if self.packets > 1:
             moved = (transit - self._transit) & 0xFFFF_FFFF
-            moved = min(moved, 0x1_0000_0000 - moved)
+            if moved > 0x7FFF_FFFF:  # backwards; min() of the two takes 100 ns of 370
+                moved = 0x1_0000_0000 - moved
             if moved < _JITTER_JUMP_MAX:
                 self.jitter += (moved - self.jitter) / 16
         self._transit = transit
