@@ -4,8 +4,10 @@ What is counted are packets at the transport. Behind a reply that is cut off com
 silence, and they are decoded to prove that they are.
 """
 
+import asyncio
 import json
 import struct
+import time
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,20 @@ import pytest
 
 import audio
 import backend
+import conversation
+import endpoints
+import floor
+import ledger
 import opus
 import parrot
 import rtp
+import settings
+from metrics import Transceiver
+from resample import Resampler
 from turns import FRAME_MS, FRAME_OCTETS, MS_OCTETS, RATE_HZ
 
-from .line import SPEECH
+from . import servers
+from .line import SPEECH, Plain, kinds
 from .test_session import Call
 
 FRAME_S = FRAME_MS / 1000
@@ -185,6 +195,90 @@ def test_interrupted_again_and_again_every_reply_is_its_own(talk: Talk) -> None:
     assert talk.types().count("output_audio_buffer.started") == 3
     assert talk.types().count("output_audio_buffer.cleared") == 3
     assert "output_audio_buffer.stopped" not in talk.types()
+
+
+class Far:
+    """A conversation with a model server at the other end of a real connection, at 24 kHz."""
+
+    NOW = 100.0
+    """On this side time stands still: what is to be heard takes no end."""
+
+    def __init__(self, url: str, wanted: dict[str, Any]) -> None:
+        table = settings.Backend(kind="realtime", url=endpoints.ModelUrl(url), rate_hz=24_000)
+        counters = ledger.Counters(Transceiver)
+        self.backends = backend.Backends(table, (), counters, time.monotonic)
+        self.seen: list[dict[str, Any]] = []
+        playout = audio.Playout(Plain(), ssrc=1, payload_type=111, sequence=0, timestamp=0)
+        terms = floor.Terms(wanted)
+        ruled = floor.Floor(terms, 24_000)
+        self.conversation = conversation.Conversation("rtc_1", playout, ruled)
+        self.conversation.opened(self.NOW)
+        self.playout, self.resampler = playout, Resampler(RATE_HZ, 24_000)
+        self.chosen = self.backends.connect(terms.offered, self.emitted, print)
+
+    def emitted(self, event: dict[str, Any]) -> None:
+        self.conversation.backend_event(event, self.NOW)
+        self.flow()
+
+    def flow(self) -> None:
+        self.playout.send(self.NOW)
+        self.conversation.playout_events(self.NOW)
+        for event in self.conversation.to_backend():
+            self.chosen.send(event, time.monotonic())
+        self.seen += map(orjson.loads, self.conversation.to_client())
+
+    async def say(self, pcm: bytes) -> None:
+        """Faster than anybody speaks: turns are counted in the time of the audio."""
+        for at in range(0, len(pcm), FRAME_OCTETS):
+            frame = self.resampler.feed(pcm[at : at + FRAME_OCTETS])
+            self.chosen.append(frame, time.monotonic())
+            if self.conversation.listens:
+                self.conversation.hear(frame, self.NOW)
+            self.flow()
+            await asyncio.sleep(0)
+
+    async def told(self, kind: str, times: int = 1) -> dict[str, Any]:
+        async with asyncio.timeout(20):
+            while kinds(self.seen).count(kind) < times:
+                self.chosen.tick(time.monotonic())
+                self.flow()
+                await asyncio.sleep(0.002)
+        return next(event for event in self.seen if event["type"] == kind)
+
+
+def test_a_hm_and_an_interruption_at_a_model_server() -> None:
+    detection = {"type": "server_vad", "min_interruption_duration_ms": 400}
+
+    async def run(url: str) -> None:
+        far = Far(url, {"audio": {"input": {"turn_detection": detection}}})
+        created = await far.told("session.created")
+        shown = created["session"]["audio"]["input"]["turn_detection"]
+        assert detection.items() <= shown.items()
+        assert shown["create_response"] and shown["interrupt_response"]
+        await far.say(bytes(300 * MS_OCTETS) + SPEECH + bytes(560 * MS_OCTETS))
+        await far.told("output_audio_buffer.started")
+        await far.say(SPEECH[: 200 * MS_OCTETS] + bytes(560 * MS_OCTETS))
+        await far.told("input_audio_buffer.committed", 2)
+        assert "output_audio_buffer.cleared" not in kinds(far.seen)
+        await far.say(SPEECH[: 600 * MS_OCTETS])
+        await far.told("output_audio_buffer.cleared")
+        await far.told("conversation.item.truncated")
+        await far.say(bytes(560 * MS_OCTETS))
+        await far.told("response.created", 2)
+        order = [kind for kind in kinds(far.seen) if kind.endswith((".committed", "se.created"))]
+        assert order == [
+            "input_audio_buffer.committed",
+            "response.created",
+            "input_audio_buffer.committed",
+            "input_audio_buffer.committed",
+            "response.created",
+        ]
+        assert "error" not in kinds(far.seen)
+        far.chosen.close()
+        await far.backends.close()
+
+    with servers.serving("--rate", "24000") as served:
+        asyncio.run(run(served.url))
 
 
 class Stubborn(Call):
