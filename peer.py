@@ -52,8 +52,8 @@ INBOX_DATAGRAMS_MAX = 128
 not fit is lost, as on any full link, and SCTP sends it again."""
 
 EARLY_DATAGRAMS_MAX = 50
-"""SRTP kept until its keys are there: one second of speech, where the handshake needs half a round
-trip more than the client's first packet."""
+"""SRTP kept until its keys are there: one second of speech. With DTLS 1.2 the client has them no
+sooner than we; with 1.3, or as the DTLS client, it may speak first."""
 
 CHANNELS_MAX = 8
 """Data channels of a session. Clients open one, two at the most; each costs some kilobytes."""

@@ -142,6 +142,41 @@ def test_lost_packets_of_the_data_channel_are_sent_again_soon(
     assert lost["channel"] - without["channel"] < 2000
 
 
+def test_a_lost_message_is_sent_again_soon(capsys: pytest.CaptureFixture[str]) -> None:
+    """In mid-call: after a round trip and a quarter of a second, where aiortc waits for one."""
+    took: list[float] = []
+
+    async def run() -> None:
+        on = Delayed()
+        try:
+            await on.dial()
+            await on.opened()
+            for number in range(5):  # the round trip is known by now
+                on.peer.send_message(f"{number}")
+                await shim.until(lambda number=number: len(on.client.messages) == number + 1)
+            lost: list[bytes] = []
+
+            def down(datagram: bytes) -> bool:
+                if stun.kind(datagram[0]) is stun.Kind.DTLS and not lost:
+                    lost.append(datagram)
+                    return False
+                return True
+
+            on.lane.down = down
+            start = time.monotonic()
+            on.peer.send_message("lost once")
+            await shim.until(lambda: on.client.messages[-1] == "lost once")
+            took.append(1000 * (time.monotonic() - start))
+            assert len(lost) == 1
+        finally:
+            await on.close()
+
+    asyncio.run(run())
+    with capsys.disabled():
+        print(f"\na lost message took {took[0]:.0f} ms")
+    assert took[0] < 900
+
+
 def test_calls_are_set_up_over_a_path_that_loses_one_in_ten(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
