@@ -224,6 +224,7 @@ class Transceiver:
         values[Count.SESSIONS_OFFERED] = states.count(State.OFFERED)
         values[Count.SESSIONS_CONNECTING] = states.count(State.CONNECTING)
         values[Count.SESSIONS_LIVE] = states.count(State.LIVE)
+        values[Count.LOAD] = round(1000 * self._load.figure)
         values[Count.TASKS] = len(asyncio.all_tasks())
 
     def paced(self, session: Session) -> None:

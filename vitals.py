@@ -136,6 +136,12 @@ class Transceiver(ledger.Kinds):
     SESSIONS_OFFERED = "sessions", "Of them, those whose client has not come yet.", "", True
     SESSIONS_CONNECTING = "sessions", "Of them, those in their DTLS handshake.", "", True
     SESSIONS_LIVE = "sessions", "Of them, those with media.", "", True
+    LOAD = (
+        "thousandths",
+        "How near the process is to refusing calls by what it measures of itself: 1000 is there.",
+        "Compare with REFUSED_LOAD. /v1/health has the parts of it.",
+        True,
+    )
     TASKS = (
         "tasks",
         "Of asyncio: one for each session, one for each request, and a few.",

@@ -38,8 +38,8 @@ CALLS, CALLS_QUICK = 10_000, 200
 AT_ONCE = 12
 """Calls at a time: enough to keep a CPU busy while others wait for their round trips."""
 
-PARTS_OF_A_RUN = 10
-"""How often it is looked at; the first two are for warming up."""
+LOOKS = 10
+"""How often it is looked at; until the second one it warms up."""
 
 TALK_S = 0.2
 SILENCE_S = 1.0
@@ -124,7 +124,9 @@ async def _call(line: Line, post: Callable[[dict[str, Any]], Any], politely: boo
         await caller.leave(politely)
 
 
-async def _run(pid: int, port: int, calls: int, say: Callable[[str], None]) -> list[Figures]:
+async def _run(
+    pid: int, port: int, calls: int, looks_in_all: int, say: Callable[[str], None]
+) -> list[Figures]:
     url = f"http://127.0.0.1:{port}"
     looks: list[Figures] = []
     line = Line(framed=True)
@@ -145,8 +147,8 @@ async def _run(pid: int, port: int, calls: int, say: Callable[[str], None]) -> l
             async with room:
                 await _call(line, post, politely=bool(number % 2))
 
-        part = calls // PARTS_OF_A_RUN
-        for number in range(PARTS_OF_A_RUN):
+        part = calls // looks_in_all
+        for number in range(looks_in_all):
             await asyncio.gather(*(one(each) for each in range(part)))
             gc.collect()  # of this process's own callers, which would fill its memory
             looks.append(await watched.look((number + 1) * part, begun))
@@ -155,10 +157,10 @@ async def _run(pid: int, port: int, calls: int, say: Callable[[str], None]) -> l
     return looks
 
 
-def _judge(setting: Setting, looks: list[Figures]) -> Figures:
+def _judge(setting: Setting, looks: list[Figures], growth: float) -> Figures:
     warm, last = looks[1], looks[-1]
     grown = last["octets"] / warm["octets"]
-    setting.must(grown <= GROWTH_MAX, f"memory grew by the factor {grown:.3f}")
+    setting.must(grown <= growth, f"memory grew by the factor {grown:.3f}")
     for name in ("tasks", "descriptors", "threads"):
         setting.must(last[name] <= warm[name], f"{name}: {warm[name]} and then {last[name]}")
     setting.must(last["connected"] == last["calls"], "not all calls connected")
@@ -180,13 +182,16 @@ def _impatient(setting: Setting, folder: Path, port: int) -> list[str | Path]:
 IMPATIENT = capacity.Kind("earshot", framed=True, argv=_impatient, few=1, step=1)
 
 
-def churn(setting: Setting, calls: int | None = None) -> Figures:
+def churn(
+    setting: Setting, calls: int | None = None, looks: int = LOOKS, growth: float = GROWTH_MAX
+) -> Figures:
     """Short calls one after another, half of which vanish: memory, tasks, descriptors, threads."""
     server = capacity.Server(setting, IMPATIENT)
     try:
         calls = calls or (CALLS_QUICK if setting.quick else CALLS)
         pid = server.process.pid
-        return _judge(setting, asyncio.run(_run(pid, server.port, calls, setting.say)))
+        seen = asyncio.run(_run(pid, server.port, calls, looks, setting.say))
+        return _judge(setting, seen, growth)
     finally:
         server.close()
 
@@ -194,7 +199,11 @@ def churn(setting: Setting, calls: int | None = None) -> Figures:
 PARTS: dict[str, Callable[[Setting], Figures]] = {"churn": churn}
 
 
-def main(calls: Annotated[int, typer.Option(help="How many calls.")] = CALLS) -> None:
+def main(
+    calls: Annotated[int, typer.Option(help="How many calls.")] = CALLS,
+    looks: Annotated[int, typer.Option(help="How often it is looked at.", min=3)] = LOOKS,
+    growth: Annotated[float, typer.Option(help="Of memory, at the most.")] = GROWTH_MAX,
+) -> None:
     """Run the calls, and print what was seen as JSON."""
     cpus = host.cpus()
     with tempfile.TemporaryDirectory(prefix="earshot-churn-") as folder:
@@ -209,7 +218,7 @@ def main(calls: Annotated[int, typer.Option(help="How many calls.")] = CALLS) ->
             load_cpu=cpus[-1],
             part="churn",
         )
-        found = churn(setting, calls)
+        found = churn(setting, calls, looks, growth)
     typer.echo(json.dumps(found | {"failures": setting.failures}, indent=2))
     sys.exit(1 if setting.failures else 0)
 
