@@ -36,6 +36,7 @@ Sans-IO: `now` is an argument, in seconds of one monotonic clock that the host's
 import collections
 import enum
 import itertools
+import operator
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -211,8 +212,8 @@ class Table:
         self.tentative = len(self.watched)
         self._followers = roaming.Followers()
         origins = bytes(memory[_ORIGIN_AT : octets(slots) : SLOT_OCTETS])
-        for number in itertools.compress(taken, itertools.compress(origins, states)):
-            flow = self._flow(number)
+        named = map(self._flow, itertools.compress(taken, itertools.compress(origins, states)))
+        for flow in sorted(named, key=operator.attrgetter("opened_at")):
             if flow.follows:
                 self._index(flow._replace(origin=Origin.CHECKED), -1)
                 self._index(flow, 1)

@@ -12,6 +12,7 @@ from hypothesis import strategies as some
 import expiry
 import flows
 import frame
+import roaming
 
 LIMITS = flows.Limits(flows=8, tentative=4, addresses=2, idle_s=60.0, tentative_idle_s=15.0)
 A = frame.name("10.4.0.1", 9000, 2)
@@ -265,6 +266,187 @@ def test_limits_hold_for_adopted_flows():
     assert max(after._addresses.values()) == 2 and after.tentative <= 4
 
 
+# --- the SSRC, and who follows it -----------------------------------------------------------------
+
+SSRC = 0xDECAFBAD
+ROOMY = flows.Limits(flows=64, tentative=32, addresses=2, idle_s=60.0, tentative_idle_s=15.0)
+
+
+def called(limits=ROOMY):
+    """A table with an assured flow whose client's SSRC is known."""
+    flow, memory = table(limits)
+    flow.open(client(0), A, ufrag(0), 0)
+    flow.answered([client(0)], 0)
+    flow.heard(client(0), SSRC, 0.0)
+    return flow, memory
+
+
+def follow(flow, number, near=False, of=0, now=1.0):
+    return flow.follow(client(number), A, ufrag(of), SSRC, near, now)
+
+
+def copies(memory):
+    return {copy.header: copy for copy in flows.read_all(memory)}
+
+
+def test_a_client_is_listened_to_once_its_flow_is_assured():
+    flow, memory = table()
+    flow.open(client(0), A, ufrag(0), 0)
+    assert not flow.listening
+    flow.heard(client(0), SSRC, 0.0)  # nobody listens
+    assert copies(memory)[client(0)].ssrc == 0
+    flow.answered([client(0)], 0)
+    assert set(flow.listening) == {client(0)}
+    flow.heard(client(0), 0, 0.0)
+    assert set(flow.listening) == {client(0)}
+    flow.heard(client(0), SSRC, 0.0)
+    assert not flow.listening
+    assert copies(memory)[client(0)].ssrc == SSRC
+    assert copies(memory)[client(0)].state is flows.State.ASSURED
+    flow.answered([client(0)], 1)
+    assert not flow.listening
+    assert copies(table(memory=memory)[1])[client(0)].ssrc == SSRC
+
+
+def test_checks_let_an_ssrc_be_noted_again_but_not_each_of_them():
+    flow, memory = called()
+    assert flow.checks(client(0), ufrag(0), 1.0) and not flow.listening
+    assert not flow.checks(client(0), ufrag(1), 100.0) and not flow.listening
+    assert not flow.checks(client(1), ufrag(0), 100.0)
+    assert flow.checks(client(0), ufrag(0), roaming.LISTEN_S) and flow.listening
+    flow.heard(client(0), 7, roaming.LISTEN_S)
+    assert copies(memory)[client(0)].ssrc == 7
+    for days in range(4):  # the clock of 16 bits goes round several times
+        now = roaming.LISTEN_S + days * 65536.0
+        assert flow.checks(client(0), ufrag(0), now + 1) and not flow.listening
+        assert flow.checks(client(0), ufrag(0), now + 65536 - 1) and flow.listening
+        flow.heard(client(0), 7, now + 65536)
+
+
+def test_a_client_without_an_ssrc_is_listened_to_with_each_check():
+    flow, _ = table()
+    flow.open(client(0), A, ufrag(0), 0)
+    assert flow.checks(client(0), ufrag(0), 0) and not flow.listening
+    flow.answered([client(0)], 0)
+    for _ in range(3):
+        while flow.listening:
+            flow.heard(client(0), 0, 0)
+        assert flow.checks(client(0), ufrag(0), 0) and flow.listening
+
+
+def test_nobody_is_listened_to_who_has_gone():
+    flow, _ = table()
+    flow.open(client(0), A, ufrag(0), 0)
+    flow.answered([client(0)], 0)
+    for now in range(1, 300):
+        flow.sweep(now)
+    assert not flow.hops and not flow.listening
+
+
+def test_followers_take_no_room_of_clients_that_check():
+    flow, memory = called()
+    for number in range(1, 1 + roaming.FOLLOWERS_MAX):
+        assert follow(flow, number) is None
+    assert flow.open(client(10), A, ufrag(0), 1) is None
+    assert flow.open(client(11), A, ufrag(0), 1) is flows.Refusal.ADDRESSES_LIMIT
+    assert follow(flow, 12) is None
+    found = copies(memory)
+    assert found.keys() == set(map(client, [0, 2, 3, 4, 10, 12]))
+    assert found[client(12)] == flows.Flow(
+        flows.State.TENTATIVE, client(12), A, ufrag(0), 1, 0, SSRC, flows.Origin.FAR
+    )
+    assert flow.tentative == 5 and client(1) not in flow.active
+    assert flow.hops.keys() == found.keys()
+
+
+def test_a_follower_that_is_answered_is_a_flow_like_others():
+    flow, memory = called()
+    follow(flow, 1)
+    flow.answered([client(1)], 2)
+    assert flow.tentative == 0 and not flow.listening
+    assert copies(memory)[client(1)].state is flows.State.ASSURED
+    assert flow.open(client(2), A, ufrag(0), 2) is flows.Refusal.ADDRESSES_LIMIT
+    for number in range(3, 3 + 2 * roaming.FOLLOWERS_MAX):
+        assert follow(flow, number) is None
+    assert {client(0), client(1)} <= copies(memory).keys()
+    successor, _ = table(ROOMY, memory)
+    assert successor._addresses == flow._addresses == {ufrag(0): 2}
+
+
+def test_so_many_may_be_answered_and_no_more():
+    flow, _ = called()
+    for number in range(1, 20):
+        if follow(flow, number) is not None:
+            break
+        flow.answered([client(number)], 1)
+    # Somewhat more than checks may open, so that replayed ones do not keep it out.
+    assert number == ROOMY.addresses + roaming.FOLLOWERS_MAX
+    assert follow(flow, 30) is flows.Refusal.ADDRESSES_LIMIT
+
+
+def test_followers_are_a_share_of_the_tentative_flows():
+    flow, _ = called()
+    most = ROOMY.tentative // roaming.FOLLOWERS_SHARE
+    for number in range(most):
+        assert follow(flow, 1 + number, of=number // 3) is None
+    assert follow(flow, 50, of=50) is flows.Refusal.TENTATIVE_LIMIT
+    for number in range(ROOMY.tentative - most):
+        assert flow.open(client(20 + number), A, ufrag(20 + number), 1) is None
+    assert flow.open(client(60), A, ufrag(60), 1) is flows.Refusal.TENTATIVE_LIMIT
+
+
+def test_a_check_makes_a_follower_its_own():
+    flow, memory = called()
+    follow(flow, 1)
+    assert not flow.checks(client(1), ufrag(0), 2)
+    assert flow.open(client(1), A, ufrag(0), 2) is None
+    assert flow.checks(client(1), ufrag(0), 2)
+    assert copies(memory)[client(1)] == flows.Flow(
+        flows.State.TENTATIVE, client(1), A, ufrag(0), 1, 0, SSRC
+    )
+    assert flow.open(client(2), A, ufrag(0), 2) is flows.Refusal.ADDRESSES_LIMIT
+    for number in range(3, 12):
+        follow(flow, number)
+    assert client(1) in flow.hops
+    assert flow.open(client(11), A, ufrag(0), 2) is flows.Refusal.ADDRESSES_LIMIT
+    assert client(11) in flow.hops
+
+
+def test_followers_expire_like_tentative_flows():
+    flow, memory = called()
+    follow(flow, 1, now=1.0)
+    for now in range(2, 40):
+        flow.active.add(client(0))
+        flow.sweep(now)
+    assert copies(memory).keys() == {client(0)}
+    assert flow._followers.count == 0 and flow.tentative == 0
+    for number in range(1, 1 + roaming.FOLLOWERS_MAX):
+        assert follow(flow, number) is None
+    assert len(copies(memory)) == 1 + roaming.FOLLOWERS_MAX
+
+
+def test_a_successor_knows_who_follows():
+    flow, memory = called()
+    for number in range(1, 4):
+        follow(flow, number, near=number == 1)
+    flow.answered([client(3)], 1)
+    after, _ = table(ROOMY, memory)
+    assert after._followers.count == 2 and after.tentative == 2
+    assert after._addresses == flow._addresses
+    for number in range(10, 20):
+        follow(after, number)
+    assert {client(0), client(1), client(3)} < copies(memory).keys()
+    assert client(2) not in copies(memory)
+
+
+def test_an_ice_restart_keeps_the_ssrc_of_the_same_session_only():
+    flow, memory = called()
+    assert flow.open(client(0), A, ufrag(0), 1) is None
+    assert copies(memory)[client(0)].ssrc == SSRC and not flow.listening
+    assert flow.open(client(0), A, ufrag(1), 1) is None
+    assert copies(memory)[client(0)].ssrc == 0 and flow.listening
+
+
 # --- death at any moment --------------------------------------------------------------------------
 
 
@@ -303,6 +485,11 @@ STEPS = {
     "restart of a tentative flow": lambda flow: flow.open(client(1), A, ufrag(9), 5),
     "move": lambda flow: flow.open(client(1), B, ufrag(9), 5),
     "confirm": lambda flow: flow.answered([client(1)], 5),
+    "follow": lambda flow: flow.follow(client(9), A, ufrag(0), 7, True, 5),
+    "follow, and another leaves": lambda flow: flow.follow(client(9), A, ufrag(5), 7, True, 5),
+    "confirm a follower": lambda flow: flow.answered([client(20)], 5),
+    "check of a follower": lambda flow: flow.open(client(20), A, ufrag(5), 5),
+    "hear": lambda flow: flow.heard(client(0), 7, 5),
     "sweep": lambda flow: [flow.sweep(now) for now in range(40)],
     "adopt": lambda flow: flow.adopt(
         [flows.Flow(flows.State.ASSURED, client(9), B, ufrag(9), 1, 2)]
@@ -310,7 +497,7 @@ STEPS = {
 }
 
 
-SMALL = flows.Limits(flows=3, tentative=3, addresses=2, idle_s=20.0, tentative_idle_s=5.0)
+SMALL = flows.Limits(flows=7, tentative=10, addresses=2, idle_s=20.0, tentative_idle_s=5.0)
 
 
 def inhabited(full):
@@ -320,6 +507,8 @@ def inhabited(full):
     for number in range(2 + full):
         flow.open(client(number), A, ufrag(number), number)
     flow.answered([client(0)], 4)
+    for number in range(roaming.FOLLOWERS_MAX):
+        assert flow.follow(client(20 + number), A, ufrag(5), 7, False, 4) is None
     return flow, memory
 
 
@@ -343,11 +532,13 @@ def test_whenever_the_process_dies_its_flows_are_whole(name, full):
         found = whole(flows.read_all(memory))
         for header, copy in found.items():
             assert copy in (before.get(header), after.get(header))
+        assert successor._followers.count == sum(copy.follows for copy in found.values())
         # No flow is lost that was not to end; a full table has no second slot to change to.
         assert full or before.keys() & after.keys() <= found.keys()
         assert successor.hops == {header: copy.hop for header, copy in found.items()}
         assert len(successor._free) == SMALL.flows - len(found)
-        assert sum(successor._addresses.values()) == len(found)
+        counted = sum(not copy.follows for copy in found.values())
+        assert sum(successor._addresses.values()) == counted
     assert writes or before == after
 
 
@@ -378,9 +569,14 @@ class Model(stateful.RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(roaming, "FOLLOWERS_MAX", 2)
         self.limits = flows.Limits(6, 4, 3, idle_s=60.0, tentative_idle_s=15.0)
         self.table, self.memory = table(self.limits)
         self.told, self.contested, self.now = {}, {}, 0.0
+
+    def teardown(self):
+        self.patch.undo()
 
     def tentative(self):
         return [t for t in self.told.values() if t.flow.state is flows.State.TENTATIVE]
@@ -395,7 +591,8 @@ class Model(stateful.RuleBasedStateMachine):
             if len(self.told) >= self.limits.flows:
                 return flows.Refusal.FLOWS_LIMIT
         elif told.flow.hop == hop:
-            flow = told.flow._replace(ufrag=text)
+            ssrc = told.flow.ssrc if told.flow.ufrag == text else 0
+            flow = told.flow._replace(ufrag=text, ssrc=ssrc, origin=flows.Origin.CHECKED)
         elif told.flow.state is flows.State.ASSURED:
             since = self.contested.setdefault(header, self.now)
             if self.now - since < flows.FLOW_HELD_S:
@@ -403,11 +600,50 @@ class Model(stateful.RuleBasedStateMachine):
         earns = told is None or told.flow.state is not flow.state
         if earns and len(tentative_others) >= self.limits.tentative:
             return flows.Refusal.TENTATIVE_LIMIT
-        if sum(t.flow.ufrag == text for t in others) >= self.limits.addresses and (
-            told is None or told.flow.ufrag != text
-        ):
+        has_place = told and told.flow.ufrag == text and not told.flow.follows
+        if self.counted(text, others) >= self.limits.addresses and not has_place:
             return flows.Refusal.ADDRESSES_LIMIT
         return flow
+
+    def counted(self, text, among):
+        """Flows of a session that count as its addresses."""
+        return sum(t.flow.ufrag == text and not t.flow.follows for t in among)
+
+    def followers(self, text=None):
+        """Those of one session, or of all, the oldest first."""
+        found = [t.flow for t in self.told.values() if t.flow.follows]
+        return [flow for flow in found if text in (None, flow.ufrag)]
+
+    @stateful.rule(
+        number=some.integers(0, CLIENTS - 1),
+        text=some.integers(0, 1).map(ufrag),
+        near=some.booleans(),
+    )
+    def follow(self, number, text, near):
+        header = client(number)
+        if header in self.told:
+            return
+        origin = flows.Origin.NEAR if near else flows.Origin.FAR
+        fresh = flows.Flow(flows.State.TENTATIVE, header, A, text, self.now, 0.0, SSRC, origin)
+        others, leaves, expected = self.followers(text), None, None
+        far = [flow for flow in others if flow.origin is flows.Origin.FAR]
+        if len(others) == 2:
+            leaves = next(iter([*far, *(others if near else [])]), None)
+            expected = None if leaves else flows.Refusal.ADDRESSES_LIMIT
+        if self.counted(text, self.told.values()) >= self.limits.addresses + 2:
+            expected, leaves = flows.Refusal.ADDRESSES_LIMIT, None
+        if leaves:
+            del self.told[leaves.header]
+        if not expected:
+            if len(self.told) >= self.limits.flows:
+                expected = flows.Refusal.FLOWS_LIMIT
+            elif len(self.tentative()) >= self.limits.tentative or len(self.followers()) >= max(
+                1, self.limits.tentative // 2
+            ):
+                expected = flows.Refusal.TENTATIVE_LIMIT
+        assert self.table.follow(header, A, text, SSRC, near, self.now) is expected
+        if not expected:
+            self.told[header] = Told(fresh, self.now)
 
     @stateful.rule(
         number=some.integers(0, CLIENTS - 1),
@@ -497,6 +733,8 @@ class Model(stateful.RuleBasedStateMachine):
         assert self.table.watched == tentative | self.contested.keys()
         assert self.table.active <= self.told.keys()
         assert len(self.table._free) + len(self.told) == self.limits.flows
+        assert self.table._followers.count == len(self.followers())
+        assert self.table.listening.keys() <= self.told.keys() - tentative
 
 
 Model.TestCase.settings = hypothesis.settings(
