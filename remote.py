@@ -188,15 +188,18 @@ class Remote:
         """Go on although the server has not confirmed its settings: not all of them do."""
         return self._settled(self._session) if self.stage is Stage.SETTLING else []
 
-    def disconnected(self, why: str) -> list[Event]:
-        """The connection is gone, or could not be had. `why` completes "The model server"."""
+    def disconnected(self, why: str, final: bool = False) -> list[Event]:
+        """The connection is gone, or could not be had; for good, if it is `final`.
+
+        `why` completes "The model server". The end itself is for the owner to tell.
+        """
         was_away, self.stage = self.stage is Stage.AWAY, Stage.AWAY
         told: list[Event] = []
         if not self._created:
             self._created = self._provisional = True
             session = realtime.session(f"sess_{self._tag}", self._model, self.rate_hz)
             told.append({"type": "session.created", "session": self._in_force(session)})
-        if not (was_away and self._told_away):
+        if not final and not (was_away and self._told_away):
             self._told_away = True
             wrong = f"The model server {why}. It is being tried again."
             told.append(self._error("backend_unavailable", wrong, None, _ERROR))

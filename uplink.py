@@ -46,7 +46,7 @@ SEND_BUFFER_OCTETS = 65_536
 of 16 kHz as base64: more would be heard too late. Enough for 300 ms of round trip."""
 
 CLOSE_S = 1.0
-"""How long a server may take to say goodbye; nobody waits for it but its own connection."""
+"""How long a server may take to say goodbye; nobody waits for it but the end of the process."""
 
 BACKOFF_S = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 """Waits before another attempt, the last for all further ones; each half by chance, so that
@@ -104,6 +104,7 @@ class Uplinks:
     def __init__(self, counters: ledger.Counters, clock: Callable[[], float]) -> None:
         self.counters, self.clock = counters, clock
         self.running: set[asyncio.Task[None]] = set()
+        self._parting: set[asyncio.Task[None]] = set()
         self._http: aiohttp.ClientSession | None = None
 
     @property
@@ -129,15 +130,29 @@ class Uplinks:
         """Begin a session at a server; see backend.Backends.connect."""
         return Uplink(self, target, session, emit, lost)
 
+    def part(self, line: "aiohttp.ClientWebSocketResponse[bool]") -> None:
+        """Say goodbye to a server while its session already calls again."""
+        task = asyncio.get_running_loop().create_task(_goodbye(line))
+        self._parting.add(task)
+        task.add_done_callback(self._parting.discard)
+
     async def close(self) -> None:
         """End every connection that is left."""
-        running = list(self.running)
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running)
+        for tasks in (self.running, self._parting):
+            for task in list(self.running):
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
         if self._http is not None:
             await self._http.close()
+
+
+async def _goodbye(line: "aiohttp.ClientWebSocketResponse[bool]") -> None:
+    try:
+        async with asyncio.timeout(CLOSE_S):
+            await line.close()
+    except (TimeoutError, aiohttp.ClientError, OSError):
+        pass  # closed all the same, and not politely
 
 
 class Uplink:
@@ -218,19 +233,21 @@ class Uplink:
     async def _keep(self) -> str:
         """Have a connection as long as one is to be had. Returns why there is none any more."""
         clock, values = self._uplinks.clock, self._uplinks.counters.values
-        failures, away_since = 0, clock()
+        failures = 0
+        away_since: float | None = None
         while True:
             opened_at = clock()
             why, final = await self._connection()
             now = clock()
             was_ready = self._ready_at is not None
             values[Count.BACKEND_CONNECT_FAILED] += not was_ready
-            if was_ready and now - opened_at >= STABLE_S:
-                failures, away_since = 0, now
-            if final or now - away_since >= self._target.table.retry_s:
+            if away_since is None or (was_ready and now - opened_at >= STABLE_S):
+                failures, away_since = 0, now if was_ready else opened_at
+            final |= now - away_since >= self._target.table.retry_s
+            self._deliver(self._remote.disconnected(why, final))
+            if final:
                 return why
             log.info("%s is away: the server %s", self, why)
-            self._deliver(self._remote.disconnected(why))
             wait = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
             failures += 1
             await asyncio.sleep(wait * random.uniform(0.5, 1.0))
@@ -265,8 +282,8 @@ class Uplink:
             return await self._read(line), False
         finally:
             writing.cancel()
+            self._uplinks.part(line)
             await asyncio.gather(writing, return_exceptions=True)
-            await line.close()
 
     async def _read(self, line: "aiohttp.ClientWebSocketResponse[bool]") -> str:
         """Take what comes until the connection ends, and say why it did."""
