@@ -11,7 +11,7 @@ the transceiver hears and what comes back to the browser. The relay and signalin
 import asyncio
 import concurrent.futures
 import contextlib
-import importlib.util
+import importlib
 import itertools
 import json
 import shutil
@@ -290,9 +290,6 @@ def replying(page: Any, house: House) -> None:
     house.until(lambda: len(house.came_back) > count + 5, "the reply's packets")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("roaming") is None, reason="the relay waits for the client's check"
-)
 def test_another_port_in_the_middle_of_a_sentence(
     page: Any, house: House, capsys: pytest.CaptureFixture[str]
 ) -> None:
