@@ -25,7 +25,6 @@ RFC 7983 https://www.rfc-editor.org/rfc/rfc7983 (telling the classes apart).
 import asyncio
 import datetime
 import logging
-import math
 import socket
 from collections.abc import Callable
 from functools import lru_cache
@@ -37,7 +36,7 @@ import metrics
 import sdp
 import stun
 from dtls import Certificate
-from peer import DATAGRAM_OCTETS_MAX, Handler, Peer
+from peer import DATAGRAM_OCTETS_MAX, Allowance, Handler, Peer
 
 Count = metrics.Transceiver
 
@@ -65,30 +64,12 @@ CERTIFICATE_RENEWED_BEFORE = datetime.timedelta(days=7)
 log = logging.getLogger("mux")
 
 
-class _Allowance:
-    """So many failures a second."""
-
-    def __init__(self, per_s: int) -> None:
-        self._per_s = self._left = per_s
-        self._renewed_at = -math.inf
-
-    def left(self, now: float) -> bool:
-        """True if there may be another failure."""
-        if now - self._renewed_at >= 1.0:
-            self._renewed_at, self._left = now, self._per_s
-        return self._left > 0
-
-    def failed(self) -> None:
-        """There was one."""
-        self._left -= 1
-
-
 class _Stream:
     """The sessions that have sent SRTP of one SSRC."""
 
     def __init__(self) -> None:
         self.peers: list[Peer] = []
-        self.failures = _Allowance(STREAM_FAILURES_PER_S_MAX)
+        self.failures = Allowance(STREAM_FAILURES_PER_S_MAX)
 
 
 class Mux:
@@ -114,7 +95,7 @@ class Mux:
         self._by_ufrag: dict[bytes, Peer] = {}
         self._by_client: dict[bytes, Peer] = {}
         self._by_ssrc: dict[bytes, _Stream] = {}
-        self._failures = _Allowance(FAILURES_PER_S_MAX)
+        self._failures = Allowance(FAILURES_PER_S_MAX)
         self._certificate = Certificate.generateCertificate()
         self.loop.add_reader(sock.fileno(), self._readable)
 
@@ -226,8 +207,8 @@ class Mux:
             if peer.receive_srtp(payload, header, relay, now) is Count.FORWARDED:
                 self._learn(peer, frame.key(header), now)
                 return Count.FORWARDED
-        stream.failures.failed()
-        self._failures.failed()
+        stream.failures.take()
+        self._failures.take()
         return Count.DROPPED_BAD_SRTP
 
     def _learn(self, peer: "Peer", key: bytes, now: float) -> None:

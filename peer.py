@@ -25,6 +25,7 @@ https://www.rfc-editor.org/rfc/rfc8831 (data channels).
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -65,6 +66,10 @@ clients send one or two, and a new one when they change their microphone."""
 DATA_CPU_SHARE, DATA_CPU_BURST_S = 0.1, 0.2
 """Processor time that a session's data channel may take: a tenth of what passes, and so much at
 once. A message of the largest size costs 30 ms; a client that floods waits, the others do not."""
+
+HANDSHAKE_RECORDS_PER_S_MAX = 100
+"""DTLS records taken while the handshake lasts. It needs ten, twice that with losses; each costs
+0.2 ms, since aiortc waits for it with a timeout."""
 
 FINISH_S_MAX = 15.0
 """How long media may flow before the handshake is finished. A lost flight costs OpenSSL a second,
@@ -122,6 +127,24 @@ class Wire(Protocol):
         """Deliver nothing more to this peer."""
 
 
+class Allowance:
+    """So many of something a second."""
+
+    def __init__(self, per_s: int) -> None:
+        self._per_s = self._left = per_s
+        self._renewed_at = -math.inf
+
+    def left(self, now: float) -> bool:
+        """True if there may be another."""
+        if now - self._renewed_at >= 1.0:
+            self._renewed_at, self._left = now, self._per_s
+        return self._left > 0
+
+    def take(self, count: int = 1) -> None:
+        """There were so many."""
+        self._left -= count
+
+
 class Peer:
     """One client: its ICE agent, DTLS, SRTP and data channel.
 
@@ -164,6 +187,7 @@ class Peer:
         self.ssrcs: set[bytes] = set()
         """Of the streams that have authenticated."""
         self._early: deque[tuple[bytes, bytes, ice.Sockaddr]] = deque()
+        self._handshake_records = Allowance(HANDSHAKE_RECORDS_PER_S_MAX)
         self._finished = False  # the handshake, on both sides
         self._spoken_at: float | None = None  # when there were keys
         self._flight = ice.Flight()
@@ -216,11 +240,15 @@ class Peer:
         """A DTLS datagram, for aiortc's coroutine."""
         if not self.agent.converses(header):
             return Count.DROPPED_UNKNOWN_CLIENT
-        records = dtls.records(payload)
+        records, now = dtls.records(payload), self._wire.clock()
         if len(self._inbox) + len(records) > INBOX_DATAGRAMS_MAX:
             return Count.DROPPED_BACKLOG
+        if not (self._finished or self._handshake_records.left(now)):
+            return Count.DROPPED_BACKLOG
         self._inbox.extend((record, header, relay) for record in records)
-        self._flight.answered(self._wire.clock())
+        if not self._finished:
+            self._handshake_records.take(len(records))
+        self._flight.answered(now)
         if self._finished:
             self._flight.done()
         if self._waiter is not None and not self._waiter.done():
