@@ -119,8 +119,14 @@ class Call:
 
     def connect(self, wanted: Any, emit: Any, lost: Any) -> FakeBackend:
         assert wanted == {"instructions": "be kind"}
-        self.backend, self.lose = FakeBackend(emit), weakref.WeakMethod(lost)
+        self.backend, self._lost = FakeBackend(emit), weakref.WeakMethod(lost)
         return self.backend
+
+    def lose(self, reason: str) -> None:
+        """The backend is given up."""
+        lost = self._lost()
+        assert lost is not None
+        lost(reason)
 
     def open(self, *_: Any) -> FakePeer:
         return self.peer
@@ -394,3 +400,31 @@ def test_closing_frees_everything_and_is_silent_afterwards(call: Call) -> None:
 def test_the_log_does_not_name_the_call(call: Call) -> None:
     assert HINT not in str(call.session)
     assert call.session.call_id not in str(call.session)
+
+
+def test_a_client_hears_that_its_backend_is_lost_before_its_call_ends(call: Call) -> None:
+    call.session.connected(call.now)
+    call.session.opened(call.now)
+    call.lose("The model server is gone.")
+    assert call.endings == [session.BACKEND_LOST]
+    error = call.peer.messages[-1]["error"]
+    assert (error["type"], error["code"]) == ("server_error", "backend_lost")
+    assert error["message"] == "The model server is gone."
+
+
+def test_a_backend_lost_at_once_is_told_when_the_channel_opens(call: Call) -> None:
+    call.lose("The model server refused the connection with status 401.")
+    assert call.endings == []
+    call.session.connected(call.now)
+    call.session.opened(call.now)
+    assert call.types()[-1] == "error"
+    assert call.endings == [session.BACKEND_LOST]
+
+
+def test_a_call_without_a_channel_ends_all_the_same(call: Call) -> None:
+    call.session.connected(call.now)
+    call.peer.agent.heard_at = call.now
+    call.lose("The model server is gone.")
+    assert call.session.sweep(call.now) is None
+    assert call.session.sweep(call.now + session.LOSS_TOLD_S) == session.BACKEND_LOST
+    assert call.endings == []
