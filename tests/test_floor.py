@@ -513,3 +513,80 @@ def test_every_type_of_detection_takes_the_two_fields() -> None:
         (created,) = line.take()
         assert of(created["session"])["min_interruption_duration_ms"] == 300
     assert set(Patience.__struct_fields__).isdisjoint(realtime.ServerVad.__struct_fields__)
+
+
+class Server(Line):
+    """A model server that obeys: it says what it hears, and does nothing by itself."""
+
+    def __init__(self, wish: dict[str, Any]) -> None:
+        super().__init__()
+        self.client("session.update", session=detecting(**wish))
+        self.backend("session.updated", session=self.asks()[0]["session"])
+        self.made = 0
+        self.creates = 0
+        self.cancels = 0
+
+    def serve(self) -> None:
+        for ask in self.asks():
+            if ask["type"] == "response.create":
+                self.creates += 1
+                self.made += 1
+                self.sounds(400, f"r{self.made}", f"i{self.made}")
+                self.done(f"r{self.made}", f"i{self.made}")
+            elif ask["type"] == "response.cancel":
+                self.cancels += 1
+
+    def turn(self, speech_ms: int, *, replying: bool) -> None:
+        """Speech of that length, in real time."""
+        if replying:
+            self.made += 1
+            self.sounds(3_000, f"r{self.made}", f"i{self.made}")
+        name = f"u{self.now}"
+        for at in range(0, speech_ms * MS_OCTETS, FRAME_OCTETS):
+            if self.conversation.listens:
+                self.conversation.hear(SPEECH[at : at + FRAME_OCTETS], self.now)
+            if at == 3 * FRAME_OCTETS:
+                self.backend("input_audio_buffer.speech_started", item_id=name)
+            self.wait(0.02, keep=True)
+        for _ in range(25):
+            if self.conversation.listens:
+                self.conversation.hear(bytes(FRAME_OCTETS), self.now)
+            self.wait(0.02, keep=True)
+        self.backend("input_audio_buffer.speech_stopped", item_id=name)
+        self.backend("input_audio_buffer.committed", item_id=name)
+        self.serve()
+
+
+WISHES = st.fixed_dictionaries(
+    {
+        "min_interruption_duration_ms": st.sampled_from([0, 100, 300]),
+        "response_delay_ms": st.sampled_from([0, 100]),
+        "create_response": st.booleans(),
+        "interrupt_response": st.booleans(),
+    }
+).filter(lambda wish: wish["min_interruption_duration_ms"] or wish["response_delay_ms"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(WISHES, st.sampled_from([120, 200, 400]), st.booleans())
+def test_every_wish_is_granted(wish: dict[str, Any], speech_ms: int, replying: bool) -> None:
+    server = Server(wish)
+    server.turn(speech_ms, replying=replying)
+    needed_ms = wish["min_interruption_duration_ms"]
+    long = speech_ms >= needed_ms
+    cleared = "output_audio_buffer.cleared" in kinds(server.take())
+    assert cleared == (replying and long and wish["interrupt_response"])
+    if not needed_ms:  # the backend interrupts by itself
+        assert server.cancels == 0
+    else:
+        assert server.cancels == cleared
+    assert server.creates == 0 or not wish["response_delay_ms"]
+    if replying and not cleared:
+        server.done(f"r{server.made}", f"i{server.made}")
+    server.wait(0.2, keep=True)
+    server.serve()
+    answered = wish["create_response"] and (long or not replying)
+    assert server.creates == answered
+    server.wait(9, keep=True)
+    server.serve()
+    assert server.creates == answered, "and once"
