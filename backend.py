@@ -61,12 +61,13 @@ class Backends:
         models: Sequence[settings.Model],
         counters: ledger.Counters,
         clock: Callable[[], float],
+        timings: ledger.Histograms | None = None,
     ) -> None:
         """Raises SettingsError naming the table, the key and the reason if one cannot be used.
 
         Connects to nothing; needs no event loop yet.
         """
-        self._uplinks = uplink.Uplinks(counters, clock)
+        self._uplinks = uplink.Uplinks(counters, clock, timings)
         self._default = _choice("backend", default)
         self._by_name = {
             table.name: _choice(f"model[{number}]", table) for number, table in enumerate(models)

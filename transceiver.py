@@ -98,7 +98,9 @@ class Transceiver:
         self._collecting_since = 0.0
         self._ticking: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
-        self._backends = backend.Backends(config.backend, config.model, self.counters, clock)
+        self._backends = backend.Backends(
+            config.backend, config.model, self.counters, clock, self.timings
+        )
 
     async def start(self) -> None:
         """Serve from the running loop. Raises OSError if the address is not to be had."""

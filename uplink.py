@@ -66,6 +66,7 @@ PAUSES_MAX = 5
 """Of BATCH_S, after one message, however large: an interruption may be waiting behind it."""
 
 Count = metrics.Transceiver
+Timing = metrics.Timing
 log = logging.getLogger("uplink")
 
 
@@ -101,8 +102,14 @@ class Target:
 class Uplinks:
     """What the connections of a process share. Made before the loop runs; opened inside it."""
 
-    def __init__(self, counters: ledger.Counters, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        counters: ledger.Counters,
+        clock: Callable[[], float],
+        timings: ledger.Histograms | None = None,
+    ) -> None:
         self.counters, self.clock = counters, clock
+        self.timings = timings or ledger.Histograms(Timing)
         self.running: set[asyncio.Task[None]] = set()
         self._parting: set[asyncio.Task[None]] = set()
         self._http: aiohttp.ClientSession | None = None
@@ -147,6 +154,10 @@ class Uplinks:
             await self._http.close()
 
 
+def _ignore(_: object) -> None:
+    """What comes after the end of a session goes nowhere."""
+
+
 async def _goodbye(line: "aiohttp.ClientWebSocketResponse[bool]") -> None:
     try:
         async with asyncio.timeout(CLOSE_S):
@@ -179,6 +190,8 @@ class Uplink:
         self._emitting = False
         self._counted = 0, 0
         self._ready_at: float | None = None
+        self._opened_at = 0.0
+        self._once_ready = False
         self._taken_octets = 0
         self._task = asyncio.get_running_loop().create_task(self._run())
         uplinks.running.add(self._task)
@@ -215,6 +228,8 @@ class Uplink:
             self._closed = True
             self._to_emit.clear()
             self._task.cancel()
+        # They know the session, which knows this: it is freed now, and not by the collector.
+        self._emit, self._lost = _ignore, _ignore
 
     # --- the life of a session ---------------------------------------------------------------
 
@@ -256,6 +271,7 @@ class Uplink:
         """One connection from its opening to its end. Why it ended, and whether that is final."""
         table, target = self._target.table, self._target
         self._ready_at = None
+        self._opened_at = self._uplinks.clock()
         try:
             async with asyncio.timeout(table.connect_timeout_s):
                 line = await self._uplinks.http.ws_connect(
@@ -305,6 +321,10 @@ class Uplink:
             self._deliver(remote.settle())
         if not why:
             self._ready_at = self._uplinks.clock()
+            took_s = self._ready_at - self._opened_at
+            self._uplinks.timings.observe(Timing.BACKEND_CONNECT, took_s)
+            self._uplinks.counters.values[Count.BACKEND_RECONNECTS] += self._once_ready
+            self._once_ready = True
             log.info("%s is connected", self)
         begun, load = self._uplinks.clock(), 0.0
         while not why:

@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import hashlib
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import floor
 import ledger
 import parrot
 import settings
+from metrics import Timing
 from metrics import Transceiver as Count
 from realtime import Event
 from resample import Resampler
@@ -239,10 +242,36 @@ def test_a_server_killed_in_mid_reply_is_found_again_and_told() -> None:
                 assert added[:2] == [user["id"], assistant["id"]]
                 assert len(added) == len(set(added)) == 4
                 assert talk.lost == []
+                assert talk.counters[Count.BACKEND_RECONNECTS] == 1
                 assert again.process.poll() is None
 
     with servers.serving() as served:
         asyncio.run(run(served))
+
+
+def test_connections_are_timed_and_a_closed_session_is_freed_without_the_collector() -> None:
+    async def run(served: servers.Served) -> None:
+        talk = Talk(realtime_at(served.url))
+        await talk.heard("session.created")
+        timings = talk.backends._uplinks.timings
+        await talk.until(lambda: timings.count(Timing.BACKEND_CONNECT) == 1)
+        assert 0 < timings.total(Timing.BACKEND_CONNECT) < PATIENCE_S
+        assert talk.counters[Count.BACKEND_RECONNECTS] == 0
+        gone, backends = weakref.ref(talk), talk.backends
+        talk.chosen.close()
+        del talk
+        async with asyncio.timeout(PATIENCE_S):
+            while gone() is not None:
+                await asyncio.sleep(0.002)
+        await backends.close()
+
+    gc.collect()
+    gc.disable()
+    try:
+        with servers.serving() as served:
+            asyncio.run(run(served))
+    finally:
+        gc.enable()
 
 
 def test_a_server_that_stays_away_is_given_up() -> None:
