@@ -31,6 +31,7 @@ _MALFORMED = dict.fromkeys(stun.Malformed, metrics.Inbound.DROPPED_STUN_MALFORME
     stun.Malformed.NOT_REQUEST: metrics.Inbound.DROPPED_STUN_NOT_REQUEST,
 }
 _REJECTED = {why: metrics.Inbound[f"DROPPED_UFRAG_{why.name}"] for why in ufrag.Reject}
+_LIMITS = (metrics.Inbound.DROPPED_INTEGRITY_LIMIT, metrics.Inbound.DROPPED_ADDRESSES_LIMIT)
 _REFUSED = {why: metrics.Inbound[f"DROPPED_{why.name}"] for why in flows.Refusal}
 
 
@@ -77,7 +78,10 @@ class Gate:
             return _MALFORMED[request]
         if hop is not None and self._flows.checks(header, request.ufrag, now):
             return hop  # the transceiver checks its integrity
-        return self._admit(header, payload, request, now)
+        verdict = self._admit(header, payload, request, now)
+        if verdict in _LIMITS and hop is not None and self._flows.ufrag(header) == request.ufrag:
+            return hop  # a follower's: it goes on as what it is
+        return verdict
 
     def _admit(
         self, header: bytes, payload: memoryview, request: stun.Request, now: float
@@ -96,10 +100,7 @@ class Gate:
             return metrics.Inbound.DROPPED_BAD_INTEGRITY
         if self.draining and header not in self._flows.hops:
             return metrics.Inbound.DROPPED_DRAINING
-        opened = self._open(header, hint, request.ufrag, now)
-        if not isinstance(opened, bytes) and self._flows.ufrag(header) == request.ufrag:
-            return self._flows.hops[header]  # it goes on as what it was
-        return opened
+        return self._open(header, hint, request.ufrag, now)
 
     def recovered(
         self, header: bytes, text: bytes, now: float, follows: tuple[int, bool] | None = None

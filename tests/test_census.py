@@ -130,6 +130,53 @@ def test_what_was_not_written_is_due_again():
     assert set(seen.take()) == {key(2), key(3)}
 
 
+def ssrc(number):
+    return 100_000 + number
+
+
+def test_clients_are_found_by_the_ssrc_that_their_slot_has_now():
+    seen = Host(workers=2)
+    seen.open(1, worker=0)
+    seen.open(2, 3, worker=1)
+    stranger = header(4)
+    seen.index.look()
+    assert seen.index.follow(stranger, ssrc(2)) is None
+    for number in (1, 2):
+        seen.tables[number - 1].heard(header(number), ssrc(number), 1.0)
+    assert seen.index.follow(stranger, ssrc(2)) is None, "nothing is known before a look"
+    assert len(seen.take()) == 3
+    assert seen.index.follow(stranger, ssrc(1)) == (ufrag(1), False)
+    assert seen.index.follow(frame.header("198.51.0.2", 6000), ssrc(2)) == (ufrag(2), True)
+    assert seen.take() == {}, "an SSRC is not written to Redis"
+    # Another one: what was looked up is read from the slot.
+    seen.tables[1].listening.add(header(2))
+    seen.tables[1].heard(header(2), ssrc(7), 1.0)
+    assert seen.index.follow(stranger, ssrc(2)) is None
+    seen.index.look()
+    assert seen.index.follow(stranger, ssrc(7)) == (ufrag(2), False)
+    seen.close(2, worker=1)
+    assert seen.index.follow(stranger, ssrc(7)) is None
+    seen.index.look()
+    assert len(seen.index._ssrcs) == 1
+
+
+def test_a_session_is_found_by_the_addresses_that_it_had():
+    seen = Host(workers=2)
+    for worker, number in enumerate((1, 2)):
+        table = seen.tables[worker]
+        table.open(header(number), HOP, ufrag(1), 1.0)
+        table.answered([header(number)], 1.0)
+        table.heard(header(number), ssrc(1), 1.0)
+    seen.open(3)
+    seen.tables[0].heard(header(3), ssrc(1), 1.0)
+    seen.index.look()
+    assert seen.index.follow(header(4), ssrc(1)) is None, "two sessions"
+    assert seen.index.follow(frame.header("198.51.0.2", 7), ssrc(1)) == (ufrag(1), True)
+    assert seen.index.follow(frame.header("198.51.0.3", 7), ssrc(1)) == (ufrag(3), True)
+    seen.close(3)
+    assert seen.index.follow(header(4), ssrc(1)) == (ufrag(1), False)
+
+
 def test_it_agrees_with_the_tables_whatever_happens():
     seed = random.randrange(2**32)
     rng = random.Random(seed)
@@ -140,6 +187,8 @@ def test_it_agrees_with_the_tables_whatever_happens():
             free = [n for n in rng.sample(range(SLOTS), 40) if header(n) not in table.hops]
             seen.open(*free, worker=worker, now=now, assured=False)
             table.answered(rng.sample(sorted(table.hops), len(table.hops) // 2), now)
+            for one in rng.sample(sorted(table.listening), len(table.listening) // 2):
+                table.heard(one, rng.randrange(1, 2000), now)
             if turn % 9 == 8:
                 table.active.update(rng.sample(sorted(table.hops), len(table.hops) // 2))
                 for _ in range(70):
@@ -156,4 +205,13 @@ def test_it_agrees_with_the_tables_whatever_happens():
             ]
             found = seen.index.find(key(n))
             assert found in read if len(read) == 1 else bool(found) == bool(read), f"seed {seed}"
+        everything = [flow for table in seen.tables for flow in flows.read_all(table._memory)]
+        for wanted in range(1, 2000, 7):
+            having = {
+                flow.ufrag
+                for flow in everything
+                if flow.ssrc == wanted and flow.state is flows.State.ASSURED
+            }
+            found = seen.index.follow(frame.header("192.0.2.1", 1), wanted)
+            assert found == ((*having, False) if len(having) == 1 else None), f"seed {seed}"
     assert len(seen.index._held) <= 2 * SLOTS

@@ -97,6 +97,61 @@ def test_what_redis_says_is_believed_no_further_than_the_keys(judge):
     assert last is IN.DROPPED_RECOVERED_INVALID  # the table's limits hold here too
 
 
+SSRC = 0xDECAFBAD
+NEAR, FAR = (SSRC, True), (SSRC, False)
+
+
+@pytest.mark.parametrize("follows", [NEAR, FAR])
+def test_what_an_ssrc_opens_is_judged_like_any_other_ufrag(judge, follows):
+    for wrong in (b"garbage", hint(keyring=OTHERS).encode(), b""):
+        assert judge.recovered(CLIENT, wrong, 0.0, follows) is IN.DROPPED_RECOVERED_INVALID
+    assert len(judge.table) == 0
+    assert judge.recovered(CLIENT, hint().encode(), 0.0, follows) == HOP
+    assert inbound(judge, CLIENT, b"\x80 media") == HOP
+    # A flow that is there stays as it is.
+    assert judge.recovered(CLIENT, hint(2).encode(), 0.0, follows) == HOP
+    assert judge.table.ufrag(CLIENT) == hint().encode()
+    assert judge.outbound(CLIENT, 100, HOP) is None
+
+
+def follower(judge):
+    assert judge.recovered(CLIENT, hint().encode(), 0.0, FAR) == HOP
+    return lambda: judge.table._flow(judge.table._slots[CLIENT]).origin
+
+
+def test_a_followers_check_is_checked_and_makes_the_flow_its_own(judge):
+    origin = follower(judge)
+    assert inbound(judge, CLIENT, check(hint(), b"x" * 24)) is IN.DROPPED_BAD_INTEGRITY
+    assert origin() is flows.Origin.FAR
+    assert inbound(judge, CLIENT, check(hint())) == HOP
+    assert origin() is flows.Origin.CHECKED
+    assert inbound(judge, CLIENT, check(hint(), b"x" * 24)) == HOP  # now the transceiver's to judge
+
+
+def test_a_followers_check_passes_where_a_limit_is_reached(judge):
+    origin = follower(judge)
+    for _ in range(3):
+        inbound(judge, STRANGER, check(hint(), b"x" * 24))
+    assert inbound(judge, STRANGER, check(hint())) is IN.DROPPED_INTEGRITY_LIMIT
+    assert inbound(judge, CLIENT, check(hint())) == HOP
+    assert origin() is flows.Origin.FAR
+    for port in (1, 2):
+        assert inbound(judge, frame.header("192.0.2.9", port), check(hint()), 2.0) == HOP
+    assert inbound(judge, STRANGER, check(hint()), 4.0) is IN.DROPPED_ADDRESSES_LIMIT
+    assert inbound(judge, CLIENT, check(hint()), 4.0) == HOP
+    assert origin() is flows.Origin.FAR
+    judge.draining = True
+    assert inbound(judge, CLIENT, check(hint()), 6.0) == HOP
+
+
+def test_a_check_for_another_session_moves_a_follower(judge):
+    """Whose media it was thought to be is no reason to keep a client from its own session."""
+    origin = follower(judge)
+    other = frame.name("10.4.0.7", 9001, 2)
+    assert inbound(judge, CLIENT, check(hint(2, port=9001))) == other
+    assert inbound(judge, CLIENT, b"\x80 media") == other and origin() is flows.Origin.CHECKED
+
+
 def test_frames_go_to_the_clients_of_their_sender(judge):
     inbound(judge, CLIENT, check(hint()))
     other = frame.name("10.4.0.8", 9000, 2)

@@ -137,6 +137,23 @@ def test_mistakes(tmp_path: Path, shape: type, text: str, old: str, new: str, me
     assert str(caught.value).startswith(f"{path}: {message}")
 
 
+def test_what_moved_to_recovery_is_read_where_it_was(tmp_path: Path) -> None:
+    """A relay of the version before has these keys in [redis]; its file goes on to work."""
+    text = RELAY + '\n[redis]\nurl = "redis://127.0.0.1:1"\n'
+    moved = "waiting_max = 7\nwait_s = 0.25\nlookups_per_s = 9\nunknown_s = 1.0\nunknown_max = 5\n"
+    before = settings.load(write(tmp_path, text + moved), settings.Relay)
+    after = settings.load(write(tmp_path, f"{text}[recovery]\n{moved}"), settings.Relay)
+    assert before.recovery == after.recovery != settings.Recovery()
+    assert before.recovery.waiting_max == 7 and before.recovery.wait_s == 0.25
+    assert settings.load(write(tmp_path, text), settings.Relay).recovery == settings.Recovery()
+    both = f"{text}wait_s = 0.25\n[recovery]\nwait_s = 0.25\n"
+    with pytest.raises(settings.SettingsError, match=r"redis\.wait_s: it stands in \[recovery\]"):
+        settings.load(write(tmp_path, both), settings.Relay)
+    for odd in ("redis = 3\n" + RELAY, "recovery = 3\n" + text + moved):
+        with pytest.raises(settings.SettingsError, match="object"):
+            settings.load(write(tmp_path, odd), settings.Relay)
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(settings.SettingsError, match=r"none\.toml: No such file or directory"):
         settings.load(tmp_path / "none.toml", settings.Relay)

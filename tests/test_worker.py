@@ -15,6 +15,7 @@ import time
 import msgspec
 import pytest
 
+import flows
 import frame
 import handover
 import ledger
@@ -313,6 +314,112 @@ def test_a_transceiver_that_cannot_be_reached_is_a_failed_send(build):
         bench.answer(header, recovery.FOUND, text)
         bench.until(RECEIVED=1, DROPPED_SEND_FAILED=1)
         bench.passes(bench.client, bench.header)
+
+
+# --- the SSRC, and who is found by it -------------------------------------------------------------
+
+
+def flow_of(bench, header):
+    memory = bench.shared.memories[0].section("flows")
+    return {flow.header: flow for flow in flows.read_all(memory)}[header]
+
+
+def test_the_first_media_says_its_ssrc_and_nothing_else_does(build):
+    bench = build()
+    assert set(bench.worker.flows.listening) == {bench.header}
+    with serving(bench):
+        for payload in (b"\x16" * 40, b"\x80", b"", REPORT + b"report", b"\x00\x11" + b"\0" * 18):
+            bench.passes(bench.client, bench.header, payload)
+            assert flow_of(bench, bench.header).ssrc == 0
+        bench.passes(bench.client, bench.header, MEDIA)
+        assert flow_of(bench, bench.header).ssrc == SSRC
+        bench.passes(bench.client, bench.header, MEDIA[:-1] + b"x")
+        assert flow_of(bench, bench.header).ssrc == SSRC
+        # Its check lets it be noted again, but not at once.
+        check = bench.check(1)
+        bench.passes(bench.client, bench.header, check)
+        assert bench.header not in bench.worker.flows.listening
+        bench.worker.flows.listening.add(bench.header)
+        bench.passes(bench.client, bench.header, MEDIA[:-1] + b"x")
+        assert flow_of(bench, bench.header).ssrc == SSRC & 0xFFFFFF00 | ord("x")
+
+
+def test_of_a_whole_batch_only_those_are_looked_at_who_are_waited_for(build):
+    bench = build()
+    sock, header = bench.stranger()
+    sock.send(bench.check(2))
+    sock.send(MEDIA)  # its flow is tentative
+    for _ in range(5):
+        bench.client.send(b"\x16")
+    bench.client.send(MEDIA)
+    bench.run(bench.worker.inbound, bench.shared.public[0])
+    assert flow_of(bench, bench.header).ssrc == SSRC and flow_of(bench, header).ssrc == 0
+    assert not bench.worker.flows.listening
+
+
+@pytest.mark.parametrize("redis", [True, False])
+@pytest.mark.parametrize("near", [True, False])
+def test_media_of_a_client_whose_port_has_changed_goes_on(build, redis, near):
+    bench = build(redis=redis)
+    sock, header = bench.stranger()
+    status = recovery.FOLLOWS_NEAR if near else recovery.FOLLOWS_FAR
+    with serving(bench):
+        sock.send(MEDIA + b"one")
+        assert bench.asked() == [header] and bench.ssrcs == [SSRC]
+        sock.send(MEDIA + b"two")
+        bench.until(RECEIVED=2, WAITING=2)
+        assert bench.quiet()
+        bench.answer(header, status, bench.mint(), SSRC)
+        for payload in (b"one", b"two"):
+            assert bench.transceiver.recv(2048) == header + MEDIA + payload
+        bench.until(RECEIVED=2, RECOVERED=2)
+        assert flow_of(bench, header).ssrc == SSRC
+        assert flow_of(bench, header).origin is (flows.Origin.NEAR if near else flows.Origin.FAR)
+        bench.passes(sock, header)
+        assert bench.quiet()
+        bench.transceiver.sendto(header + b"\x80 reply", bench.back)
+        assert sock.recv(2048) == b"\x80 reply"
+    assert header not in bench.worker.flows.listening
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_ufrag_that_an_ssrc_leads_to_is_judged_like_any_other(build, wrong):
+    bench = build(redis=False)
+    sock, header = bench.stranger()
+    with serving(bench):
+        sock.send(MEDIA)
+        bench.asked()
+        bench.answer(header, recovery.FOLLOWS_NEAR, WRONG[wrong](bench), SSRC)
+        bench.until(RECEIVED=1, DROPPED_RECOVERED_INVALID=1)
+    assert header not in bench.worker.flows.hops and bench.quiet()
+
+
+def test_an_answer_to_less_than_was_asked_is_none_unless_it_is_found(build):
+    bench = build()
+    sock, header = bench.stranger()
+    with serving(bench):
+        sock.send(b"\x16 data")
+        assert bench.asked() == [header] and bench.ssrcs == [0]
+        sock.send(MEDIA)
+        assert bench.asked() == [header] and bench.ssrcs == [SSRC]
+        for status in (recovery.UNKNOWN, recovery.UNAVAILABLE):
+            bench.answer(header, status, ssrc=0)
+        bench.passes(bench.client, bench.header)
+        bench.until(RECEIVED=3, WAITING=2, FORWARDED=1)
+        bench.answer(header, recovery.FOLLOWS_NEAR, bench.mint(), SSRC)
+        assert bench.transceiver.recv(2048) == header + b"\x16 data"
+        assert bench.transceiver.recv(2048) == header + MEDIA
+        bench.until(RECEIVED=3, RECOVERED=2, FORWARDED=1)
+
+
+def test_without_redis_only_media_is_asked_about(build):
+    bench = build(redis=False)
+    sock, _ = bench.stranger()
+    with serving(bench):
+        for payload in (b"\x16" * 40, b"\x80", b"", MEDIA[:-1], b"\xff" * 40):
+            sock.send(payload)
+        bench.until(RECEIVED=5, DROPPED_UNKNOWN_CLIENT=5)
+        assert bench.quiet()
 
 
 # --- a keeper that does not listen ----------------------------------------------------------------
