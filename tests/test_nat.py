@@ -86,6 +86,12 @@ class House:
         """When RTP of the transceiver's was handed to the browser."""
         self.left: list[float] = []
         """When the browser sent RTP."""
+        self.copies = False
+        """True while an attacker sees the browser's RTP and sends it to the relay, too, from an
+        address of its own and a moment before the original."""
+        self.attacker = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.attacker.setblocking(False)
+        self.attacker.bind(("127.0.0.66", 0))
         self.loses = "", 0
         """Which DTLS datagram of which direction is lost."""
         self.begin()
@@ -128,6 +134,7 @@ class House:
     def stop(self) -> None:
         with contextlib.suppress(concurrent.futures.TimeoutError):
             self.do(self._close())
+        self.attacker.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(PATIENCE_S)
         self.system.stop()
@@ -160,6 +167,8 @@ class House:
         kind = stun.kind(datagram[0])
         if kind is stun.Kind.RTP and not stun.is_rtcp(datagram):
             self.left.append(time.monotonic())
+            if self.copies:
+                self.attacker.sendto(datagram, self.lane.to)
         self.first_at = self.first_at or time.monotonic()
         return self._passes("up", kind)
 
@@ -235,7 +244,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The system's Chromium; its microphone says the sentence three times, which is one long turn
+    """The system's Chromium; its microphone says the sentence twice, which is one long turn
     and a long reply."""
     found = next(filter(None, map(shutil.which, test_browser.BROWSERS)), None)
     if found is None:
@@ -248,7 +257,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(test_browser.RATE_HZ)
-        whole = np.concatenate([lead, said, said, said, tail])
+        whole = np.concatenate([lead, said, said, tail])
         file.writeframes((whole * 32767).astype("<i2").tobytes())
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(
@@ -316,6 +325,25 @@ def test_another_port_in_the_middle_of_a_sentence(
     assert page.evaluate("peer.connectionState") == "connected"
     # The best of three is what it costs; a machine with too much to do adds pauses of its own.
     assert min(max(each["up_ms"], each["down_ms"]) for each in figures) < SILENCE_MS_MAX, figures
+
+
+def test_whoever_copies_a_browsers_packets_and_is_faster_has_nothing_of_it(
+    page: Any, house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replying(page, house)
+    agent, counters = house.session()._peer.agent, house.transceiver.counters
+    home, replayed = agent.active, counters[Count.DROPPED_BAD_SRTP]
+    house.copies = True
+    house.until(lambda: counters[Count.DROPPED_BAD_SRTP] > replayed + 50, "originals, come second")
+    assert agent.active == home
+    house.copies = False
+    with pytest.raises(BlockingIOError):
+        house.attacker.recv(2048)
+    # And it is no hindrance to the browser's own move.
+    moved = house.rebind()
+    house.until(lambda: house.came_back[-1] > moved + 0.5, "the reply's packets")
+    with capsys.disabled():
+        print(f"\nsilence at another port: down {silence_ms(house.came_back, moved):.0f} ms")
 
 
 def test_an_ice_restart_of_the_browsers(
