@@ -60,7 +60,12 @@ relay_prefixes = ["127.0.0.0/8"]
 control_prefixes = ["127.0.0.0/8"]
 
 [backend]
-kind = "parrot"
+"""
+
+PARROT = 'kind = "parrot"\n'
+
+MODEL_SERVER = """kind = "realtime"
+url = "ws://{listen}/v1/realtime"
 """
 
 SIGNALING = """[signaling]
@@ -179,7 +184,7 @@ class About(TypedDict):
     state_dir: str
 
 
-def bring_up(system: System, free: bool, advertise: str) -> About:
+def bring_up(system: System, free: bool, advertise: str, websocket: bool) -> About:
     """Write the files, start the programs, return what a user of the system needs to know."""
     state_dir = system.state_dir
     keys = state_dir / "keys"
@@ -192,10 +197,10 @@ def bring_up(system: System, free: bool, advertise: str) -> About:
         internal = free_ports(2, socket.SOCK_DGRAM)[0]
         # UDP and TCP on one number: the kernel hands out TCP's, UDP's is as good as surely free.
         media = free_ports(2, socket.SOCK_STREAM)
-        web_port, redis_port, metrics_port = free_ports(3, socket.SOCK_STREAM)
+        web_port, redis_port, metrics_port, model_port = free_ports(4, socket.SOCK_STREAM)
     else:
         relay_port, internal, media = 3478, 3500, [9000, 9001]
-        web_port, redis_port, metrics_port = 8080, 6390, 9464
+        web_port, redis_port, metrics_port, model_port = 8080, 6390, 9464, 8765
     relay = f"{advertise}:{relay_port}"
     transceivers = [f"127.0.0.1:{port}" for port in media]
     page = f"127.0.0.1:{web_port}"
@@ -206,8 +211,12 @@ def bring_up(system: System, free: bool, advertise: str) -> About:
         return path
 
     redis = start_redis(system, redis_port)
+    backend = PARROT
+    if websocket:
+        backend = MODEL_SERVER.format(listen=f"127.0.0.1:{model_port}")
+        system.start("parrot", BIN / "parrot", "serve", "--listen", f"127.0.0.1:{model_port}")
     for number, listen in enumerate(transceivers, 1):
-        path = configure(f"transceiver-{number}", TRANSCEIVER.format(listen=listen))
+        path = configure(f"transceiver-{number}", TRANSCEIVER.format(listen=listen) + backend)
         system.start(path.stem, BIN / "transceiver", "run", "--config", path)
     metrics = f"127.0.0.1:{metrics_port}"
     text = RELAY.format(relay=relay, internal=internal, metrics=metrics)
@@ -230,7 +239,9 @@ def bring_up(system: System, free: bool, advertise: str) -> About:
 
 
 @contextlib.contextmanager
-def running(state_dir: Path | None, free: bool, advertise: str) -> Iterator[tuple[System, About]]:
+def running(
+    state_dir: Path | None, free: bool, advertise: str, websocket: bool
+) -> Iterator[tuple[System, About]]:
     """The system, up; and down again when the block is left, however it is left."""
     temporary = tempfile.TemporaryDirectory(prefix="earshot-") if state_dir is None else None
     folder = Path(temporary.name) if temporary else state_dir
@@ -238,7 +249,7 @@ def running(state_dir: Path | None, free: bool, advertise: str) -> Iterator[tupl
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     system = System(folder)
     try:
-        yield system, bring_up(system, free, advertise)
+        yield system, bring_up(system, free, advertise, websocket)
     finally:
         system.stop()
         if temporary:
@@ -255,6 +266,9 @@ def main(
     advertise: Annotated[
         str, typer.Option(help="Address of the relay in answers, one of this machine's.")
     ] = "127.0.0.1",
+    websocket: Annotated[
+        bool, typer.Option("--websocket", help="The parrot as a model server of its own.")
+    ] = False,
 ) -> None:
     """Bring the whole system up on this machine; Ctrl-C ends everything it started."""
 
@@ -266,7 +280,7 @@ def main(
     alone = free or check
     folder = state_dir or (None if alone else ROOT / ".dev")
     try:
-        with running(folder, alone, advertise) as (system, about):
+        with running(folder, alone, advertise, websocket) as (system, about):
             if check:
                 sys.exit(prove(about["page"]))
             tell(about, as_json)

@@ -23,10 +23,11 @@ sys.modules["check"] = check  # dataclasses look their module up
 _spec.loader.exec_module(check)
 
 
-def test_one_call_through_everything() -> None:
+@pytest.mark.parametrize("options", [[], ["--websocket"]], ids=["in process", "over WebSocket"])
+def test_one_call_through_everything(options: list[str]) -> None:
     """`dev.sh --check`, less the virtual environment: relay, transceivers, signaling, parrot."""
     ran = subprocess.run(
-        [*DEV, "--check"], capture_output=True, text=True, timeout=120, check=False
+        [*DEV, "--check", *options], capture_output=True, text=True, timeout=120, check=False
     )
     print(ran.stdout)
     line = json.loads(ran.stdout)
