@@ -6,14 +6,18 @@ call is answered, nothing counts as a fault of ours, and what waits somewhere ha
 """
 
 import asyncio
+import contextlib
 import json
 import random
+import struct
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
+from OpenSSL import SSL
 
 import rtp
 from metrics import Transceiver as Count
@@ -145,6 +149,50 @@ def test_whatever_is_in_an_authentic_packet(tmp_path: Path, rng: random.Random) 
             session.rtcp(packet, time.monotonic())
             if number % 100 == 0:
                 await asyncio.sleep(0)
+        await answers(ill)
+
+    beside(tmp_path, what)
+
+
+def chunk(rng: random.Random) -> bytes:
+    """A chunk of SCTP of any kind, mostly as long as it says."""
+    body = rng.randbytes(rng.choice([0, 4, 12, 16, 40, 200]))
+    length = rng.choice([4 + len(body)] * 4 + [0, 3, 4, 65_535, rng.randrange(300)])
+    kind = rng.choice([*range(16), 64, 130, 132, 192, 193, 255])
+    return struct.pack(">BBH", kind, rng.randrange(8), length) + body
+
+
+def test_whatever_is_inside_of_dtls(tmp_path: Path, rng: random.Random) -> None:
+    """SCTP from a client that has the keys: its session ends or goes on."""
+
+    async def what(on: House, ill: shim.Client, id_: str) -> None:
+        sctp = ill.pc.sctp
+        for _ in range(400):
+            body = b"".join(chunk(rng) for _ in range(rng.randrange(4)))
+            tag = rng.choice([sctp._remote_verification_tag] * 4 + [rng.getrandbits(32)])
+            packet = struct.pack("!HHL", 5000, 5000, tag) + bytes(4) + body
+            checksum = struct.pack("<L", google_crc32c.value(packet))
+            packet = packet[:8] + checksum + packet[12:]
+            if rng.random() < 0.1:
+                packet = packet[: rng.randrange(len(packet))]
+            with contextlib.suppress(ConnectionError, SSL.Error):  # it has been hung up on
+                await sctp.transport._send_data(packet)
+            await asyncio.sleep(0)
+        if id_ in on.transceiver.sessions:
+            await on.ask("DELETE", f"/v1/sessions/{id_}")
+
+    beside(tmp_path, what)
+
+
+def test_whatever_comes_through_a_relay(tmp_path: Path, rng: random.Random) -> None:
+    """From the address of a client, without any keys: nothing of it counts, the call goes on."""
+
+    async def what(on: House, ill: shim.Client, id_: str) -> None:
+        first = [0, 1, *range(20, 64), 128, 200, 255]
+        for _ in range(2_000):
+            datagram = bytes([rng.choice(first)]) + rng.randbytes(rng.randrange(1_600))
+            on.shim.inject([datagram], next(reversed(on.shim.clients)))
+            await asyncio.sleep(0)
         await answers(ill)
 
     beside(tmp_path, what)

@@ -148,6 +148,9 @@ def house(
         finally:
             await found.stop()
         await shim.until(lambda: len(asyncio.all_tasks()) == 1)
+        mux = found.transceiver._mux
+        kept = [name for name, each in vars(mux).items() if isinstance(each, dict) and each]
+        assert not kept, f"{kept} of the media socket still know ended sessions"
 
     asyncio.run(run())
 
