@@ -321,6 +321,8 @@ class Uplink:
             self._deliver(remote.settle())
         if not why:
             self._ready_at = self._uplinks.clock()
+            self._uplinks.counters.values[Count.BACKEND_RECONNECTS] += self._has_been_ready
+            self._has_been_ready = True
             took_s = self._ready_at - self._opened_at
             self._uplinks.timings.observe(Timing.BACKEND_CONNECT, took_s)
             self._uplinks.counters.values[Count.BACKEND_RECONNECTS] += self._once_ready
