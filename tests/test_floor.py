@@ -134,6 +134,7 @@ def test_push_to_talk_has_neither() -> None:
     assert terms.asked(update, "e") is update
     assert terms.shown(update, created=False) is update
     assert terms.patience == Patience()
+    assert (terms.answers, terms.cancels) == (False, False)
     shown = backend_says(terms, **asked(terms, type="server_vad"))
     assert shown["min_interruption_duration_ms"] == 0
 
@@ -356,6 +357,15 @@ def test_speech_in_the_delay_puts_the_answer_off() -> None:
     assert kinds(seen).count("response.created") == 1
 
 
+def test_push_to_talk_in_the_delay_leaves_the_answer_to_the_client() -> None:
+    line = ParrotLine(detecting(response_delay_ms=700))
+    line.say(quiet(300) + SPEECH + quiet(600))
+    line.client("session.update", session=detecting())
+    assert line.wait(1) == []
+    line.client("session.update", session=detecting(type="server_vad", response_delay_ms=100))
+    assert "response.created" not in kinds(line.wait(2))
+
+
 @pytest.mark.parametrize("event", ["response.cancel", "output_audio_buffer.clear"])
 def test_a_client_that_interrupts_in_the_delay_gets_no_answer(event: str) -> None:
     line = ParrotLine(detecting(response_delay_ms=700))
@@ -379,7 +389,7 @@ def test_a_response_beside_the_conversation_is_no_answer() -> None:
 
 
 def test_what_is_dropped_of_a_turn_interrupts_nothing() -> None:
-    line = replying(min_interruption_duration_ms=400)
+    line = replying(min_interruption_duration_ms=220)
     line.say(LONG[: 200 * MS_OCTETS])
     line.client("input_audio_buffer.clear")
     assert "output_audio_buffer.cleared" not in kinds(line.say(LONG[: 40 * MS_OCTETS]))

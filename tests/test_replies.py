@@ -60,6 +60,15 @@ def test_made_sounding_and_over_are_three_moments() -> None:
     assert (room.replies.busy, room.replies.heard_ms("i")) == (False, 200)
 
 
+def test_after_its_end_a_response_has_no_further_items() -> None:
+    room = Room()
+    room.sound("r", "i", 100)
+    room.replies.done("r", room.now)
+    assert room.sound("r", "j", 100) is Taken.DROPPED  # also while it is still heard
+    assert room.wait(0.3) == [("started", "r"), ("stopped", "r")]
+    assert room.loud == 5
+
+
 def test_cut_off_it_is_silent_under_whatever_name() -> None:
     room = Room()
     room.replies.created("r", room.now)
