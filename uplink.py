@@ -190,6 +190,7 @@ class Uplink:
         self._emitting = False
         self._counted = 0, 0
         self._ready_at: float | None = None
+        self._has_been_ready = False
         self._opened_at = 0.0
         self._once_ready = False
         self._taken_octets = 0
