@@ -83,10 +83,10 @@ def _thinned(pcm: bytes, factor: int) -> bytes:
     return bytes(samples.mean(axis=1).astype("<i2").tobytes())
 
 
-def browser(frames: Sequence[bytes], loss: float) -> list[bytes]:
+def browser(frames: Sequence[bytes], loss: float, rate_hz: int = BACKEND_HZ) -> list[bytes]:
     """Payloads as a browser makes them that hears of so much loss; without any it adds no FEC."""
     encoder = opus.Encoder(
-        BACKEND_HZ,
+        rate_hz,
         bitrate=sdp.BITRATE,
         complexity=BROWSER_COMPLEXITY,
         application=opus.Application.VOIP,
