@@ -68,9 +68,9 @@ SILENCE_MS_BY_EAGERNESS = {"low": 1_500, "medium": 800, "auto": 800, "high": 400
 waits. Longer than the default of `server_vad` where the API promises not to cut a thought short."""
 
 LEVEL_STRIDE = 4
-"""Of a frame's samples, one in so many makes its level. What folds down from above the new half rate
-is as loud as before: 9 of 10 frames of recorded speech keep their level within 0.6 dB, all within
-2."""
+"""Of a frame's samples, one in so many makes its level. What folds down from above the new half
+rate is as loud as before: 9 of 10 frames of recorded speech keep their level within 0.6 dB, all
+within 2."""
 
 GAP_MS = 200
 """A pause within somebody's speech, for the gauge: the closure before a "p", a breath. Behind a
