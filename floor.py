@@ -256,7 +256,7 @@ class Floor:
 
     @property
     def listens(self) -> bool:
-        """Whether it wants to hear the caller. It costs 9 to 27 us a frame."""
+        """Whether it wants to hear the caller. It costs 4 us a frame, 29 at 24 kHz."""
         return self.terms.patience.min_interruption_duration_ms > 0
 
     def hear(self, pcm: bytes) -> bool:
