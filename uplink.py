@@ -190,7 +190,6 @@ class Uplink:
         self._emitting = False
         self._counted = 0, 0
         self._ready_at: float | None = None
-        self._has_been_ready = False
         self._opened_at = 0.0
         self._once_ready = False
         self._taken_octets = 0
@@ -322,8 +321,6 @@ class Uplink:
             self._deliver(remote.settle())
         if not why:
             self._ready_at = self._uplinks.clock()
-            self._uplinks.counters.values[Count.BACKEND_RECONNECTS] += self._has_been_ready
-            self._has_been_ready = True
             took_s = self._ready_at - self._opened_at
             self._uplinks.timings.observe(Timing.BACKEND_CONNECT, took_s)
             self._uplinks.counters.values[Count.BACKEND_RECONNECTS] += self._once_ready
