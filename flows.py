@@ -22,7 +22,7 @@ Rules that stay true:
 - An assured flow goes to another transceiver only when its own has said nothing for
   `FLOW_HELD_S` after it was contested: a repeated check moves no live call.
 - Nothing is evicted to make room. Full is full, and counted. One exception: of the flows that
-  follow one session and were never answered, the oldest makes room for the next.
+  follow and were never answered, the oldest makes room for the next.
 - Slots are freed by `sweep` and `follow` alone, never while a batch is in hand.
 
 A flow whose client is silent ends: for each state a hand goes round the slots once a period
@@ -166,6 +166,7 @@ class Table:
     def __init__(self, memory: memoryview, limits: Limits, now: float) -> None:
         """Index what is in `memory`, of `octets(limits.flows)` octets: zeros are an empty table."""
         self._memory, self._limits = memory, limits
+        self._followers_max = max(1, limits.tentative // roaming.FOLLOWERS_SHARE)
         self.listening = roaming.Listening()
         self._contested: dict[bytes, float] = {}
         self._interned: dict[bytes, bytes] = {}
@@ -250,8 +251,7 @@ class Table:
         if flow.state is State.TENTATIVE and self.tentative >= limits.tentative:
             return Refusal.TENTATIVE_LIMIT
         if flow.follows:
-            most = max(1, limits.tentative // roaming.FOLLOWERS_SHARE)
-            return Refusal.TENTATIVE_LIMIT if self._followers.count >= most else None
+            return Refusal.TENTATIVE_LIMIT if len(self._followers) >= self._followers_max else None
         if self._addresses[flow.ufrag] >= limits.addresses:
             return Refusal.ADDRESSES_LIMIT
         return None
@@ -262,13 +262,13 @@ class Table:
         """Media of a flow that is assured comes from this address, which has no flow: open one.
 
         Who can be followed has seen the media, and nothing more is known of him. He can push out
-        only what is as doubtful: an unanswered follower of the same session, and from another IP
-        address than the session's none from its own. Not to be called with a batch in hand.
+        only what is as doubtful: an unanswered follower, and from another IP address than the
+        session's none that came from its own. Not to be called with a batch in hand.
         """
         assert header not in self._slots
         origin = Origin.NEAR if near else Origin.FAR
         flow = Flow(State.TENTATIVE, header, hop, ufrag, now, 0.0, ssrc, origin)
-        leaves = self._followers.leaves(ufrag, near)
+        leaves = self._followers.leaves(ufrag, near, self._followers_max)
         # Somewhat more than checks may have: replayed ones must not keep it out.
         most = self._limits.addresses + roaming.FOLLOWERS_MAX
         if leaves == b"" or self._addresses[ufrag] >= most:

@@ -85,38 +85,43 @@ class Listening(dict[bytes, int]):
 class Followers:
     """The flows of one table that nothing but an SSRC has opened, and nobody has answered yet."""
 
-    count: int
-
     def __init__(self) -> None:
         """None."""
-        self.count = 0
         self._of: dict[bytes, dict[bytes, bool]] = {}
+        self._far: dict[bytes, None] = {}
+        self._near = 0
+
+    def __len__(self) -> int:
+        return len(self._far) + self._near
 
     def add(self, ufrag: bytes, header: bytes, near: bool) -> None:
         """One more, from the IP address of its session (near) or from another one."""
         self._of.setdefault(ufrag, {})[header] = near
-        self.count += 1
+        self._near += near
+        if not near:
+            self._far[header] = None
 
     def remove(self, ufrag: bytes, header: bytes) -> None:
         """One has gone, or is no follower any more."""
         of = self._of[ufrag]
-        del of[header]
-        self.count -= 1
+        self._near -= of.pop(header)
+        self._far.pop(header, None)
         if not of:
             del self._of[ufrag]
 
-    def leaves(self, ufrag: bytes, near: bool) -> bytes | None:
-        """Who has to make room for one more of this session: nobody yet (None), a client's header,
-        or nobody can (empty).
+    def leaves(self, ufrag: bytes, near: bool, most: int) -> bytes | None:
+        """Who has to make room for one more of this session, where there may be so many of all:
+        nobody yet (None), a client's header, or nobody can (empty).
 
-        The oldest goes. From another IP address than the session's nobody pushes out one that is
-        near: a stranger who cannot forge addresses cannot shut a rebound client out.
+        The oldest goes, of the same session or of all. From another IP address than the session's
+        nobody pushes out one that is near: a stranger who cannot forge addresses cannot shut out a
+        client whose port has changed.
         """
         of = self._of.get(ufrag, {})
-        if len(of) < FOLLOWERS_MAX:
-            return None
-        far = next((header for header, is_near in of.items() if not is_near), b"")
-        return far or (next(iter(of)) if near else b"")
+        if len(of) >= FOLLOWERS_MAX:
+            far = next((header for header, is_near in of.items() if not is_near), b"")
+            return far or (next(iter(of)) if near else b"")
+        return next(iter(self._far), b"") if len(self) >= most else None
 
 
 class Index:

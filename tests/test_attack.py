@@ -16,6 +16,7 @@ import pytest
 
 import flows
 import metrics
+import roaming
 import stun
 import ufrag
 
@@ -90,6 +91,25 @@ def no_stun(scene):
     ]
 
 
+def media_of_nobody(scene):
+    return [rtp(scene, scene.octets(4)) for _ in range(2000)]
+
+
+def stolen_ssrcs(scene):
+    """The media of calls, seen by somebody. Load's clients number their datagrams where RTP has the
+    SSRC: some early one is what the relay remembers of each."""
+    scene.live.begin(siege.RATE, 2.0)
+    scene.live.run(0.2)
+    assert scene.live.settle().lost == 0
+    ssrcs = {flow.ssrc for flow in scene.relay.flows()}
+    assert len(ssrcs) == siege.CALLS and 0 not in ssrcs
+    return [rtp(scene, ssrc.to_bytes(4, "big")) for ssrc in ssrcs]
+
+
+def rtp(scene, ssrc):
+    return b"\x80\x6f" + scene.octets(6) + ssrc + scene.octets(40)
+
+
 def replays(scene):
     return scene.checks
 
@@ -103,10 +123,14 @@ ATTACKS = {
     random_ufrags: FORGERIES,
     wrong_integrity: {"bad_integrity", "integrity_limit"},
     no_stun: {"unknown_client", "lookup_limit"},
+    media_of_nobody: {"unknown_client", "lookup_limit"},
+    stolen_ssrcs: {"lookup_limit"},
     replays: {"integrity_limit", "tentative_limit"},
     one_ufrag: {"integrity_limit", "addresses_limit"},
 }
 """Each attack with the drops that must be seen, and no others."""
+ASKING = no_stun, media_of_nobody, stolen_ssrcs
+"""Those that make the relay look for somebody's flow."""
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
@@ -140,7 +164,7 @@ def test_a_flood_costs_calls_nothing(scene, attack):
     asked, seconds = siege.asked(scene.redis), int(elapsed_s) + 1
     kinds = metrics.Keeper
     assert asked <= relay.keeper[kinds.LOOKUPS] <= siege.LOOKUPS_PER_S * seconds
-    if attack is no_stun:
+    if attack in ASKING:
         assert asked > 0 and inbound.drops()["lookup_limit"] > 0
     else:
         assert asked == relay.keeper[kinds.LOOKUPS] == 0
@@ -223,6 +247,11 @@ def assert_limits(scene, inbound, flood, attack):
     assert max(Counter(flow.ufrag for flow in found).values()) <= siege.ADDRESSES_MAX
     if attack is replays:
         assert states[flows.State.TENTATIVE] == siege.TENTATIVE_MAX
+    elif attack is stolen_ssrcs:
+        followers = [flow for flow in found if flow.follows]
+        assert len(followers) == states[flows.State.TENTATIVE] > 0
+        assert len(followers) <= siege.TENTATIVE_MAX // roaming.FOLLOWERS_SHARE
+        assert max(Counter(flow.ufrag for flow in followers).values()) <= roaming.FOLLOWERS_MAX
     elif attack is one_ufrag:
         assert states[flows.State.TENTATIVE] == siege.ADDRESSES_MAX - 1
     else:

@@ -85,13 +85,13 @@ def test_so_many_are_listened_to_and_the_oldest_makes_room():
 def test_the_oldest_follower_of_the_same_session_makes_room():
     one = roaming.Followers()
     for number in range(roaming.FOLLOWERS_MAX):
-        assert one.leaves(b"u", False) is None
+        assert one.leaves(b"u", False, 99) is None
         one.add(b"u", b"%d" % number, False)
-    assert one.leaves(b"v", False) is None
-    assert one.leaves(b"u", False) == one.leaves(b"u", True) == b"0"
+    assert one.leaves(b"v", False, 99) is None
+    assert one.leaves(b"u", False, 99) == one.leaves(b"u", True, 99) == b"0"
     one.remove(b"u", b"0")
     one.add(b"u", b"9", False)
-    assert one.leaves(b"u", False) == b"1" and one.count == roaming.FOLLOWERS_MAX
+    assert one.leaves(b"u", False, 99) == b"1" and len(one) == roaming.FOLLOWERS_MAX
 
 
 def test_who_is_near_is_pushed_out_by_nobody_who_is_not():
@@ -100,20 +100,35 @@ def test_who_is_near_is_pushed_out_by_nobody_who_is_not():
     for number in range(1, roaming.FOLLOWERS_MAX):
         one.add(b"u", b"%d" % number, False)
     for number in range(1, 20):  # as many strangers as like
-        gone = one.leaves(b"u", False)
+        gone = one.leaves(b"u", False, 99)
         assert gone == b"%d" % number
         one.remove(b"u", gone)
         one.add(b"u", b"%d" % (number + roaming.FOLLOWERS_MAX - 1), False)
     for number in range(1, roaming.FOLLOWERS_MAX):
-        gone = one.leaves(b"u", True)
+        gone = one.leaves(b"u", True, 99)
         assert gone != b"near"  # strangers go first
         one.remove(b"u", gone)
         one.add(b"u", b"near%d" % number, True)
-    assert one.leaves(b"u", False) == b""
-    assert one.leaves(b"u", True) == b"near"
+    assert one.leaves(b"u", False, 99) == b""
+    assert one.leaves(b"u", True, 99) == b"near"
     for header in (b"near", *(b"near%d" % number for number in range(1, 4))):
         one.remove(b"u", header)
-    assert one.count == 0 and not one._of
+    assert len(one) == 0 and not one._of
+
+
+def test_where_there_are_too_many_the_oldest_stranger_makes_room():
+    one = roaming.Followers()
+    for number, near in enumerate((True, False, True, False)):
+        assert one.leaves(b"new", near, 4) is None
+        one.add(b"u%d" % number, b"%d" % number, near)
+    for near in (True, False):
+        assert one.leaves(b"new", near, 4) == b"1"
+        assert one.leaves(b"u2", near, 4) == b"1"
+        assert one.leaves(b"new", near, 5) is None
+    one.remove(b"u1", b"1")
+    assert one.leaves(b"new", False, 4) is None and one.leaves(b"new", False, 3) == b"3"
+    one.remove(b"u3", b"3")
+    assert one.leaves(b"new", True, 2) == b"", "who is near is pushed out by nobody"
 
 
 # --- the index and the choice ---------------------------------------------------------------------
