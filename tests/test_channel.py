@@ -1,13 +1,19 @@
 """The channel: session.created first, nothing lost unseen, nothing kept without a bound."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
 import channel
+import realtime
 from channel import Channel
 from realtime import Refused
+
+from . import shim
+from .test_transceiver import House, house, sessions
 
 
 def live() -> Channel:
@@ -136,3 +142,44 @@ def test_after_the_end_nothing_comes() -> None:
     found.create({"type": "session.created"})
     found.tick(9.0)
     assert found.take() == []
+
+
+# Each of them has one answer, an error with this code.
+HOSTILE: list[tuple[str | bytes, str]] = [
+    (b"\xff\xfe\x00", "invalid_json"),
+    ("not JSON", "invalid_json"),
+    ("[" * 200_000, "invalid_json"),
+    ('{"a":' * 30_000 + "1" + "}" * 30_000, "invalid_json"),
+    (b'{"type": "response.create", "x": ' + b"[" * 65 + b"]" * 65 + b"}", "invalid_json"),
+    ('{"type": "' + "x" * 250_000 + '"}', "invalid_value"),
+    ('{"type": "conversation.item.truncate", "item_id": "i", "audio_end_ms": 1e999}', "invalid_"),
+    ('{"type": "conversation.item.retrieve", "item_id": "' + "i" * 200_000 + '"}', "item_retrieve"),
+    ('{"type": "input_audio_buffer.append", "audio": "' + "A" * 250_001 + '"}', "invalid_value"),
+    ('{"type": "session.update", "session": {"audio": {"input": {"turn_detection": 7}}}}', "inv"),
+    ('{"type": "response.create", "event_id": "' + "e" * 200_000 + '"}', "invalid_value"),
+]
+
+
+def test_hostile_messages_over_a_real_data_channel(tmp_path: Path) -> None:
+    """A stock client sends them; each is answered, and another caller notices nothing."""
+
+    async def scenario(on: House) -> None:
+        client, _ = await on.call()
+        other, _ = await on.call()
+        for number, (message, code) in enumerate(HOSTILE, 1):
+            assert len(message) <= realtime.CLIENT_MESSAGE_OCTETS_MAX
+            client.channel.send(message)
+            await shim.until(
+                lambda n=number: sum('"type":"error"' in m for m in client.messages) == n
+            )
+            error = json.loads(client.messages[-1])["error"]
+            assert error["code"].startswith(code), error
+            assert len(client.messages[-1]) < 1_000
+        assert len(client.messages) == 1 + len(HOSTILE)
+        for one in (client, other):
+            one.channel.send('{"type": "input_audio_buffer.clear"}')
+            await shim.until(lambda c=one: "input_audio_buffer.cleared" in c.messages[-1])
+        assert len(other.messages) == 2
+        assert len(sessions(on)) == 2
+
+    house(tmp_path, scenario)
