@@ -36,7 +36,6 @@ import lane
 import stock
 from aiortc import (
     RTCConfiguration,
-    RTCDataChannel,
     RTCPeerConnection,
     RTCSessionDescription,
     rtcdtlstransport,
@@ -79,13 +78,6 @@ def _serve(kind: str, argument: str) -> None:
         session.Session.rtp = rtp  # type: ignore[method-assign]  # a stopwatch
         asyncio.run(transceiver.serve(settings.load(Path(argument), settings.Transceiver)))
         return
-    opened = stock.Call.opened
-
-    def greet(self: Any, channel: RTCDataChannel) -> None:
-        channel.send('{"type": "session.created"}')  # its parrot may have spoken before
-        opened(self, channel)
-
-    stock.Call.opened = greet  # type: ignore[method-assign]
     handle = rtcdtlstransport.RTCDtlsTransport._handle_rtp_data
 
     async def handled(self: Any, data: bytes, arrival_time_ms: int) -> None:

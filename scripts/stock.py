@@ -67,15 +67,17 @@ class Call:
         self.mind = parrot.Parrot(secrets.token_hex(6), session)
         self.reply = Reply(self.mind.rate_hz)
         self.channel: RTCDataChannel | None = None
+        self.early: list[dict[str, Any]] = []
         configuration = RTCConfiguration(iceServers=[], bundlePolicy=RTCBundlePolicy.MAX_BUNDLE)
         self.peer = RTCPeerConnection(configuration)
         self.peer.on("track", lambda track: asyncio.ensure_future(self.listen(track)))
         self.peer.on("datachannel", self.opened)
+        self.pass_on(self.mind.start())
 
     def opened(self, channel: RTCDataChannel) -> None:
         """The caller's channel."""
         self.channel = channel
-        self.pass_on(self.mind.start())
+        self.pass_on(self.early)
 
     async def listen(self, track: MediaStreamTrack) -> None:
         """What the caller says, to the parrot."""
@@ -93,7 +95,9 @@ class Call:
         for event in events:
             if event["type"] == "response.output_audio.delta":
                 self.reply.pcm += event["delta"]
-            elif self.channel is not None and self.channel.readyState == "open":
+            elif self.channel is None:
+                self.early.append(event)  # session.created is among them
+            elif self.channel.readyState == "open":
                 self.channel.send(orjson.dumps(event).decode())
 
 
