@@ -5,8 +5,11 @@ import gc
 import weakref
 from typing import Any
 
+import hypothesis
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import endpoints
 import ice
@@ -317,6 +320,63 @@ def test_loss_that_the_client_reports_puts_redundancy_into_what_it_is_sent(call:
     assert is_celt()
     reported(1_250, 25)
     assert not is_celt()
+
+
+WORD = st.integers(0, 0xFFFF_FFFF)
+AUDIO = st.builds(
+    rtp.write,
+    st.just(111),
+    st.integers(0, 0xFFFF) | st.integers(0, 6),
+    WORD | st.integers(0, 6).map(lambda n: n * 960),
+    st.sampled_from([5, 5, 5, 6]),
+    st.binary(max_size=60) | st.binary(max_size=3),
+    marker=st.booleans(),
+)
+MANGLED = st.builds(
+    lambda datagram, at, flip, cut: bytes(
+        octet ^ flip * (n == at) for n, octet in enumerate(datagram[: len(datagram) - cut])
+    ),
+    AUDIO,
+    st.integers(0, 15),
+    st.integers(0, 255),
+    st.integers(0, 80),
+)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["rtp", "rtcp", "tick", "sweep"]), AUDIO | MANGLED, st.floats(0, 1)
+        ),
+        max_size=40,
+    ),
+    st.lists(st.builds(rtp.Block, st.just(0), *[st.integers(0, 255)] * 2, *[WORD] * 4), max_size=4),
+)
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_whatever_an_authenticated_client_sends_the_session_goes_on(
+    datagrams: list[tuple[str, bytes, float]], blocks: list[rtp.Block]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        call = Call(patch)
+        call.session.connected(call.now)
+        about = [block._replace(ssrc=call.session.ssrc) for block in blocks]
+        call.session.rtcp(rtp.receiver_report(5, about, "client"), call.now)
+        for kind, datagram, after_s in datagrams:
+            call.now += after_s
+            if kind == "rtp":
+                call.session.rtp(datagram, call.now)
+            elif kind == "rtcp":
+                call.session.rtcp(datagram[:1] + b"\xc8" + datagram[2:], call.now)
+            elif kind == "tick":
+                call.session.tick(call.now)
+            else:
+                call.session.sweep(call.now)
+        call.backend.heard.clear()
+        call.now += 1
+        for datagram in packets(3, ssrc=77):
+            call.session.rtp(datagram, call.now)
+        assert len(call.backend.heard) >= 3, "a new stream is heard at once"
+        assert call.endings == []
 
 
 def test_a_clients_sender_report_is_echoed_for_its_own_round_trip(call: Call) -> None:
