@@ -222,9 +222,9 @@ class TransceiverTable(_Table, frozen=True):
     """Where signaling calls from. Requests from anywhere else get 403."""
     sessions_max: Annotated[int, Meta(ge=1, le=10_000)] = 100
     """Sessions this process takes before it answers 503. About a hundred fill a core."""
-    connecting_max: Annotated[int, Meta(ge=1, le=10_000)] = 64
-    """Sessions that may be connecting at once: each takes some milliseconds of CPU for its keys,
-    while the others' audio waits. The next ones get 503."""
+    connecting_max: Annotated[int, Meta(ge=1, le=10_000)] = 32
+    """Sessions that may be connecting at once; the next ones get 503. Each takes 5 ms of CPU, while
+    the others' audio waits: 16 at once make single frames 20 ms late, 32 make them 50, 64 100."""
     load_max: Annotated[float, Meta(ge=0.05, le=100)] = 0.9
     """Share of one CPU that this process may use, smoothed over seconds, before it answers 503. All
     its work is in one thread: at 1 audio comes late. 100 turns it off."""
