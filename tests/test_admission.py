@@ -95,7 +95,8 @@ def test_a_burst_is_not_over_assigned() -> None:
 
 
 def test_what_a_call_costs_is_measured() -> None:
-    cheap, dear = Process(sessions_max=1000), Process(sessions_max=1000)
+    limits = {"sessions_max": 1000, "connecting_max": 1000}
+    cheap, dear = Process(**limits), Process(**limits)
     cheap.run(60, 0.4, live=100)
     dear.run(60, 0.4, live=35)
     burst = Calls(total=150, live=100, connecting=50, young=50)
