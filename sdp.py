@@ -43,10 +43,11 @@ SCTP_PORT = 5000
 MESSAGE_OCTETS_MAX = 262_144
 """The largest data channel message we take (a=max-message-size): what Chromium announces too."""
 
-BITRATE = 40_000
-"""What clients are asked to speak with, in bit/s. Left alone, libwebrtc takes 20 kb/s where the
-model hears 16 kHz, at which libopus adds no FEC before 10 % are lost: with 2 and 5 % PESQ is 3.2
-and 2.5 (wide band), at 32 kb/s 3.8 and 3.5, at 40 kb/s 4.1 and 3.8; more costs up-links for little.
+BITRATE, BITRATE_WIDE = 40_000, 32_000
+"""What clients are asked to speak with, in bit/s, and where the model hears 16 kHz. Left alone,
+libwebrtc takes 20 kb/s for that, at which libopus adds no FEC before 10 % are lost: with 2 and 5 %
+PESQ is 3.2 and 2.5 (wide band), at 32 kb/s 3.8 and 3.5. For more bandwidth it takes 32, where PESQ
+is 3.6 and 3.2, at 40 kb/s 3.9 and 3.5. More costs up-links, and decoding, for little.
 """
 
 _MESSAGE_OCTETS_DEFAULT = 65_536  # RFC 8841 section 6: an offer without a=max-message-size
@@ -237,6 +238,7 @@ def _candidate(at: int, host: str, port: int) -> str:
 
 
 def _audio(offer: Offer, line: Line, ssrc: int, rate_hz: int) -> list[str]:
+    bitrate = BITRATE_WIDE if rate_hz <= 16_000 else BITRATE
     body = [
         f"a={_MIRRORED[line.direction]}",
         "a=rtcp-mux",
@@ -244,7 +246,7 @@ def _audio(offer: Offer, line: Line, ssrc: int, rate_hz: int) -> list[str]:
         # RFC 7587 section 6.1: what we would like to receive. FEC in band mends single losses; mono
         # at the rate the model hears costs the client, the network and us less.
         f"a=fmtp:{offer.opus} minptime=10;useinbandfec=1;stereo=0;sprop-stereo=0"
-        f";maxplaybackrate={rate_hz};maxaveragebitrate={BITRATE}",
+        f";maxplaybackrate={rate_hz};maxaveragebitrate={bitrate}",
         "a=ptime:20",
     ]
     if line.reduced_size_rtcp:

@@ -107,7 +107,7 @@ def test_the_answer_to_a_browser() -> None:
     assert "a=rtcp-rsize" in audio
     fmtp = (
         "minptime=10;useinbandfec=1;stereo=0;sprop-stereo=0;maxplaybackrate=16000"
-        ";maxaveragebitrate=40000"
+        ";maxaveragebitrate=32000"
     )
     assert f"a=fmtp:111 {fmtp}" in audio
     assert video[0] == "m=video 3478 UDP/TLS/RTP/SAVPF 96"
