@@ -87,7 +87,7 @@ def browser(frames: Sequence[bytes], loss: float, rate_hz: int = BACKEND_HZ) -> 
     """Payloads as a browser makes them that hears of so much loss; without any it adds no FEC."""
     encoder = opus.Encoder(
         rate_hz,
-        bitrate=sdp.BITRATE,
+        bitrate=sdp.BITRATE_WIDE if rate_hz <= 16_000 else sdp.BITRATE,
         complexity=BROWSER_COMPLEXITY,
         application=opus.Application.VOIP,
         loss_percent=round(100 * loss),
