@@ -193,7 +193,7 @@ class Backend(_Table, frozen=True):
     connect_timeout_s: Annotated[float, Meta(gt=0, le=60)] = 3.0
     """How long a connection may take to open."""
     answer_timeout_s: Annotated[float, Meta(gt=0, le=60)] = 5.0
-    """How long a server may then take to begin its session, and to confirm its settings."""
+    """How long a server may then take to begin its session."""
     retry_s: Annotated[float, Meta(ge=0, le=600)] = 30.0
     """How long a server that is away is tried again before its calls end."""
     heartbeat_s: Annotated[float, Meta(ge=1, le=60)] = 10.0

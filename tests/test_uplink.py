@@ -5,6 +5,7 @@ import base64
 import contextlib
 import gc
 import hashlib
+import signal
 import socket
 import time
 import weakref
@@ -31,6 +32,7 @@ from metrics import Transceiver as Count
 from realtime import Event
 from resample import Resampler
 from turns import RATE_HZ
+from uplink import BATCH_EVENTS, BATCH_S
 
 from . import servers
 from .line import SPEECH, Plain
@@ -377,6 +379,24 @@ def test_a_server_of_nothing_but_garbage_is_no_server() -> None:
     asyncio.run(run())
 
 
+def test_a_server_that_hangs_is_noticed_and_found_again() -> None:
+    """It is stopped, and not ended: its kernel goes on to take what it is sent."""
+
+    async def run(served: servers.Served) -> None:
+        table = realtime_at(served.url, heartbeat_s=1.0, connect_timeout_s=0.3)
+        async with talking(table) as talk:
+            await talk.heard("session.created")
+            served.process.send_signal(signal.SIGSTOP)
+            await talk.told("backend_unavailable")
+            (error,) = [e["error"] for e in talk.events if e["type"] == "error"]
+            assert error["message"].startswith("The model server does not answer any more.")
+            served.process.send_signal(signal.SIGCONT)
+            await talk.told("backend_reconnected")
+
+    with servers.serving() as served:
+        asyncio.run(run(served))
+
+
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
@@ -530,7 +550,7 @@ def test_a_server_that_never_pauses_leaves_time_for_others() -> None:
             await asyncio.sleep(0.5)
             rate = (len(talk.events) - before) / (time.monotonic() - begun)
             print(f"\n  {rate:.0f} events a second are read")
-            assert 0 < rate <= 2 * 1_600
+            assert 0 < rate <= 2 * BATCH_EVENTS / BATCH_S
 
     asyncio.run(run())
 
