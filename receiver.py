@@ -246,10 +246,13 @@ class Receiver:
         Where silence has been made already, for a pause, that stands.
         """
         out: list[bytes] = []
+        self._seen = self._seen << min(missing, 64) & _SEEN_MASK
+        if self._ahead_of(now) > AHEAD_S_MAX:
+            self._made = packet.timestamp
+            return out
         copy = None
         rest = lack = self._lack(missing, packet.timestamp)
         if missing:
-            self._seen = self._seen << min(missing, 64) & _SEEN_MASK
             room = 0 if self._bridged else self._invented_max
             last = min(self._samples, self._invented_max, max(self._frame, lack))
             rest -= self._conceal(out, lack - last, room - last)
@@ -259,13 +262,12 @@ class Receiver:
                 rest -= self._conceal(out, rest, room - (lack - rest))
             else:
                 rest -= last
-        if rest >= self._frame and self._ahead_of(now) < AHEAD_S_MAX / 2:
+        if rest >= self._frame and self._ahead_s < AHEAD_S_MAX / 2:
             out.append(self._silence(rest))
             self._ahead_s += rest / self._rate_hz
         if copy is not None:
             self.recovered += 1
-            self._count(len(copy) // 2)
-            out.append(copy)
+            self._invent(out, copy)
         # Less than a frame is left to grow until it is one; more, and the stamps have jumped.
         if not -2 * _FRAME_CLOCK <= _signed(packet.timestamp - self._made) < _FRAME_CLOCK:
             self._made = packet.timestamp
@@ -286,19 +288,20 @@ class Receiver:
         made = 0
         longest = max(self._samples, self._frame)
         while (size := min(samples - made, room - made, longest) // self._piece * self._piece) > 0:
-            out.append(self._decoder.conceal(size))
             self.concealed += 1
-            self._count(size)
+            self._invent(out, self._decoder.conceal(size))
             made += size
         return made
 
     def _silence(self, samples: int) -> bytes:
-        self._count(samples)
+        self._made = self._made + samples * self._clocks & 0xFFFF_FFFF
         return bytes(2 * samples)
 
-    def _count(self, samples: int) -> None:
-        """Account for what was made besides packets."""
+    def _invent(self, out: list[bytes], pcm: bytes) -> None:
+        samples = len(pcm) // 2
         self._made = self._made + samples * self._clocks & 0xFFFF_FFFF
+        self._ahead_s += samples / self._rate_hz
+        out.append(pcm)
 
     def _play(self, packet: rtp.Packet, now: float) -> bytes | None:
         """A packet's own PCM; None if it is more than real time."""

@@ -260,6 +260,17 @@ def test_more_than_real_time_is_dropped_before_it_is_decoded() -> None:
     assert numbers(receiver.receive(following, 10.5)) == [5_000], "it is forgiven"
 
 
+@pytest.mark.parametrize("step", [2, 5, 50, 2_999])
+def test_a_flood_with_holes_is_bounded_as_well(step: int) -> None:
+    receiver = Receiver(FakeCodec())
+    made = 0
+    for n in range(5_000):
+        arrival = rtp.Packet(False, 111, n * step & 0xFFFF, n * step * 960, 1, b"\1\1\1\1")
+        made += len(b"".join(receiver.receive(arrival, n / 500)))
+    assert made / (2 * RATE_HZ) <= 10 + AHEAD_S_MAX + LACK_S_MAX
+    assert receiver.received - accounted(receiver) <= 1
+
+
 # ---- whatever comes ----------------------------------------------------------------------------
 
 
