@@ -229,6 +229,17 @@ def test_a_server_of_the_beta(speaks: str) -> None:
     assert delta["delta"] == b"\1\2"
 
 
+def test_a_server_that_is_said_to_speak_the_ga_is_taken_at_its_word() -> None:
+    server = Server(speaks="ga")
+    server.remote.connected()
+    server.says("session.created", session={"modalities": ["text"]})
+    (update,) = server.hears()
+    assert update["session"]["audio"] == FORMATS
+    (created,) = server.says("session.updated", session=update["session"])
+    assert created["session"] == update["session"]
+    assert types(server.says("response.audio.done")) == ["response.audio.done"]
+
+
 def test_a_sample_cut_in_two_is_put_together_and_only_within_its_item() -> None:
     server = ready()
 

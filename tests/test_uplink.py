@@ -5,6 +5,7 @@ import base64
 import contextlib
 import gc
 import hashlib
+import logging
 import signal
 import socket
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import orjson
+import psutil
 import pytest
 from aiohttp.http import WS_KEY
 
@@ -182,7 +184,43 @@ def test_a_whole_conversation_in_the_parrot_s_own_order(options: list[str], rate
         asyncio.run(run(served.url))
 
 
-def test_wss_with_a_certificate_of_one_s_own_and_a_key(tmp_path: Path) -> None:
+def test_closing_at_any_moment_leaves_nothing_behind() -> None:
+    async def answer(line: servers.Line) -> None:
+        if line.number % 3:
+            await line.greet()
+        await line.listen()
+
+    async def run() -> None:
+        process = psutil.Process()
+        async with servers.scripted(answer) as server:
+            table = realtime_at(server.url)
+            counters = ledger.Counters(Count)
+            backends = backend.Backends(table, (), counters, time.monotonic)
+            before = None
+            for number in range(120):
+                chosen = backends.connect(None, lambda _: None, pytest.fail)
+                chosen.append(bytes(640), 0.0)
+                for _ in range(number % 40):  # some turns of the loop: each stage is met
+                    await asyncio.sleep(0)
+                chosen.close()
+                if number == 20:
+                    before = weakref.ref(chosen)
+                del chosen
+            await backends.close()
+            assert before is not None
+            assert before() is None
+            assert not [task for task in asyncio.all_tasks() if "Uplink" in repr(task.get_coro())]
+            async with asyncio.timeout(PATIENCE_S):
+                while any(c.raddr for c in process.net_connections("tcp")):
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_wss_with_a_certificate_of_one_s_own_and_a_key(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
     certificate, private_key = servers.certify(tmp_path)
     key = tmp_path / "model-key"
     key.write_text("sk-parrot\n")
@@ -208,6 +246,8 @@ def test_wss_with_a_certificate_of_one_s_own_and_a_key(tmp_path: Path) -> None:
     options = ("--certificate", certificate, "--private-key", private_key, "--key-file", key)
     with servers.serving(*options) as served:
         asyncio.run(run(served.url))
+    assert "is given up" in caplog.text
+    assert "sk-" not in caplog.text
 
 
 def test_a_server_killed_in_mid_reply_is_found_again_and_told() -> None:
@@ -364,8 +404,9 @@ def test_garbage_is_counted_and_the_session_goes_on() -> None:
 def test_a_server_of_nothing_but_garbage_is_no_server() -> None:
     async def answer(line: servers.Line) -> None:
         await line.greet()
-        while not line.socket.closed:
+        for _ in range(200):
             await line.socket.send_str("quack")
+        await line.listen()
 
     async def run() -> None:
         async with (
