@@ -142,11 +142,15 @@ def test_mistakes_get_their_event_id_back_and_too_much_ends_the_connection() -> 
         await client.hear("input_audio_buffer.cleared")
         await client.socket.send_str("x" * (2 << 20))
         ended = await client.socket.receive(PATIENCE_S)
+        # Its reason may be lost: what it had not read of ours makes the kernel reset the connection.
         assert ended.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
-        assert client.socket.close_code == aiohttp.WSCloseCode.MESSAGE_TOO_BIG
+
+    async def another(client: Client) -> None:
+        await client.hear("session.created")
 
     with servers.serving() as served:
         talk(served.url, scenario)
+        talk(served.url, another)
 
 
 def test_a_key_a_full_house_and_a_page_that_is_none(tmp_path: Path) -> None:
