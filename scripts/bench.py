@@ -9,7 +9,7 @@
 Everything runs on loopback and is started and ended here: the relay as an operator would start it
 (rig.py), and its clients and their transceiver in this process (load.py), which keeps to one CPU,
 the relay to the others where there are any. What is measured is in losses.py and costs.py, and of
-a transceiver in capacity.py, setup_times.py, quality.py and churn.py.
+a transceiver in capacity.py, setup_times.py, passage.py, quality.py and churn.py.
 
 Rules that stay true:
 - What must hold exactly (nothing lost or twice, the law of the counters, flows unchanged) and did
@@ -40,6 +40,7 @@ import costs
 import dev
 import flood
 import losses
+import passage
 import quality
 import setup_times
 import typer
@@ -54,9 +55,20 @@ PARTS = losses.PARTS | costs.PARTS
 TRANSCEIVER_PARTS: Parts = {
     **capacity.PARTS,
     "setup": lambda setting: setup_times.measure(calls=2 if setting.quick else 20),
+    "passage": lambda setting: _passage(setting),
     "quality": lambda setting: quality.measure(5.0 if setting.quick else 60.0, setting.seed),
     **churn.PARTS,
 }
+
+
+def _passage(setting: Setting) -> Figures:
+    """How long audio takes; measured again if the machine stood still meanwhile."""
+    for _ in range(3):
+        try:
+            return passage.measure(2.0 if setting.quick else 20.0, setting.seed)
+        except passage.StoodStill as why:
+            setting.say(str(why))
+    raise Skip("the machine stood still three times over")
 
 
 def about(seed: int) -> Figures:
