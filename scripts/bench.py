@@ -52,13 +52,6 @@ import settings
 
 Parts = Mapping[str, Callable[[Setting], Figures]]
 PARTS = losses.PARTS | costs.PARTS
-TRANSCEIVER_PARTS: Parts = {
-    **capacity.PARTS,
-    "setup": lambda setting: setup_times.measure(calls=2 if setting.quick else 20),
-    "passage": lambda setting: _passage(setting),
-    "quality": lambda setting: quality.measure(5.0 if setting.quick else 60.0, setting.seed),
-    **churn.PARTS,
-}
 
 
 def _passage(setting: Setting) -> Figures:
@@ -69,6 +62,15 @@ def _passage(setting: Setting) -> Figures:
         except passage.StoodStill as why:
             setting.say(str(why))
     raise Skip("the machine stood still three times over")
+
+
+TRANSCEIVER_PARTS: Parts = {
+    **capacity.PARTS,
+    "setup": lambda setting: setup_times.measure(calls=2 if setting.quick else 20),
+    "passage": _passage,
+    "quality": lambda setting: quality.measure(5.0 if setting.quick else 60.0, setting.seed),
+    **churn.PARTS,
+}
 
 
 def about(seed: int) -> Figures:
