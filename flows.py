@@ -71,7 +71,7 @@ _HEADER = struct.Struct("<8x32s")
 _INDEXED = f"8x32s32p24p{SLOT_OCTETS - 96}x"
 _BULK = 1024
 """Slots read at once when a table is indexed: 75 ns each, where one by one takes 800."""
-_STATE_AT, _ORIGIN_AT, _NOTED_AT, SSRC_AT = 0, 1, 2, 4
+_STATE_AT, _ORIGIN_AT, _NOTED_AT = 0, 1, 2
 _NOTED = struct.Struct("<HI")
 _CLOCK = 1 << 16  # when an SSRC was noted: seconds, as far as 16 bits go
 _ASSURED_AT = struct.Struct("<d")
