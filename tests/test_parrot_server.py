@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import ssl
 import subprocess
 from collections.abc import Callable, Coroutine
@@ -11,6 +12,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import orjson
+import psutil
 import pytest
 
 import realtime
@@ -142,7 +144,7 @@ def test_mistakes_get_their_event_id_back_and_too_much_ends_the_connection() -> 
         await client.hear("input_audio_buffer.cleared")
         await client.socket.send_str("x" * (2 << 20))
         ended = await client.socket.receive(PATIENCE_S)
-        # Its reason may be lost: what it had not read of ours makes the kernel reset the connection.
+        # Its reason may be lost: what it has not read of ours makes the kernel reset it.
         assert ended.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
 
     async def another(client: Client) -> None:
@@ -151,6 +153,22 @@ def test_mistakes_get_their_event_id_back_and_too_much_ends_the_connection() -> 
     with servers.serving() as served:
         talk(served.url, scenario)
         talk(served.url, another)
+
+
+def test_a_client_that_reads_nothing_is_not_listened_to() -> None:
+    async def scenario(client: Client) -> None:
+        before = psutil.Process(served.process.pid).memory_info().rss
+        with contextlib.suppress(TimeoutError):
+            for _ in range(50_000):
+                async with asyncio.timeout(2.0):
+                    await client.say("response.create")
+        grown = psutil.Process(served.process.pid).memory_info().rss - before
+        assert grown < 32 << 20  # of 200 MB that the answers would be
+        for _ in range(100):  # it goes on as soon as it is read
+            await client.hear("response.done")
+
+    with servers.serving() as served:
+        talk(served.url, scenario)
 
 
 def test_a_key_a_full_house_and_a_page_that_is_none(tmp_path: Path) -> None:
