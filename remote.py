@@ -120,7 +120,8 @@ class Remote:
         self._events = self._events_octets = 0
         self._told_dropping = False
         self._garbled_here = 0
-        self._odd, self._odd_of = b"", None
+        self._odd = b""
+        self._odd_of: Any = None
         self._memory = Memory()
         self._retelling: set[str] = set()
         self._untold = 0
@@ -238,7 +239,7 @@ class Remote:
         """Before session.created nothing else counts, but for what is wrong."""
         session = event.get("session")
         if event["type"] == "error":
-            yield event
+            yield from self._refused(event)
         elif event["type"] == "session.created" and isinstance(session, dict):
             self.stage = Stage.SETTLING
             self._session = session
@@ -337,6 +338,9 @@ class Remote:
         if not isinstance(text, str) or self.stage is Stage.GREETING:
             self._garble()
             return
+        if not (isinstance(item_id, str) and isinstance(event.get("response_id"), str)):
+            event = self._named(event)  # small servers leave out what there is only one of
+            item_id = event["item_id"]
         odd, self._odd = self._odd if item_id == self._odd_of else b"", b""
         self._odd_of = item_id
         step = DELTA_OCTETS // 3 * 4
@@ -351,6 +355,16 @@ class Remote:
             if whole:
                 yield event | {"delta": pcm[:whole]}
         self._odd = odd  # the other half of the sample comes with the next delta
+
+    def _named(self, event: Event) -> Event:
+        """A delta with the ids that it lacks: those of the response that is being made."""
+        response_id = event.get("response_id")
+        if not isinstance(response_id, str):
+            response_id = next(reversed(self._responses), f"resp_{self._tag}")
+        item_id = event.get("item_id")
+        if not isinstance(item_id, str):
+            item_id = f"item_{response_id}"
+        return event | {"response_id": response_id, "item_id": item_id}
 
     def _heard(self, event: Event, kind: str) -> Iterator[Event]:
         """An event that is no sound, in a session that has begun."""
@@ -372,8 +386,13 @@ class Remote:
 
     def _refused(self, event: Event) -> Iterator[Event]:
         error = event.get("error")
-        event_id = error.get("event_id") if isinstance(error, dict) else None
-        if not (isinstance(error, dict) and isinstance(event_id, str)):
+        if not isinstance(error, dict):
+            words = error if isinstance(error, str) else event.get("message")
+            message = words if isinstance(words, str) else "The model server reports an error."
+            error = realtime.error(Refused("backend_error", message), None, _ERROR)
+            event = event | {"error": error}
+        event_id = error.get("event_id")
+        if not isinstance(event_id, str):
             yield event
         elif event_id == self._settling:
             yield from self._unsettled(error)

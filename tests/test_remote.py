@@ -255,6 +255,20 @@ def test_a_sample_cut_in_two_is_put_together_and_only_within_its_item() -> None:
     assert delta(b"\1", "j") == []
 
 
+def test_a_small_server_may_leave_out_what_there_is_only_one_of() -> None:
+    server = ready()
+    name = "response.output_audio.delta"
+    (delta,) = server.says(name, delta="AAAA")
+    assert (delta["response_id"], delta["item_id"]) == ("resp_tag", "item_resp_tag")
+    server.says("response.created", response={"id": "r"})
+    (delta,) = server.says(name, delta="AAAA", item_id="i")
+    assert (delta["response_id"], delta["item_id"]) == ("r", "i")
+    for wrong in ({"error": "Out of memory."}, {"message": "Out of memory."}):
+        (error,) = server.says("error", **wrong)
+        assert error["error"]["message"] == "Out of memory."
+        assert error["error"]["type"] == "server_error"
+
+
 def test_what_waits_is_bounded() -> None:
     server = ready()
     remote = server.remote
