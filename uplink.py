@@ -243,6 +243,11 @@ class Uplink:
     async def _run(self) -> None:
         try:
             why = await self._keep()
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+            # As asked. Let out, it would hold on to all frames of this task, and they to this.
+            return
         except Exception:
             log.exception("%s met a fault", self)
             why = "met a fault of ours"

@@ -85,11 +85,20 @@ class Watched:
                 found[name.removeprefix("earshot_transceiver_")] = float(value)
         return found
 
-    async def look(self, calls: int, begun: float) -> Figures:
-        """How it is, once it has no call left. Raises TimeoutError."""
-        async with asyncio.timeout(PATIENCE_S):
-            while (seen := await self.metrics())["sessions"]:
-                await asyncio.sleep(0.1)
+    async def look(self, calls: int, begun: float, tasks: int | None) -> Figures:
+        """How it is, once it has no call and no more than so many `tasks` left.
+
+        Raises TimeoutError for calls; goodbyes to model servers may also take a moment.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while (seen := await self.metrics())["sessions"] or seen["tasks"] > (
+            tasks or seen["tasks"]
+        ):
+            if time.monotonic() > deadline:
+                if seen["sessions"]:
+                    raise TimeoutError(f"{seen['sessions']:g} calls have not ended")
+                break
+            await asyncio.sleep(0.1)
         pauses = {
             name.split('"')[1]: count
             for name, count in seen.items()
@@ -151,7 +160,8 @@ async def _run(
         for number in range(looks_in_all):
             await asyncio.gather(*(one(each) for each in range(part)))
             gc.collect()  # of this process's own callers, which would fill its memory
-            looks.append(await watched.look((number + 1) * part, begun))
+            before = looks[0]["tasks"] if looks else None
+            looks.append(await watched.look((number + 1) * part, begun, before))
             say(" ".join(f"{name}={value}" for name, value in looks[-1].items()))
     line.close()
     return looks
