@@ -11,9 +11,11 @@ import datetime
 import ipaddress
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 from aiohttp import web
@@ -23,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 COMMAND = Path(sys.executable).with_name("parrot")
+START_S_MAX = 20.0
 CREATED = {"type": "session.created", "session": {"type": "realtime", "audio": {}}}
 
 
@@ -46,16 +49,24 @@ class Served:
 def serving(*options: str | Path, listen: str = "127.0.0.1:0") -> Iterator[Served]:
     """`parrot serve` in a process of its own, until the block is left."""
     argv = [COMMAND, "serve", "--listen", listen, *options]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        line = process.stderr.readline()
-        assert "parrot ready on " in line, line
-        yield Served(process, line.split()[-1])
-    finally:
-        process.terminate()
-        process.stderr.close()
-        process.wait(10)
+    # A file and no pipe, which a server that says much would fill, and then stand still.
+    with tempfile.TemporaryFile("a+") as said:
+        process = subprocess.Popen(argv, stderr=said, text=True)
+        try:
+            deadline = time.monotonic() + START_S_MAX
+            while "parrot ready on " not in (line := _text(said)):
+                assert process.poll() is None, line
+                assert time.monotonic() < deadline, line
+                time.sleep(0.01)
+            yield Served(process, line.split()[-1])
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def certify(folder: Path) -> tuple[Path, Path]:
