@@ -142,10 +142,11 @@ def test_mistakes_get_their_event_id_back_and_too_much_ends_the_connection() -> 
             await client.hear("error")
         await client.socket.send_bytes(b'{"type": "input_audio_buffer.clear"}')
         await client.hear("input_audio_buffer.cleared")
-        await client.socket.send_str("x" * (2 << 20))
+        with contextlib.suppress(ConnectionError):  # it need not read it all
+            await client.socket.send_str("x" * (2 << 20))
         ended = await client.socket.receive(PATIENCE_S)
         # Its reason may be lost: what it has not read of ours makes the kernel reset it.
-        assert ended.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
+        assert ended.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY)
 
     async def another(client: Client) -> None:
         await client.hear("session.created")
