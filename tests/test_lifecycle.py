@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiortc.contrib.media import MediaPlayer
 
 import control
 import settings
@@ -26,7 +27,7 @@ from metrics import Transceiver as Count
 from session import State
 
 from . import shim
-from .test_transceiver import COMMAND, House, closed, configure, house, sessions, types
+from .test_transceiver import COMMAND, ROOT, House, closed, configure, house, sessions, types
 
 
 def pass_time(on: House, now: list[float], seconds: float) -> None:
@@ -376,7 +377,7 @@ def test_a_call_that_has_ended_is_freed_without_the_collector(tmp_path: Path) ->
 
 def test_a_call_is_timed_from_its_offer_to_its_reply(tmp_path: Path) -> None:
     async def scenario(on: House) -> None:
-        await on.call()
+        client, _ = await on.call()
         timings = on.transceiver.timings
         steps = (Timing.SETUP_CHECK, Timing.SETUP_CONNECTED, Timing.SETUP_CHANNEL)
         await shim.until(lambda: timings.count(Timing.SETUP_AUDIO) == 1)
@@ -391,5 +392,27 @@ def test_a_call_is_timed_from_its_offer_to_its_reply(tmp_path: Path) -> None:
         assert "earshot_transceiver_sessions_live 1.0" in lines
         assert "earshot_transceiver_setup_connected_seconds_count 1.0" in lines
         assert on.transceiver.counters[Count.FRAMES_DECODED] > 0
+        client.channel.send("no JSON")
+        await shim.until(lambda: told(client, "error"))
+        client.channel.send('{"type": "output_audio_buffer.clear"}')
+        await shim.until(lambda: told(client, "output_audio_buffer.cleared"))
+        assert on.transceiver.counters[Count.ERRORS_CLIENT] == 1
+        assert on.transceiver.counters[Count.ERRORS_SERVER] == 0
+        assert timings.count(Timing.INTERRUPTION) == 1
+
+    house(tmp_path, scenario)
+
+
+def test_a_reply_is_timed(tmp_path: Path) -> None:
+    """From the end of the sentence, as the parrot hears it, to the first packet of its answer."""
+
+    async def scenario(on: House) -> None:
+        player = MediaPlayer(str(ROOT / "tests/data/sentence.wav"))
+        client, _ = await on.call(player.audio)
+        await shim.until(lambda: told(client, "output_audio_buffer.started"))
+        timings = on.transceiver.timings
+        assert timings.count(Timing.REPLY) == 1
+        assert 0 <= timings.total(Timing.REPLY) < shim.WAIT_S
+        print(f"end of turn to the first packet: {1000 * timings.total(Timing.REPLY):.1f} ms")
 
     house(tmp_path, scenario)
