@@ -13,13 +13,17 @@ from types import FrameType
 
 import pytest
 
+import flows
 import frame
 import metrics
 
 from . import workbench
 
 IN, OUT = metrics.Inbound, metrics.Outbound
-MODULES = ("worker.py", "udp.py", "ledger.py", "gate.py", "flows.py", "recovery.py")
+MODULES = tuple(
+    f"{name}.py"
+    for name in ("worker", "udp", "ledger", "gate", "flows", "roaming", "expiry", "recovery")
+)
 
 
 class Death(BaseException):
@@ -152,6 +156,29 @@ def test_a_mixed_batch_at_every_line(bench: workbench.Bench) -> None:
         deaths += 1
     nobody.close()
     assert deaths > 100
+
+
+def test_the_first_media_of_a_client_at_every_opcode(bench: workbench.Bench) -> None:
+    """While its SSRC is noted: it is forwarded once whatever happens, and the slot stays whole."""
+    media, deaths, noted = b"\x80\x6f" + bytes(6) + b"\xde\xca\xfb\xad" + b"voice", 0, 0
+    section = bench.shared.memories[0].section("flows")
+    (flow,) = flows.read_all(section)
+    number = bench.worker.flows._slots[bench.header] * flows.SLOT_OCTETS
+    while True:
+        section[number + 2 : number + 8] = bytes(6)
+        bench.worker.flows.listening.add(bench.header)
+        bench.client.send(media)
+        died = dies_at(bench.worker.inbound, deaths, "opcode")
+        settle(bench)
+        assert received(bench.transceiver) == [bench.header + media], deaths
+        counted(bench)
+        (found,) = flows.read_all(section)
+        assert found._replace(ssrc=0) == flow and found.ssrc in (0, 0xDECAFBAD), deaths
+        noted += found.ssrc > 0
+        if not died:
+            break
+        deaths += 1
+    assert deaths > 150 and 50 < noted < deaths
 
 
 def test_the_test_would_see_a_loss(bench: workbench.Bench) -> None:

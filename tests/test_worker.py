@@ -529,11 +529,9 @@ STATUSES = (
 
 @pytest.mark.parametrize("status", STATUSES)
 @pytest.mark.parametrize("dying", ["inbound", "_hear"])
-def test_at_every_line_of_its_way_what_waits_is_counted_once(build, monkeypatch, dying, status):
+def test_at_every_line_of_its_way_what_waits_is_counted_once(build, dying, status):
     """A death while something begins to wait, or while it is let go: the law holds, each datagram
     is in the one counter where it belongs, and what is sent arrives."""
-    modules = ("worker.py", "recovery.py", "ledger.py", "gate.py", "flows.py", "udp.py")
-    monkeypatch.setattr(test_takeover, "MODULES", modules)
     bench, deaths, again = build(lookups=1000), 0, 0
     ends = {
         recovery.UNKNOWN: IN.DROPPED_UNKNOWN_CLIENT,
