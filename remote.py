@@ -109,10 +109,10 @@ class Remote:
         self._provisional = False  # the client was shown a session that no server has yet
         self._told_away = False
         self._session: Event = {}  # the server's own, until ours is confirmed
-        self._asked = {k: v for k, v in (wanted or {}).items() if k not in _NOT_TO_BE_SET}
-        self._updates: deque[tuple[str, bool, Event]] = deque()
-        self._owed: list[tuple[str, bool]] = []
-        self._complaints: list[Event] = []
+        self._asked: Event = {}
+        self._updates: deque[tuple[str, Event]] = deque()  # sent, and not answered yet
+        self._owed: list[str] = []  # ids of those that another connection has to answer
+        self._complaints: list[Event] = []  # to be told once the session is there
         self._settling = ""  # id of the update that a connection begins with
         self._first: deque[Event] = deque()
         self._waiting: deque[tuple[int, bytes | Event]] = deque()
@@ -127,6 +127,9 @@ class Remote:
         self._untold = 0
         self._responses: dict[str, None] = {}
         self._speaking = False
+        if not self._accepted({k: v for k, v in (wanted or {}).items() if k not in _NOT_TO_BE_SET}):
+            wrong = "The session that came with the offer is too large, or nested too deeply."
+            self._complaints.append(self._error("invalid_value", wrong, None))
 
     # --- from the caller ---------------------------------------------------------------------
 
@@ -134,7 +137,7 @@ class Remote:
         """Take a client event for the server."""
         kind = event.get("type")
         if kind == "session.update" and isinstance(event.get("session"), dict):
-            event = self._noted(event)
+            event = self._as_sent(event)
         elif kind == "conversation.item.truncate" and self.stage is Stage.AWAY:
             self._memory.truncated(event)  # nobody else will say so before it is told again
         try:
@@ -204,9 +207,9 @@ class Remote:
             self._told_away = True
             wrong = f"The model server {why}. It is being tried again."
             told.append(self._error("backend_unavailable", wrong, None, _ERROR))
-        for event_id, theirs, session in self._updates:
-            self._owed.append((event_id, theirs))
-            self._asked = realtime.merged(self._asked, session)
+        for event_id, update in self._updates:
+            self._owed.append(event_id)
+            self._accepted(update)
         self._updates.clear()
         if self._speaking:
             self._speaking = False
@@ -231,6 +234,10 @@ class Remote:
             return _APPEND % binascii.b2a_base64(what, newline=False)
         self._events -= 1
         self._events_octets -= octets
+        if what.get("type") == "session.update" and isinstance(what.get("session"), dict):
+            self._updates.append((what["event_id"], what["session"]))
+            if len(self._updates) > UPDATES_MAX:
+                self._accepted(self._updates.popleft()[1])
         return self._encoded(what)
 
     # --- the beginning of a connection -------------------------------------------------------
@@ -269,7 +276,7 @@ class Remote:
             self._created = True
             told.append({"type": "session.created", "session": session})
         elif self._told_away:
-            if self._provisional:
+            if self._provisional and not self._owed:
                 told.append({"type": "session.updated", "session": session})
             missing = f" {self._untold} of them could not be told." if self._untold else ""
             wrong = f"The model server is back, and told of earlier items.{missing}"
@@ -283,11 +290,8 @@ class Remote:
 
     def _unsettled(self, error: Event) -> list[Event]:
         """The server has refused the settings: it is asked for the audio's format alone."""
-        owed, self._owed = self._owed or [("", False)], []
-        self._complaints += [
-            {"type": "error", "error": error | {"event_id": event_id if theirs else None}}
-            for event_id, theirs in owed
-        ]
+        owed, self._owed = self._owed or [self._settling], []
+        self._complaints += [self._answered(error, event_id) for event_id in owed]
         if not self._asked:
             return self._settled(self._session)
         self._asked = {}
@@ -376,7 +380,7 @@ class Remote:
                 yield from self._settled(session if isinstance(session, dict) else self._session)
                 return
             if self._updates:
-                self._asked = realtime.merged(self._asked, self._updates.popleft()[2])
+                self._accepted(self._updates.popleft()[1])
             yield event
         elif kind == "session.created" or self._is_retelling(event, kind):
             pass  # the client knows
@@ -398,7 +402,7 @@ class Remote:
             yield from self._unsettled(error)
         elif (update := next((u for u in self._updates if u[0] == event_id), None)) is not None:
             self._updates.remove(update)
-            yield event if update[1] else event | {"error": error | {"event_id": None}}
+            yield self._answered(error, event_id)
         elif event_id.startswith(self._own_prefix):
             self._untold += 1  # an item that this server does not want to be told of
         else:
@@ -431,17 +435,28 @@ class Remote:
 
     # --- what waits, and events of our own ---------------------------------------------------
 
-    def _noted(self, event: Event) -> Event:
-        """A session.update as the server gets it, and as it is remembered until it is answered."""
-        event_id = event.get("event_id")
-        theirs = isinstance(event_id, str)
-        name = event_id if isinstance(event_id, str) else self._own_id()
+    def _as_sent(self, event: Event) -> Event:
+        """A session.update as the server gets it: it can be named, and asks for what is ours."""
         session = {k: v for k, v in event["session"].items() if k not in _NOT_TO_BE_SET}
-        session = {"type": "realtime"} | session
-        while len(self._updates) >= UPDATES_MAX:
-            self._asked = realtime.merged(self._asked, self._updates.popleft()[2])
-        self._updates.append((name, theirs, session))
-        return event | {"event_id": name, "session": session}
+        event_id = event.get("event_id")
+        name = event_id if isinstance(event_id, str) else self._own_id()
+        return event | {"event_id": name, "session": {"type": "realtime"} | session}
+
+    def _accepted(self, update: Event) -> bool:
+        """Have an update in force on every connection to come, unless it makes it too much."""
+        asked = realtime.merged(self._asked, update)
+        try:
+            fits = len(orjson.dumps(asked)) <= realtime.SESSION_OCTETS_MAX
+        except TypeError:
+            return False
+        if fits:
+            self._asked = asked
+        return fits
+
+    def _answered(self, error: Event, event_id: str) -> Event:
+        """An error about an update, as the client sees it: under its own name or none."""
+        name = None if event_id.startswith(self._own_prefix) else event_id
+        return {"type": "error", "error": error | {"event_id": name}}
 
     def _drop_oldest(self) -> None:
         """Of the audio that waits."""

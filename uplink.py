@@ -382,13 +382,19 @@ class Uplink:
     async def _write(self, line: "aiohttp.ClientWebSocketResponse[bool]") -> None:
         """Send what there is to be sent, as it comes. Ends with the connection."""
         remote, wake = self._remote, self._wake
-        while True:
-            message = remote.next_message()
-            if message is None:
-                wake.clear()
-                await wake.wait()
-            else:
-                await line.send_frame(message, WSMsgType.TEXT)
+        try:
+            while True:
+                message = remote.next_message()
+                if message is None:
+                    wake.clear()
+                    await wake.wait()
+                else:
+                    await line.send_frame(message, WSMsgType.TEXT)
+        except (aiohttp.ClientError, ConnectionError):
+            pass  # whoever reads notices, too
+        except Exception:
+            log.exception("%s cannot write", self)
+            await line.close()
 
     def _deliver(self, events: list[Event]) -> None:
         """Emit in order. If `emit` itself calls `send`, the outer loop goes on with what comes."""

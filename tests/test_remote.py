@@ -108,6 +108,19 @@ def test_the_client_s_formats_and_identities_are_not_the_server_s_business() -> 
     assert update["event_id"].startswith("link_")
 
 
+@pytest.mark.parametrize("levels", [400, 0])
+def test_an_offer_that_asks_for_too_much_gets_a_session_all_the_same(levels: int) -> None:
+    wanted: Event = {"instructions": "x" * realtime.SESSION_OCTETS_MAX}
+    if levels:
+        for _ in range(levels):
+            wanted = {"tools": wanted}
+        wanted["instructions"] = ""
+    server = Server(wanted)
+    (update,) = server.greets()
+    assert update["session"] == {"type": "realtime", "audio": FORMATS}
+    assert types(server.told) == ["session.created", "error"]
+
+
 def test_errors_go_back_to_whose_event_it_was() -> None:
     server = ready()
     for event_id in ("mine", None):
@@ -147,6 +160,27 @@ def test_updates_are_in_force_again_on_the_next_connection() -> None:
     # The one that was not answered is answered now.
     assert types(server.told) == ["session.updated", "error", "error", "session.updated"]
     assert codes(server.told) == ["backend_unavailable", "backend_reconnected"]
+
+
+def test_an_update_while_nobody_listens_is_sent_and_answered_once() -> None:
+    server = Server()
+    server.hangs_up()
+    server.remote.send({"type": "session.update", "event_id": "1", "session": {"voice": "w"}})
+    server.hangs_up()  # another attempt has failed
+    settings, update = server.greets()
+    assert "voice" not in settings["session"]
+    assert update["session"] == {"type": "realtime", "voice": "w"}
+    server.says("session.updated", session={"voice": "w"})
+    assert types(server.told) == [
+        "session.created",
+        "error",
+        "session.updated",  # what was shown at first was nobody's yet
+        "error",
+        "session.updated",
+    ]
+    server.hangs_up()
+    (settings,) = server.greets()
+    assert settings["session"]["voice"] == "w"
 
 
 def test_an_outage_ends_what_was_under_way_and_is_told_once() -> None:
@@ -315,6 +349,13 @@ def test_a_server_that_answers_nothing_makes_nothing_grow() -> None:
         server.remote.send({"type": "session.update", "session": {"n": number}})
         server.hears()
     assert len(server.remote._updates) == UPDATES_MAX
+    for number in range(2 * UPDATES_MAX):
+        large = {str(number): "x" * 100_000}
+        assert server.remote.send({"type": "session.update", "session": large}) == []
+        assert len(server.hears()) == 1
+    assert len(orjson.dumps(server.remote._asked)) <= realtime.SESSION_OCTETS_MAX
+    assert server.remote.send({"type": "session.update", "session": 7}) == []
+    assert server.hears() == [{"type": "session.update", "session": 7}]
     for number in range(10 * RESPONSES_MAX):
         server.says("response.created", response={"id": str(number)})
     assert len(server.hangs_up()) == 1 + RESPONSES_MAX
