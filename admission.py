@@ -29,15 +29,18 @@ them 0.4. A collector's pause or a neighbour's cron job turns nobody away."""
 RESUMES = 0.9
 """A loaded process takes calls again below this part of its limits."""
 
-CALL_SHARE, CALL_SHARE_MIN, CALL_SHARE_MAX = 0.008, 0.004, 0.012
+CALL_SHARE, CALL_SHARE_MIN, CALL_SHARE_MAX = 0.008, 0.003, 0.012
 """CPU that a call takes while there are too few to measure it; at least; and at most, since set-ups
 count as the live calls' where many are short."""
 
 MEASURES_CALLS = 10
-"""Live calls from which on the process's share, over their number, is what one takes."""
+"""Live calls from which on the process's share, over their number, is what one takes. Unless more
+than a quarter of them are young: the share does not have those, and each would seem half as dear in
+the middle of a burst."""
 
-YOUNG_S = 2.0
-"""How long a live call counts as not yet in the measured share."""
+YOUNG_S = 4.0
+"""How long a live call counts as not yet in the smoothed share, which then has 0.87 of it. Longer,
+and a steady stream of short calls looks like a burst."""
 
 
 class Refused(enum.Enum):
@@ -99,15 +102,16 @@ class Load:
         """Note how late the event loop was, some times a second."""
         self._lags.append(late_s)
 
-    def sample(self, now: float, cpu_s: float, live: int) -> None:
+    def sample(self, now: float, cpu_s: float, calls: Calls) -> None:
         """Take the measure of the last second: `cpu_s` is what the process has used in all."""
         if self._sampled is not None and now > self._sampled[0]:
             share = (cpu_s - self._sampled[1]) / (now - self._sampled[0])
             lag_s = sum(self._lags) / max(1, len(self._lags))
             self.share += SMOOTHING * (share - self.share)
             self.lag_s += SMOOTHING * (lag_s - self.lag_s)
-            if live >= MEASURES_CALLS:
-                self._call_share = max(CALL_SHARE_MIN, min(CALL_SHARE_MAX, self.share / live))
+            if calls.live >= MEASURES_CALLS and 4 * calls.young <= calls.live:
+                each = self.share / calls.live
+                self._call_share = max(CALL_SHARE_MIN, min(CALL_SHARE_MAX, each))
         self._sampled = now, cpu_s
         self._lags.clear()
         self._loaded = self.figure >= (RESUMES if self._loaded else 1.0)

@@ -118,7 +118,7 @@ class Transceiver:
             await self._http.cleanup()
             raise
         gc.callbacks.append(self._collected)
-        self._load.sample(self.clock(), self._cpu(), 0)
+        self._load.sample(self.clock(), self._cpu(), self._calls())
         self._tick_due = loop.time() + TICK_S
         self._ticking = loop.call_at(self._tick_due, self._tick)
 
@@ -275,7 +275,7 @@ class Transceiver:
             if self._slots.get(session) == slot:
                 self._guarded(session, session.sweep, now)
         if slot == 0:
-            self._load.sample(now, self._cpu(), self._calls().live)
+            self._load.sample(now, self._cpu(), self._calls())
         self._look_whether_drained(now)
 
     def _calls(self) -> admission.Calls:

@@ -23,15 +23,17 @@ class Process:
         )
         self.load = admission.Load(table)
         self.now = self.cpu_s = 100.0
-        self.load.sample(self.now, self.cpu_s, 0)
+        self.load.sample(self.now, self.cpu_s, NOBODY)
 
-    def run(self, seconds: int, share: float, lag_s: float = 0.0, live: int = 0) -> None:
+    def run(
+        self, seconds: int, share: float, lag_s: float = 0.0, live: int = 0, young: int = 0
+    ) -> None:
         for _ in range(seconds):
             self.now += 1
             self.cpu_s += share
             for _ in range(20):
                 self.load.lag(lag_s)
-            self.load.sample(self.now, self.cpu_s, live)
+            self.load.sample(self.now, self.cpu_s, Calls(live, live, 0, young))
 
     def takes(self, calls: Calls = NOBODY) -> bool:
         return self.load.refusal(calls, draining=False) is None
@@ -104,6 +106,20 @@ def test_what_a_call_costs_is_measured() -> None:
     assert not dear.takes(burst)
 
 
+def test_a_burst_that_lasts_seconds_is_not_over_assigned() -> None:
+    """Thirty calls a second that take 0.8 % each, which the process's share shows seconds later."""
+    process = Process(sessions_max=1000, connecting_max=1000)
+    live: list[float] = []
+    for _ in range(20):
+        for _ in range(30):
+            young = sum(process.now - at < admission.YOUNG_S for at in live)
+            if process.takes(Calls(len(live), len(live), 0, young)):
+                live.append(process.now)
+        young = sum(process.now + 1 - at < admission.YOUNG_S for at in live)
+        process.run(1, min(1.0, 0.008 * len(live)), live=len(live), young=young)
+    assert 90 <= len(live) <= 125  # 112 take the CPU that there is
+
+
 def test_limits_and_draining_come_first() -> None:
     process = Process(sessions_max=3)
     full = Calls(total=3, live=3, connecting=0, young=0)
@@ -113,7 +129,7 @@ def test_limits_and_draining_come_first() -> None:
 
 def test_time_that_stands_still_changes_nothing() -> None:
     process = Process()
-    process.load.sample(process.now, process.cpu_s + 5, 0)
+    process.load.sample(process.now, process.cpu_s + 5, NOBODY)
     assert process.load.share == 0
 
 
