@@ -4,8 +4,8 @@
            events, PCM ◀── Remote ◀── messages of the Realtime WebSocket
 
 What it owns: the order of a connection's beginning (session.created, our session.update, then the
-rest), base64, the server's dialect, and what waits to be sent. What a server that is new to the
-conversation must be told is `memory.py`; who opens connections and moves octets, `uplink.py`.
+rest), base64, and the server's dialect. What waits to be sent is `outbox.py`; what a server that is
+new to the conversation must be told, `memory.py`; opening connections and moving octets, `uplink.py`.
 
 Rules that stay true:
 - `session.created` reaches the client once, and shows the session with what came with the offer in
@@ -17,8 +17,8 @@ Rules that stay true:
   conversation again: as text, as far as there is any, before anything new.
 - Whatever a server sends ends in events, in a number of `garbled` messages, or in the end of the
   connection. Nothing raises; the largest delta comes out in pieces of DELTA_OCTETS.
-- What waits is bounded. Of audio the oldest is dropped: a model that hears what was said ten
-  seconds ago is of no use. Of events the newest is refused, by an `error` with its event_id.
+- What waits is bounded (`outbox.py`): old audio is dropped, which the client is told once; a new
+  event is refused, by an `error` with its event_id.
 - What is answered to events of our own is nobody else's business.
 
 Sans-IO. The events: https://developers.openai.com/api/reference/realtime
@@ -35,15 +35,8 @@ import orjson
 import dialect
 import realtime
 from memory import Memory
+from outbox import Outbox
 from realtime import Event, Refused
-
-AUDIO_S_MAX = 2.0
-"""Of the caller's audio that waits for the server: over a slow moment, or a reconnection. More
-would only make the answer later."""
-
-EVENTS_MAX = 64
-EVENTS_OCTETS_MAX = 1 << 20
-"""Client events that wait, 16 of the largest. A client sends a few in a minute."""
 
 DELTA_OCTETS = 96_000
 """Of PCM in one event from here: 2 s at 24 kHz, a third of a millisecond to unpack. Between two of
@@ -97,8 +90,6 @@ class Remote:
         self.stage = Stage.AWAY
         self.garbled = 0
         """Messages that could not be understood, on all connections."""
-        self.dropped_octets = 0
-        """PCM that the server did not get."""
         self.broken = ""
         """Why this connection had better be closed; empty while it is well."""
         self._tag, self._model = tag, model
@@ -115,9 +106,7 @@ class Remote:
         self._complaints: list[Event] = []  # to be told once the session is there
         self._settling = ""  # id of the update that a connection begins with
         self._first: deque[Event] = deque()
-        self._waiting: deque[tuple[int, bytes | Event]] = deque()
-        self._audio_octets = 0
-        self._events = self._events_octets = 0
+        self._waiting = Outbox(rate_hz)
         self._told_dropping = False
         self._garbled_here = 0
         self._odd = b""
@@ -131,6 +120,11 @@ class Remote:
             wrong = "The session that came with the offer is too large, or nested too deeply."
             self._complaints.append(self._error("invalid_value", wrong, None))
 
+    @property
+    def dropped_octets(self) -> int:
+        """PCM that the server did not get."""
+        return self._waiting.dropped_octets
+
     # --- from the caller ---------------------------------------------------------------------
 
     def send(self, event: Event) -> list[Event]:
@@ -141,31 +135,21 @@ class Remote:
         elif kind == "conversation.item.truncate" and self.stage is Stage.AWAY:
             self._memory.truncated(event)  # nobody else will say so before it is told again
         try:
-            octets = len(orjson.dumps(event))
+            if self._waiting.put_event(event):
+                return []
         except TypeError:
             return [self._error("invalid_value", "It is nested too deeply.", event)]
-        if self._events >= EVENTS_MAX or self._events_octets + octets > EVENTS_OCTETS_MAX:
-            wrong = "The model server takes nothing at present; this event is dropped."
-            return [self._error("backend_busy", wrong, event, _ERROR)]
-        self._events += 1
-        self._events_octets += octets
-        self._waiting.append((octets, event))
-        return []
+        wrong = "The model server takes nothing at present; this event is dropped."
+        return [self._error("backend_busy", wrong, event, _ERROR)]
 
     def append(self, pcm: bytes) -> list[Event]:
         """Take what the caller said next, in PCM."""
-        if not pcm:
+        fits = self._waiting.put_audio(pcm) if pcm else True
+        if fits or self._told_dropping or self.stage is not Stage.READY:
             return []
-        self._audio_octets += len(pcm)
-        self._waiting.append((len(pcm), pcm))
-        told: list[Event] = []
-        while self._audio_octets > AUDIO_S_MAX * 2 * self.rate_hz:
-            self._drop_oldest()
-            if self.stage is Stage.READY and not self._told_dropping:
-                self._told_dropping = True
-                wrong = "The model server is too slow: some of what was said has not reached it."
-                told.append(self._error("audio_dropped", wrong, None, _ERROR))
-        return told
+        self._told_dropping = True
+        wrong = "The model server is too slow: some of what was said has not reached it."
+        return [self._error("audio_dropped", wrong, None, _ERROR)]
 
     # --- from the wire -----------------------------------------------------------------------
 
@@ -225,15 +209,12 @@ class Remote:
             return None
         if self._first:
             return self._encoded(self._first.popleft())
-        if not self._waiting:
+        what = self._waiting.take()
+        if what is None:
             self._told_dropping = False
             return None
-        octets, what = self._waiting.popleft()
         if isinstance(what, bytes):
-            self._audio_octets -= octets
             return _APPEND % binascii.b2a_base64(what, newline=False)
-        self._events -= 1
-        self._events_octets -= octets
         if what.get("type") == "session.update" and isinstance(what.get("session"), dict):
             self._updates.append((what["event_id"], what["session"]))
             if len(self._updates) > UPDATES_MAX:
@@ -457,14 +438,6 @@ class Remote:
         """An error about an update, as the client sees it: under its own name or none."""
         name = None if event_id.startswith(self._own_prefix) else event_id
         return {"type": "error", "error": error | {"event_id": name}}
-
-    def _drop_oldest(self) -> None:
-        """Of the audio that waits."""
-        at = next(i for i, (_, what) in enumerate(self._waiting) if isinstance(what, bytes))
-        octets = self._waiting[at][0]
-        del self._waiting[at]
-        self._audio_octets -= octets
-        self.dropped_octets += octets
 
     def _encoded(self, event: Event) -> bytes:
         return orjson.dumps(dialect.client_to_beta(event) if self._speaks == "beta" else event)

@@ -6,7 +6,7 @@ it), in the shape of `backend.Backend`.
 
 Rules that stay true:
 - What a caller says is written in the turn of the event loop that brought it, unless the server is
-  not reading. Then it waits, bounded: by remote.py's limits here, by SEND_BUFFER_OCTETS in the
+  not reading. Then it waits, bounded: by outbox.py's limits here, by SEND_BUFFER_OCTETS in the
   kernel, by 64 kB in between.
 - Reading never stops for good, however much is still to be played: an interruption comes on the
   same stream as the audio before it. But a server that never pauses is read at BATCH_MESSAGES or

@@ -16,6 +16,7 @@ PROGRAMS = {"relay", "transceiver", "signaling", "parrot_server"}
 SANS_IO = {
     "dialect",
     "memory",
+    "outbox",
     "remote",
     "resample",
     "admission",
@@ -74,6 +75,7 @@ IMPORTERS = {
     "msgspec": {"settings", "realtime", "relay"},
     "OpenSSL": {"dtls"},
     "orjson": {
+        "outbox",
         "remote",
         "channel",
         "keeper",
