@@ -5,7 +5,8 @@
 
 What it owns: the order of a connection's beginning (session.created, our session.update, then the
 rest), base64, and the server's dialect. What waits to be sent is `outbox.py`; what a server that is
-new to the conversation must be told, `memory.py`; opening connections and moving octets, `uplink.py`.
+new to the conversation must be told, `memory.py`; who opens connections and moves the octets,
+`uplink.py`.
 
 Rules that stay true:
 - `session.created` reaches the client once, and shows the session with what came with the offer in

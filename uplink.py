@@ -5,12 +5,12 @@ of a process share; and `Uplink`, one session's way to its server (`remote.py` s
 it), in the shape of `backend.Backend`.
 
 Rules that stay true:
-- What a caller says is written in the turn of the event loop that brought it, unless the server is
-  not reading. Then it waits, bounded: by outbox.py's limits here, by SEND_BUFFER_OCTETS in the
+- What a caller says is written in the next turn of the event loop, unless the server is not
+  reading. Then it waits, bounded: by outbox.py's limits here, by SEND_BUFFER_OCTETS in the
   kernel, by 64 kB in between.
 - Reading never stops for good, however much is still to be played: an interruption comes on the
-  same stream as the audio before it. But a server that never pauses is read at BATCH_MESSAGES or
-  BATCH_OCTETS in BATCH_S, so that no other session notices.
+  same stream as the audio before it. But a server that never pauses is read a batch at a
+  time, one in BATCH_S, so that no other session notices.
 - A connection that is lost is opened again at once, then ever more slowly, for `retry_s`; a server
   that refuses us (4xx) is asked once. Then `lost` is called, once, and never after `close`.
 - Whatever happens here ends in events, or in the loss of this session's backend. Nothing raises.
@@ -65,7 +65,8 @@ BATCH_DELTAS = 128
 BATCH_OCTETS = 262_144
 BATCH_S = 0.02
 """The pace at which a server is read that never pauses: so many events, deltas of audio, or octets
-in so long. A batch takes 2 to 5 ms to pass on, deltas the least, since they cross no data channel.
+in so long. A batch takes a few milliseconds to pass on; deltas cost least, since they cross no data
+channel.
 Audio comes at 128 times real time even in deltas of 20 ms, so that an interruption that stands
 behind a minute of it is half a second late at the worst."""
 

@@ -52,7 +52,15 @@ MODULE_LINES_MAX = 500
 # Each outside dependency has the importers named here and no other.
 # fmt: off
 IMPORTERS = {
-    "aiohttp": {"control", "uplink", "parrot_server", "transceiver", "signaling", "placement", "keeper"},
+    "aiohttp": {
+        "control",
+        "uplink",
+        "parrot_server",
+        "transceiver",
+        "signaling",
+        "placement",
+        "keeper",
+    },
     "aioice": set(),
     "aiortc": {"association", "dtls", "peer"},
     "asyncio": {
