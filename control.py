@@ -5,7 +5,9 @@
     POST   /v1/sessions/{call_id}/ice {"ufrag", "pwd"}   an ICE restart: the client's new pair
                         200 {"ufrag", "pwd"}: ours; 400; 404
     DELETE /v1/sessions/{call_id}   200 {}; 404
-    GET    /v1/health               200 {"state", "sessions", "sessions_max", ...}
+    GET    /v1/health               200 {"state": "serving" or "draining", "sessions",
+                                    "sessions_max", "load": 1 is where calls are refused, and of
+                                    what it is made: "cpu", a share of one, and "lag_s"}
     GET    /metrics                 200, Prometheus' text
 
 What it owns: reading requests, and the status and body of every answer.

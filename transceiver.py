@@ -57,6 +57,10 @@ SWEEP_TICKS = 20
 """Each session is swept every twentieth tick, once a second, and a twentieth of them at a time: no
 burst of a hundred reports holds up the pacer."""
 
+STOP_S = 5.0
+"""How long goodbyes may take at the end: milliseconds, unless one hangs, which must not keep the
+successor of this process waiting."""
+
 OFFER_FRESH_S = 2.0
 """How long the client of an offer counts as being on its way. One that comes at all sends its first
 check within a round trip of the answer."""
@@ -145,8 +149,8 @@ class Transceiver:
         for session in list(self.sessions.values()):
             self._guarded(session, session.goodbye, self.clock())
             self.ended(session, "the transceiver is shutting down")
-        while self._closing:
-            await asyncio.wait(self._closing)
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=STOP_S)
         await self._backends.close()
         self._pacer.stop()
         await self._http.cleanup()
@@ -258,13 +262,17 @@ class Transceiver:
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
         lag_s = loop.time() - self._tick_due
-        self._load.lag(lag_s)
-        self.timings.observe(Timing.LOOP_LAG, lag_s)
-        self.tick(self.clock())
-        done = loop.time()
-        self.timings.observe(Timing.TICK, done - self._tick_due - lag_s)
-        self._tick_due = max(self._tick_due + TICK_S, done)  # what was missed is not made up for
-        self._ticking = loop.call_at(self._tick_due, self._tick)
+        try:
+            self._load.lag(lag_s)
+            self.timings.observe(Timing.LOOP_LAG, lag_s)
+            self.tick(self.clock())
+        finally:  # a mistake of ours must not stop the clock of all
+            done = loop.time()
+            self.timings.observe(Timing.TICK, done - self._tick_due - lag_s)
+            self._tick_due = max(
+                self._tick_due + TICK_S, done
+            )  # what was missed is not made up for
+            self._ticking = loop.call_at(self._tick_due, self._tick)
 
     def tick(self, now: float) -> None:
         """Let time pass in every session, and sweep those whose turn it is."""

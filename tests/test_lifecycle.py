@@ -329,6 +329,45 @@ def test_a_session_that_meets_a_fault_ends_alone(tmp_path: Path, what: str) -> N
     house(tmp_path, scenario, faults=int(faulty))
 
 
+def test_a_fault_in_the_clockwork_does_not_stop_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(on: House) -> None:
+        told_to: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, about: told_to.append(about))
+        monkeypatch.setattr(on.transceiver, "_look_whether_drained", broken)
+        await shim.until(lambda: len(told_to) > 1)
+        monkeypatch.undo()
+        client, _ = await on.call()
+        ticks = on.transceiver._ticks
+        await shim.until(lambda: on.transceiver._ticks > ticks + 2)
+        assert types(client)[0] == "session.created"
+
+    house(tmp_path, scenario)
+
+
+def test_a_goodbye_that_hangs_does_not_keep_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transceiver, "STOP_S", 0.2)
+
+    async def scenario(on: House) -> None:
+        await on.call()
+        session = sessions(on)[0]
+        real, hanging = session.close, asyncio.Event()
+
+        async def close(reason: str) -> None:
+            await hanging.wait()
+            await real(reason)
+
+        monkeypatch.setattr(session, "close", close)
+        stopping = on.transceiver.stop()
+        await asyncio.wait_for(stopping, shim.WAIT_S)
+        hanging.set()
+
+    house(tmp_path, scenario)
+
+
 def test_a_close_that_fails_frees_the_rest(tmp_path: Path) -> None:
     async def scenario(on: House) -> None:
         client, call_id = await on.call()
