@@ -200,7 +200,7 @@ class Backend(_Table, frozen=True):
     """After so long without a word the server is asked whether it lives; it has half of that to
     answer. Servers that do nothing else while they think need more."""
     message_octets_max: Annotated[int, Meta(ge=65_536, le=64 << 20)] = 4 << 20
-    """Largest message from the server: 65 s of audio at 24 kHz, which take 10 ms to unpack."""
+    """Largest message from the server: 65 s of audio at 24 kHz, for which other calls wait 5 ms."""
 
 
 class Model(Backend, frozen=True, kw_only=True):

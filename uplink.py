@@ -66,9 +66,8 @@ BATCH_OCTETS = 262_144
 BATCH_S = 0.02
 """The pace at which a server is read that never pauses: so many events, deltas of audio, or octets
 in so long. A batch takes a few milliseconds to pass on; deltas cost least, since they cross no data
-channel.
-Audio comes at 128 times real time even in deltas of 20 ms, so that an interruption that stands
-behind a minute of it is half a second late at the worst."""
+channel. Audio comes at 128 times real time even in deltas of 20 ms, so that an interruption that
+stands behind a minute of it is half a second late at the worst."""
 
 PAUSES_MAX = 5
 """Of BATCH_S, after one message, however large: an interruption may be waiting behind it."""
