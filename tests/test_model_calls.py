@@ -85,6 +85,10 @@ def test_a_server_is_lost_in_mid_call_and_the_call_goes_on(tmp_path: Path) -> No
         await shim.until(lambda: "output_audio_buffer.started" in types(client))
         served.kill()
         await shim.until(lambda: "backend_unavailable" in codes(client))
+        # What had come of the reply is played to its end, and the client hears how it ended.
+        await shim.until(lambda: "output_audio_buffer.stopped" in types(client))
+        (done,) = [m for m in map(json.loads, client.messages) if m["type"] == "response.done"]
+        assert done["response"]["status"] == "failed"
         with servers.serving(listen=served.listen):
             await shim.until(lambda: "backend_reconnected" in codes(client))
             client.channel.send('{"type": "response.create", "event_id": "again"}')
