@@ -411,10 +411,20 @@ class Peer:
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
             await asyncio.wait([self._task])
-        if self._sctp is not None:
-            await self._sctp.stop()
-        if self._dtls is not None:
-            await self._dtls.stop()
+        try:
+            if self._sctp is not None:
+                await self._sctp.stop()
+            if self._dtls is not None:
+                await self._dtls.stop()
+        finally:
+            self._free()
+
+    def _free(self) -> None:
+        """Let go of everything, so that it is freed here and now, not by the collector some day.
+
+        aiortc's objects refer to this one and to each other; the task of a handshake that was
+        broken off remembers where it was, and so all that its frames knew.
+        """
         self._closed = True
         self._wire.forget(self)
         self._receiving = self._sending = None
@@ -423,11 +433,9 @@ class Peer:
         self._channels.clear()
         if self._resending is not None:
             self._resending.cancel()
-        # aiortc's objects refer to this one and to each other. Without these references back they
-        # are freed here and now, and not by the collector some day.
         if self._dtls is not None:
             self._dtls.remove_all_listeners()
-        self._dtls = self._sctp = None
+        self._dtls = self._sctp = self._task = self._resending = None
 
     # --- what aiortc asks of its ICE transport --------------------------------------------------
 

@@ -42,6 +42,14 @@ def told(client: shim.Client, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, client.messages) if event["type"] == kind]
 
 
+def knock(on: House, call_id: str) -> None:
+    """Send the first check of a client, and leave it at that."""
+    hint = ufrag.from_call_id(call_id) or ""
+    password = ufrag.password(on.transceiver._keyring, hint) or b""
+    check = stun.request(os.urandom(12), f"{hint}:abcd", password)
+    on.shim.inject([check], ("127.0.0.77", 7777))
+
+
 # --- limits, and what a client hears of them ------------------------------------------------------
 
 
@@ -85,10 +93,7 @@ def test_a_handshake_that_never_ends_has_a_deadline(tmp_path: Path) -> None:
         client = shim.Client()
         on.clients.append(client)
         _, body, _ = await on.offer(await client.offer())
-        hint = ufrag.from_call_id(body["call_id"]) or ""
-        password = ufrag.password(on.transceiver._keyring, hint) or b""
-        check = stun.request(os.urandom(12), f"{hint}:abcd", password)
-        on.shim.inject([check], ("127.0.0.77", 7777))
+        knock(on, body["call_id"])
         await shim.until(lambda: sessions(on)[0].state is State.CONNECTING)
         on.transceiver.book()
         assert on.transceiver.counters[Count.SESSIONS_CONNECTING] == 1
@@ -378,6 +383,27 @@ def test_a_close_that_fails_frees_the_rest(tmp_path: Path) -> None:
         real()
 
     house(tmp_path, scenario)
+
+
+def test_a_handshake_that_was_broken_off_is_freed_without_the_collector(tmp_path: Path) -> None:
+    async def scenario(on: House) -> None:
+        client = shim.Client()
+        on.clients.append(client)
+        _, body, _ = await on.offer(await client.offer())
+        knock(on, body["call_id"])
+        session = sessions(on)[0]
+        await shim.until(lambda: sessions(on)[0]._peer._dtls is not None)
+        left = [weakref.ref(each) for each in (session, session._peer, session._peer._dtls)]
+        del session
+        await on.ask("DELETE", f"/v1/sessions/{body['call_id']}")
+        await shim.until(lambda: not any(each() is not None for each in left))
+
+    gc.collect()
+    gc.disable()
+    try:
+        house(tmp_path, scenario)
+    finally:
+        gc.enable()
 
 
 def test_a_call_that_has_ended_is_freed_without_the_collector(tmp_path: Path) -> None:
