@@ -102,6 +102,31 @@ def test_a_server_is_lost_in_mid_call_and_the_call_goes_on(tmp_path: Path) -> No
         calls(tmp_path, served.url, scenario)
 
 
+def test_speaking_into_the_reply_of_a_server_elsewhere(tmp_path: Path) -> None:
+    """The sentence over and over: whatever the parrot begins to say is interrupted by the next."""
+
+    async def scenario(on: House) -> None:
+        player = MediaPlayer(str(ROOT / "tests/data/sentence.wav"), loop=True)
+        client = await call(on, track=player.audio)
+        # Shorter than the pause behind the sentence, in which the reply begins.
+        detection = {"type": "server_vad", "silence_duration_ms": 200}
+        session = {"type": "realtime", "audio": {"input": {"turn_detection": detection}}}
+        client.channel.send(json.dumps({"type": "session.update", "session": session}))
+        await shim.until(lambda: "conversation.item.truncated" in types(client))
+        seen = [json.loads(message) for message in client.messages]
+        cleared = next(e for e in seen if e["type"] == "output_audio_buffer.cleared")
+        truncated = next(e for e in seen if e["type"] == "conversation.item.truncated")
+        done = next(e["response"] for e in seen if e["type"] == "response.done")
+        assert done["id"] == cleared["response_id"]
+        assert done["status_details"] == {"type": "cancelled", "reason": "turn_detected"}
+        assert truncated["item_id"] == done["output"][0]["id"]
+        assert truncated["audio_end_ms"] > 0
+        assert codes(client) == []
+
+    with servers.serving("--beta") as served:
+        calls(tmp_path, served.url, scenario)
+
+
 def test_a_mad_server_disturbs_nobody_who_talks_to_another(tmp_path: Path) -> None:
     """One session has a server that sends all it should not; the other asked for the parrot."""
     minutes = bytes(10 * 60 * 2 * 24_000)
