@@ -345,8 +345,11 @@ class Table:
                 assured_at = at + _ASSURED_AT_AT
                 self._memory[assured_at : assured_at + _ASSURED_AT.size] = _ASSURED_AT.pack(now)
                 self._memory[at + _STATE_AT] = State.ASSURED
-                self._index(flow, -1)
-                self._index(flow._replace(state=State.ASSURED), 1)
+                if flow.follows:
+                    self._index(flow, -1)
+                    self._index(flow._replace(state=State.ASSURED), 1)
+                else:
+                    self.tentative -= 1
                 if not flow.ssrc:
                     self.listening.add(header)
                 # From now on it is the other hand's, which may come by at once.

@@ -48,7 +48,9 @@ UNKNOWN, FOUND, UNAVAILABLE, FOLLOWS_FAR, FOLLOWS_NEAR = range(5)
 """The status: nobody knows the client; here is its ufrag; nobody could be asked; here is the ufrag
 of the flow with its SSRC, from another IP address; the same, from its own."""
 
-_SLOT = struct.Struct("<QIB3x")  # mark, octets of the frame, 1 if it was let go
+# Mark, octets of the frame, 1 if it was let go. Those of all slots stand in front of the frames, so
+# that a process that looks for what waits touches no memory that nothing has waited in.
+_SLOT = struct.Struct("<QIB3x")
 _MARK = struct.Struct("<Q")
 _LET_GO_AT = 12
 
@@ -80,7 +82,7 @@ class Recovery:
         `octets_max` is the largest payload, `counted` the number of the last batch counted.
         """
         self._memory, self._limits = memory, limits
-        self._stride = _stride(octets_max)
+        self._stride, self._frames_at = _stride(octets_max), limits.waiting * _SLOT.size
         self._slots: dict[bytes, list[int]] = {}
         self.asked_at = {}
         self._to_ask: dict[bytes, None] = {}
@@ -90,12 +92,12 @@ class Recovery:
         self._turned_at = now
         self._free, self._left_behind = [], list[int]()
         for slot in reversed(range(limits.waiting)):
-            (mark,) = _MARK.unpack_from(memory, slot * self._stride)
+            (mark,) = _MARK.unpack_from(memory, slot * _SLOT.size)
             if mark > counted:
                 self.free([slot])
             elif not mark:
                 self._free.append(slot)
-            elif memory[slot * self._stride + _LET_GO_AT]:
+            elif memory[slot * _SLOT.size + _LET_GO_AT]:
                 self._left_behind.append(slot)
             else:
                 self._note_again(slot, now)
@@ -108,7 +110,7 @@ class Recovery:
             self.free(slots)
             return
         for slot in slots:
-            self._memory[slot * self._stride + _LET_GO_AT] = 0
+            self._memory[slot * _SLOT.size + _LET_GO_AT] = 0
             self._note_again(slot, now)
 
     def _note_again(self, slot: int, now: float) -> None:
@@ -132,8 +134,7 @@ class Recovery:
         if len(slots) >= CLIENT_MAX or not self._free or not (slots or self._left):
             return metrics.Inbound.DROPPED_LOOKUP_LIMIT
         slot = self._free.pop()
-        at = slot * self._stride
-        start = at + _SLOT.size
+        at, start = slot * _SLOT.size, self._frames_at + slot * self._stride
         self._memory[start : start + frame.HEADER_OCTETS] = header
         end = start + frame.HEADER_OCTETS + len(payload)
         self._memory[start + frame.HEADER_OCTETS : end] = payload
@@ -213,19 +214,19 @@ class Recovery:
 
     def frame(self, slot: int) -> memoryview:
         """A slot's frame, valid until it is freed."""
-        at = slot * self._stride
-        _, length, _ = _SLOT.unpack_from(self._memory, at)
-        return self._memory[at + _SLOT.size : at + _SLOT.size + length]
+        _, length, _ = _SLOT.unpack_from(self._memory, slot * _SLOT.size)
+        start = self._frames_at + slot * self._stride
+        return self._memory[start : start + length]
 
     def let_go(self, slots: Iterable[int]) -> None:
         """What became of these is counted next, all at once."""
         for slot in slots:
-            self._memory[slot * self._stride + _LET_GO_AT] = 1
+            self._memory[slot * _SLOT.size + _LET_GO_AT] = 1
 
     def free(self, slots: Iterable[int]) -> None:
         """What became of these has been counted."""
         for slot in slots:
-            _MARK.pack_into(self._memory, slot * self._stride, 0)
+            _MARK.pack_into(self._memory, slot * _SLOT.size, 0)
             self._free.append(slot)
 
 
@@ -235,9 +236,9 @@ _NEVER = -1
 
 
 def _stride(octets_max: int) -> int:
-    return -(-(_SLOT.size + frame.HEADER_OCTETS + octets_max) // 8) * 8
+    return -(-(frame.HEADER_OCTETS + octets_max) // 8) * 8
 
 
 def octets(waiting: int, octets_max: int) -> int:
     """Memory of so many slots."""
-    return waiting * _stride(octets_max)
+    return waiting * (_SLOT.size + _stride(octets_max))
