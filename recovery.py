@@ -8,8 +8,8 @@ nothing of it.
 
 What it owns: the datagrams that wait, in shared memory, and the decision whom to ask about. Whoever
 sends garbage from addresses of his choice makes this work, so everything in it has a limit: how
-much waits, of all clients and of one; how many clients are asked about in a second; and about whom
-nothing is asked, since the answer was no a moment ago.
+much waits, of all clients and of one; how many clients are asked about in a second, with some kept
+for those who come again; and about whom nothing is asked, since the answer was no a moment ago.
 
 Rules that stay true:
 - A slot's mark is written last when it fills and is all that is cleared when it empties: whenever
@@ -34,6 +34,14 @@ import roaming
 
 CLIENT_MAX = 8
 """Datagrams of one client that may wait: 160 ms of a call. More would let one client fill all."""
+
+AGAIN_SHARE = 8
+"""One in so many look-ups of a second is kept for clients that were refused one a moment ago. A
+flood comes from ever new addresses; a client whose port has changed comes again after 20 ms, and
+must not wait until it has luck. Who floods from each address twice pays for it with half of it."""
+
+REFUSED_MAX = 4096
+"""Of those, remembered in each of two generations: for 20 ms at 200,000 a second."""
 
 ASK_MAX = 64
 """Clients in one question to the keeper."""
@@ -88,6 +96,8 @@ class Recovery:
         self._to_ask: dict[bytes, None] = {}
         self._asks: dict[bytes, tuple[roaming.Kind, int]] = {}
         self._left, self._renewed_at = limits.lookups_per_s, now
+        self._kept = limits.lookups_per_s // AGAIN_SHARE
+        self._refused: tuple[set[bytes], set[bytes]] = set(), set()
         self._unknown: tuple[_Kinds, _Kinds] = {}, {}
         self._turned_at = now
         self._free, self._left_behind = [], list[int]()
@@ -131,7 +141,7 @@ class Recovery:
         if any(kind <= of.get(header, _NEVER) for of in self._unknown):
             return metrics.Inbound.DROPPED_UNKNOWN_CLIENT
         slots = self._slots.get(header, ())
-        if len(slots) >= CLIENT_MAX or not self._free or not (slots or self._left):
+        if len(slots) >= CLIENT_MAX or not self._free or not (slots or self._may_ask(header)):
             return metrics.Inbound.DROPPED_LOOKUP_LIMIT
         slot = self._free.pop()
         at, start = slot * _SLOT.size, self._frames_at + slot * self._stride
@@ -142,6 +152,17 @@ class Recovery:
         _MARK.pack_into(self._memory, at, mark)
         self._note(header, slot, kind, ssrc, now)
         return None
+
+    def _may_ask(self, header: bytes) -> bool:
+        """Whether there is a look-up left for a client that nothing waits for yet."""
+        if self._left > self._kept:
+            return True
+        if header in self._refused[0] or header in self._refused[1]:
+            return self._left > 0
+        if len(self._refused[0]) >= REFUSED_MAX:
+            self._refused = set(), self._refused[0]
+        self._refused[0].add(header)
+        return False
 
     def _note(self, header: bytes, slot: int, kind: roaming.Kind, ssrc: int, now: float) -> None:
         slots = self._slots.setdefault(header, [])
@@ -160,6 +181,7 @@ class Recovery:
         """A new second's budget; a new generation of those who are unknown."""
         if now - self._renewed_at >= 1.0:
             self._renewed_at, self._left = now, self._limits.lookups_per_s
+            self._refused = set(), self._refused[0]
         age_s = now - self._turned_at
         if age_s >= self._limits.unknown_s / 2:
             self._turn(now)

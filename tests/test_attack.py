@@ -8,13 +8,16 @@ counter, and the calls lose nothing while there is CPU left. Where there is none
 import contextlib
 import os
 import random
+import select
 import signal
+import socket
 import time
 from collections import Counter
 
 import pytest
 
 import flows
+import frame
 import metrics
 import roaming
 import stun
@@ -98,12 +101,17 @@ def media_of_nobody(scene):
 def stolen_ssrcs(scene):
     """The media of calls, seen by somebody. Load's clients number their datagrams where RTP has the
     SSRC: some early one is what the relay remembers of each."""
+    return [rtp(scene, ssrc.to_bytes(4, "big")) for ssrc in ssrcs(scene).values()]
+
+
+def ssrcs(scene):
+    """What the relay remembers of each call, by its address, once they are under way."""
     scene.live.begin(siege.RATE, 2.0)
     scene.live.run(0.2)
     assert scene.live.settle().lost == 0
-    ssrcs = {flow.ssrc for flow in scene.relay.flows()}
-    assert len(ssrcs) == siege.CALLS and 0 not in ssrcs
-    return [rtp(scene, ssrc.to_bytes(4, "big")) for ssrc in ssrcs]
+    found = {frame.client(flow.header)[0]: flow.ssrc for flow in scene.relay.flows()}
+    assert len(set(found.values())) == siege.CALLS and 0 not in found.values()
+    return found
 
 
 def rtp(scene, ssrc):
@@ -168,6 +176,34 @@ def test_a_flood_costs_calls_nothing(scene, attack):
         assert asked > 0 and inbound.drops()["lookup_limit"] > 0
     else:
         assert asked == relay.keeper[kinds.LOOKUPS] == 0
+    relay.stop()
+
+
+def test_clients_whose_port_changes_in_a_flood_are_found(scene):
+    """The flood is ten times what may be looked up. They send as before: 50 datagrams a second."""
+    relay, live, calls = scene.relay, scene.live, ssrcs(scene)
+    flood = scene.flood(media_of_nobody(scene))
+    due, took = flood.paced(FLOOD_PER_S), []
+    live.begin(siege.RATE, 2 * siege.PATIENCE_S)
+    live.run(0.5, until=due)
+    for address, ssrc in list(calls.items())[:12]:
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.bind((address, 0))
+            sock.connect(("127.0.0.1", relay.public))
+
+            def answered(sock=sock):
+                return due() or bool(select.select([sock], [], [], 0)[0])
+
+            sent = 0
+            while not sent or not live.run(0.02, until=answered):
+                assert sent < 1000, took
+                sock.send(rtp(scene, ssrc.to_bytes(4, "big")))
+                sent += 1
+            took.append(20 * (sent - 1))
+            live.run(0.13, until=due)  # at all times of a budget's second
+    print(f"found after so many ms: {sorted(took)}; {relay.counters()[0]}")
+    assert relay.counters()[0].drops()["lookup_limit"] > flood.sent / 2
+    assert not flood.heard()
     relay.stop()
 
 

@@ -121,8 +121,43 @@ def test_a_second_has_a_budget_of_clients_to_ask_about(room):
     ]
 
 
+def test_who_comes_again_is_asked_about_however_many_come_once():
+    """Of 32 look-ups four are kept for clients that were refused one before."""
+    room = Room(dataclasses.replace(LIMITS, waiting=400, lookups_per_s=32))
+
+    def flood(first, count, now):
+        held = [
+            room.one.hold(frame.header("198.51.100.1", first + n), memoryview(b"x"), 1, now)
+            for n in range(count)
+        ]
+        return held.count(None)
+
+    assert flood(1, 100, now=0.1) == 28
+    assert room.hold(1, now=0.11) is IN.DROPPED_LOOKUP_LIMIT
+    assert flood(200, 100, now=0.12) == 0
+    assert room.hold(1, now=0.13) is None
+    assert [room.hold(n, now=0.2) for n in (2, 3, 4, 5)] == [IN.DROPPED_LOOKUP_LIMIT] * 4
+    assert [room.hold(n, now=0.3) for n in (2, 3, 4, 5)] == [None] * 3 + [IN.DROPPED_LOOKUP_LIMIT]
+    # The next second has all of it again; who was refused in the last one is known for another.
+    assert flood(400, 100, now=1.2) == 28
+    assert room.hold(5, now=1.3) is None
+
+
+def test_so_many_who_were_refused_are_remembered_and_no_more(monkeypatch):
+    monkeypatch.setattr(recovery, "REFUSED_MAX", 4)
+    room = Room(dataclasses.replace(LIMITS, waiting=64, lookups_per_s=16))
+    for number in range(14):
+        assert room.hold(number) is None
+    for number in range(14, 64):
+        if room.hold(number) is None:
+            break
+        assert sum(map(len, room.one._refused)) <= 2 * recovery.REFUSED_MAX
+    assert number == 63 and room.hold(14) is IN.DROPPED_LOOKUP_LIMIT
+    assert room.hold(60) is None
+
+
 def test_a_question_has_room_for_so_many():
-    limits = dataclasses.replace(LIMITS, waiting=150, lookups_per_s=150)
+    limits = dataclasses.replace(LIMITS, waiting=150, lookups_per_s=200)
     room = Room(limits)
     for number in range(150):
         header = frame.header("192.0.2.2", number)
@@ -220,7 +255,7 @@ def test_what_was_unknown_long_ago_is_asked_about_however_quiet_it_was(room):
 
 @pytest.mark.parametrize("most", [1, 2, 4, 5, 16])
 def test_so_many_unknown_ones_are_remembered_and_no_more(most):
-    room = Room(dataclasses.replace(LIMITS, unknown=most, waiting=64, lookups_per_s=64))
+    room = Room(dataclasses.replace(LIMITS, unknown=most, waiting=64, lookups_per_s=80))
     for number in range(64):
         room.one.unknown(CLIENTS[number], 0.0)
         # The one that was learnt last always is among them.
