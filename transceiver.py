@@ -21,6 +21,7 @@ It does not know of relays' flows, of ufrags beyond minting its own, or of what 
 """
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import logging
@@ -250,6 +251,9 @@ class Transceiver:
         task.add_done_callback(self._closing.discard)
 
     async def _close(self, session: Session, reason: str) -> None:
+        if reason == FAULT:
+            with contextlib.suppress(Exception):  # as far as the fault lets it
+                session.fault("internal_error", "The server met a fault: this call ends.")
         try:
             await session.close(reason)
         except Exception:

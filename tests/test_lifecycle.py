@@ -324,6 +324,8 @@ def test_a_session_that_meets_a_fault_ends_alone(tmp_path: Path, what: str) -> N
         await asyncio.wait_for(speak(), shim.WAIT_S)
         await closed(ill)
         assert on.transceiver.counters[Count.ENDED_FAULT] == 1
+        if what != "play-out":  # which is on the way of every event
+            assert told(ill, "error")[-1]["error"]["code"] == "internal_error"
         assert list(on.transceiver.sessions) == [kept]
         known = len(healthy.messages)
         healthy.channel.send('{"type": "input_audio_buffer.clear"}')
