@@ -29,9 +29,9 @@ IN, OUT = metrics.Inbound, metrics.Outbound
 FLOOD_PER_S, FLOOD_S = 5_000, 2.0
 BURST = 15_000
 LOSS_MAX = 0.001
-FIRST_OCTETS_MAX, MORE_OCTETS_MAX = 2 << 20, 512 << 10
+FIRST_OCTETS_MAX, MORE_OCTETS_MAX = 4 << 20, 512 << 10
 """By how much a worker may grow while an attack reaches its limits, and by how much afterwards:
-three times what was seen, and ten times."""
+twice what was seen (most of it what waits, and who was refused), and ten times."""
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
