@@ -8,7 +8,7 @@ id, one pacer and one clockwork for all of them, and the way it starts and ends.
 
 Rules that stay true:
 - Everything runs in one thread's event loop; nothing of a call blocks, waits or has a task of its
-  own but its DTLS.
+  own but its DTLS and its connection to a model server.
 - A call is refused honestly: 503 when the process is full, loaded or draining (admission.py), 400
   with the reason when the offer cannot be used. What is accepted has a deadline for each state of
   its life.
@@ -50,13 +50,16 @@ from mux import Mux
 from pacer import Pacer
 from session import ENDINGS, FAULT, Session, State
 
-TICK_S = 0.05
-"""How often backends hear that time passes, and the step of the sweep. A turn's end can be this
-much late; 100 sessions cost 2,000 short calls a second."""
+STEP_S = 0.01
+"""The clockwork's step. A fifth of the sessions has its turn in each, since a hundred at once are a
+millisecond and more in which no packet leaves."""
 
-SWEEP_TICKS = 20
-"""Each session is swept every twentieth tick, once a second, and a twentieth of them at a time: no
-burst of a hundred reports holds up the pacer."""
+TICK_STEPS = 5
+"""How often a session hears that time passes: every 50 ms. A turn's end can be this much late where
+no packets come; 100 sessions cost 2,000 short calls a second."""
+
+SWEEP_STEPS = 100
+"""Each session is swept once a second, one or two at a time. A multiple of TICK_STEPS."""
 
 STOP_S = 5.0
 """How long goodbyes may take at the end: milliseconds, unless one hangs, which must not keep the
@@ -93,12 +96,13 @@ class Transceiver:
         self._config, self.limits = config, config.transceiver
         self._keyring = config.keys.load()
         self._cluster = config.cluster[0].hints()
-        self._slots: dict[Session, int] = {}
-        self._next_slot = itertools.cycle(range(SWEEP_TICKS))
+        self._slots: dict[Session, int] = {}  # the step of a second in which each is swept
+        self._wheel: list[dict[Session, None]] = [{} for _ in range(TICK_STEPS)]
+        self._next_slot = itertools.cycle(range(SWEEP_STEPS))
         self._cpu = cpu
         self._load = admission.Load(self.limits)
         self._drains_until = float("inf")
-        self._ticks = 0
+        self._steps = 0
         self._tick_due = 0.0
         self._collecting_since = 0.0
         self._ticking: asyncio.TimerHandle | None = None
@@ -124,7 +128,7 @@ class Transceiver:
             raise
         gc.callbacks.append(self._collected)
         self._load.sample(self.clock(), self._cpu(), self._calls())
-        self._tick_due = loop.time() + TICK_S
+        self._tick_due = loop.time() + STEP_S
         self._ticking = loop.call_at(self._tick_due, self._tick)
 
     def drain(self) -> None:
@@ -169,7 +173,8 @@ class Transceiver:
         hint, password = self._mint()
         session = Session(self, self._mux, offer, (hint, password), self._backends, wanted)
         self.sessions[session.call_id] = session
-        self._slots[session] = next(self._next_slot)
+        slot = self._slots[session] = next(self._next_slot)
+        self._wheel[slot % TICK_STEPS][session] = None
         self.counters.values[Count.SESSIONS_OPENED] += 1
         answer = sdp.answer(
             offer,
@@ -242,7 +247,7 @@ class Transceiver:
         """End a session: it is out of the books at once, and closed as soon as the loop turns."""
         if self.sessions.pop(session.call_id, None) is None:
             return
-        del self._slots[session]
+        del self._wheel[self._slots.pop(session) % TICK_STEPS][session]
         self.counters.values[Count.SESSIONS_CLOSED] += 1
         if (counted := ENDINGS.get(reason)) is not None:
             self.counters.values[counted] += 1
@@ -273,16 +278,15 @@ class Transceiver:
         finally:  # a mistake of ours must not stop the clock of all
             done = loop.time()
             self.timings.observe(Timing.TICK, done - self._tick_due - lag_s)
-            self._tick_due = max(
-                self._tick_due + TICK_S, done
-            )  # what was missed is not made up for
+            # What was missed is not made up for.
+            self._tick_due = max(self._tick_due + STEP_S, done)
             self._ticking = loop.call_at(self._tick_due, self._tick)
 
     def tick(self, now: float) -> None:
-        """Let time pass in every session, and sweep those whose turn it is."""
-        self._ticks += 1
-        slot = self._ticks % SWEEP_TICKS
-        for session in list(self.sessions.values()):
+        """Let time pass in the sessions whose turn it is, and sweep some of those."""
+        self._steps += 1
+        slot = self._steps % SWEEP_STEPS
+        for session in list(self._wheel[slot % TICK_STEPS]):
             self._guarded(session, session.tick, now)
             if self._slots.get(session) == slot:
                 self._guarded(session, session.sweep, now)

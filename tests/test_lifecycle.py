@@ -33,7 +33,7 @@ from .test_transceiver import COMMAND, ROOT, House, closed, configure, house, se
 def pass_time(on: House, now: list[float], seconds: float) -> None:
     """Let the fake clock go on, and each session be swept."""
     now[0] += seconds
-    for _ in range(transceiver.SWEEP_TICKS):
+    for _ in range(transceiver.SWEEP_STEPS):
         on.transceiver.tick(now[0])
 
 
@@ -346,8 +346,8 @@ def test_a_fault_in_the_clockwork_does_not_stop_it(
         await shim.until(lambda: len(told_to) > 1)
         monkeypatch.undo()
         client, _ = await on.call()
-        ticks = on.transceiver._ticks
-        await shim.until(lambda: on.transceiver._ticks > ticks + 2)
+        ticks = on.transceiver._steps
+        await shim.until(lambda: on.transceiver._steps > ticks + 2)
         assert types(client)[0] == "session.created"
 
     house(tmp_path, scenario)

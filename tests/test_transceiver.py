@@ -267,7 +267,7 @@ def test_deadlines_by_the_clock(tmp_path: Path) -> None:
 
     def pass_time(on: House, seconds: float) -> None:
         now[0] += seconds
-        for _ in range(transceiver.SWEEP_TICKS):  # each session is swept in one of them
+        for _ in range(transceiver.SWEEP_STEPS):  # each session is swept in one of them
             on.transceiver.tick(now[0])
 
     async def scenario(on: House) -> None:
