@@ -502,12 +502,14 @@ def test_a_reload_loses_nothing_and_says_what_it_cannot_change(start):
     client = running.client()
     running.open(client)
     text = running.config.read_text()
-    running.config.write_text(text.replace("workers = 1", "workers = 2\nflow_idle_s = 90.0"))
+    changed = text.replace("workers = 1", "workers = 2\nflow_idle_s = 90.0")
+    running.config.write_text(changed + "\n[recovery]\nwaiting_max = 7\nlookups_per_s = 9\n")
     running.process.send_signal(signal.SIGHUP)
     for number in range(200):
         client.send(b"\x80 %d" % number)
         assert running.transceiver.recv(4096) == header(client) + b"\x80 %d" % number
     running.line("relay.workers is changed by a restart")
+    running.line("recovery.waiting_max is changed by a restart")
     running.line("configuration read again: keys 1, 2, 1 cluster(s)")
     running.config.write_text("nonsense")
     running.process.send_signal(signal.SIGHUP)
