@@ -221,7 +221,8 @@ class TransceiverTable(_Table, frozen=True):
     control_prefixes: Annotated[tuple[Prefix, ...], Meta(min_length=1)]
     """Where signaling calls from. Requests from anywhere else get 403."""
     sessions_max: Annotated[int, Meta(ge=1, le=10_000)] = 100
-    """Sessions this process takes before it answers 503. About a hundred fill a core."""
+    """Sessions this process takes before it answers 503. A core carries half as many again, with
+    nothing to spare for bursts."""
     connecting_max: Annotated[int, Meta(ge=1, le=10_000)] = 32
     """Sessions that may be connecting at once; the next ones get 503. Each takes 5 ms of CPU, while
     the others' audio waits: 16 at once make single frames 20 ms late, 32 make them 50, 64 100."""
