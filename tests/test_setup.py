@@ -187,12 +187,12 @@ def test_calls_are_set_up_over_a_path_that_loses_one_in_ten(
 
 
 def test_set_up_times_are_measured_beside_stock_aiortc(capsys: pytest.CaptureFixture[str]) -> None:
-    figures = _script("setup_times").measure(delay_ms=20, calls=1)
+    figures = _script("setup_times").measure(delay_ms=50, calls=2)
     with capsys.disabled():
         print(f"\n{json.dumps(figures)}")
     for found in figures["milliseconds"].values():
         assert all(milliseconds > 0 for milliseconds in found.values())
     ours, theirs = figures["milliseconds"]["earshot"], figures["milliseconds"]["stock aiortc"]
-    # Two round trips of 40 ms are the least there is; the other server needs one more.
-    assert ours["connected"] >= 80
+    # Two round trips of 100 ms are the least there is; the other server needs one more.
+    assert ours["connected"] >= 200
     assert ours["first_audio"] < theirs["first_audio"]
