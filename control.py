@@ -1,9 +1,11 @@
 """The control API of a transceiver: calls in, hang-ups, health and metrics, by HTTP.
 
-    POST   /v1/sessions {"offer", "session", "model", "candidates": [[host, port], ...]}
-                        201 {"call_id", "answer"}; 400; 503 with Retry-After
+    POST   /v1/sessions {"offer", "session", "model", "candidates": [[host, port], ...], and as
+                        opening.py says "key", "dialect", "resume", "request_id"}
+                        201 {"call_id", "answer", "etag"}; 400; 503 with Retry-After
+    GET    /v1/sessions/{call_id}   200 {"state", "etag", "request_id"}; 404
     POST   /v1/sessions/{call_id}/ice {"ufrag", "pwd"}   an ICE restart: the client's new pair
-                        200 {"ufrag", "pwd"}: ours; 400; 404
+                        200 {"ufrag", "pwd", "etag"}: ours; 400; 404
     DELETE /v1/sessions/{call_id}   200 {}; 404
     GET    /v1/health               200 {"state": "serving" or "draining", "sessions",
                                     "sessions_max", "load": 1 is where calls are refused, and of
@@ -13,6 +15,8 @@
 What it owns: reading requests, and the status and body of every answer.
 
 Rules that stay true:
+- What is asked of a call is asked with the name of the key that opened it, in X-Earshot-Key; under
+  another name there is no such call.
 - Only `control_prefixes` may use it: it has no other door, and signaling stands before it.
 - No error has an empty body: it says what is wrong as clients of the Realtime API know it, since
   signaling hands it on.
@@ -21,27 +25,29 @@ Rules that stay true:
 It decides nothing about calls: `transceiver.py` takes or refuses them.
 """
 
-import ipaddress
+import enum
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import orjson
 from aiohttp import web
 
+import endpoints
 import ledger
 import metrics
+import opening
 import sdp
 import settings
 
 REQUEST_OCTETS_MAX = 1 << 20
 """Of the control API: an offer and a session with its instructions and tools."""
 
-CANDIDATES_MAX = 8
-"""Relay addresses in an answer: two sites, two families, and as many again."""
-
 RETRY_AFTER_S = 5
 """What a refused caller is told to wait: calls last minutes, so some end within seconds."""
+
+KEY_HEADER = "X-Earshot-Key"
+"""Names the key of whoever asks something of a call."""
 
 EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -52,23 +58,40 @@ class Full(Exception):
     """No room for another session, or none wanted: the message says which."""
 
 
-class Switchboard(Protocol):
+class Call(Protocol):
+    """What this needs of a call."""
+
+    call_id: str
+    opening: opening.Opening
+    etag: str
+    """A name of its ICE session: another one after each restart."""
+
+    @property
+    def state(self) -> enum.Enum:
+        """Where the call is in its life."""
+
+
+AnyCall = TypeVar("AnyCall", bound=Call)
+
+
+class Switchboard(Protocol[AnyCall]):
     """What this needs of the process that has the calls."""
 
     counters: ledger.Counters
     timings: ledger.Histograms
     limits: settings.TransceiverTable
 
-    def open(
-        self, text: str, wanted: dict[str, Any] | None, candidates: list[tuple[str, int]]
-    ) -> tuple[str, str]:
-        """Take a call: its id and the answer. Raises Full, and sdp.OfferError."""
+    def open(self, wanted: opening.Opening) -> tuple[AnyCall, str]:
+        """Take a call: itself and the answer. Raises Full, and sdp.OfferError."""
 
-    def restart(self, call_id: str) -> tuple[str, str] | None:
-        """New ICE credentials of a call: ufrag and password. None if there is none."""
+    def find(self, call_id: str) -> AnyCall | None:
+        """A call, if it is here."""
 
-    def hang_up(self, call_id: str) -> bool:
-        """End a call by request. False if there is none."""
+    def restart(self, call: AnyCall) -> tuple[str, str]:
+        """New ICE credentials of a call: ufrag and password."""
+
+    def hang_up(self, call: AnyCall) -> None:
+        """End a call by request."""
 
     def health(self) -> dict[str, Any]:
         """How the process is, for whoever places calls."""
@@ -98,9 +121,24 @@ def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
     )
 
 
-def application(switchboard: Switchboard) -> web.Application:
+def application(switchboard: Switchboard[AnyCall]) -> web.Application:
     """The control API of a transceiver, for an HTTP server."""
-    prefixes = switchboard.limits.control_prefixes
+    handlers = Handlers(switchboard)
+    application = web.Application(
+        middlewares=[_guard(switchboard.limits.control_prefixes)],
+        client_max_size=REQUEST_OCTETS_MAX,
+    )
+    application.router.add_post("/v1/sessions", handlers.create)
+    application.router.add_get("/v1/sessions/{call_id}", handlers.show)
+    application.router.add_post("/v1/sessions/{call_id}/ice", handlers.restart)
+    application.router.add_delete("/v1/sessions/{call_id}", handlers.delete)
+    application.router.add_get("/v1/health", handlers.health)
+    application.router.add_get("/metrics", handlers.exposition)
+    return application
+
+
+def _guard(prefixes: tuple[endpoints.Prefix, ...]) -> Any:
+    """Keeps strangers out, and gives whatever goes wrong its body."""
 
     @web.middleware
     async def guard(
@@ -113,100 +151,65 @@ def application(switchboard: Switchboard) -> web.Application:
             return await handler(request)
         except Refusal as refusal:
             return refusal.response()
+        except opening.Wrong as wrong:
+            return Refusal(400, str(wrong), "invalid_request", wrong.param).response()
         except web.HTTPException as error:
             return Refusal(error.status, error.reason, "http_error").response()
         except Exception:
             log.exception("a request met a fault")
             return Refusal(500, "The transceiver met a fault.", "internal_error").response()
 
-    async def create(request: web.Request) -> web.Response:
-        offer, wanted, candidates = call_of(await request.read())
+    return guard
+
+
+class Handlers(Generic[AnyCall]):
+    """One method a request."""
+
+    def __init__(self, switchboard: Switchboard[AnyCall]) -> None:
+        self._switchboard = switchboard
+
+    def _called(self, request: web.Request) -> AnyCall:
+        call = self._switchboard.find(request.match_info["call_id"])
+        if call is None or call.opening.key != request.headers.get(KEY_HEADER, ""):
+            raise Refusal(404, "There is no such call here.", "call_id_not_found", "call_id")
+        return call
+
+    async def create(self, request: web.Request) -> web.Response:
+        """Take a call."""
+        wanted = opening.read(await request.read())
         try:
-            call_id, answer = switchboard.open(offer, wanted, candidates)
+            call, answer = self._switchboard.open(wanted)
         except Full as full:
             raise Refusal(503, str(full), "overloaded") from None
         except sdp.OfferError as error:
             raise Refusal(400, str(error), "invalid_offer", "sdp") from None
-        return _json({"call_id": call_id, "answer": answer}, 201)
+        return _json({"call_id": call.call_id, "answer": answer, "etag": call.etag}, 201)
 
-    async def restart(request: web.Request) -> web.Response:
-        check_restart(await request.read())
-        renewed = switchboard.restart(request.match_info["call_id"])
-        if renewed is None:
-            raise Refusal(404, "There is no such call here.", "call_id_not_found", "call_id")
-        return _json({"ufrag": renewed[0], "pwd": renewed[1]})
+    async def show(self, request: web.Request) -> web.Response:
+        """Say how a call is."""
+        call = self._called(request)
+        found = {"state": call.state.name.lower(), "request_id": call.opening.request_id}
+        return _json({**found, "etag": call.etag})
 
-    async def delete(request: web.Request) -> web.Response:
-        if not switchboard.hang_up(request.match_info["call_id"]):
-            raise Refusal(404, "There is no such call here.", "call_id_not_found", "call_id")
+    async def restart(self, request: web.Request) -> web.Response:
+        """Give a call new ICE credentials."""
+        opening.check_restart(await request.read())
+        call = self._called(request)
+        name, password = self._switchboard.restart(call)
+        return _json({"ufrag": name, "pwd": password, "etag": call.etag})
+
+    async def delete(self, request: web.Request) -> web.Response:
+        """End a call."""
+        self._switchboard.hang_up(self._called(request))
         return _json({})
 
-    async def health(_: web.Request) -> web.Response:
-        return _json(switchboard.health())
+    async def health(self, _: web.Request) -> web.Response:
+        """Say how the process is."""
+        return _json(self._switchboard.health())
 
-    async def exposition(_: web.Request) -> web.Response:
-        switchboard.book()
-        text = metrics.exposition("earshot_transceiver", [({}, switchboard.counters)])
-        text += metrics.histograms("earshot_transceiver", switchboard.timings)
+    async def exposition(self, _: web.Request) -> web.Response:
+        """Metrics for Prometheus."""
+        self._switchboard.book()
+        text = metrics.exposition("earshot_transceiver", [({}, self._switchboard.counters)])
+        text += metrics.histograms("earshot_transceiver", self._switchboard.timings)
         return web.Response(body=text, headers={"Content-Type": EXPOSITION_TYPE})
-
-    application = web.Application(middlewares=[guard], client_max_size=REQUEST_OCTETS_MAX)
-    application.router.add_post("/v1/sessions", create)
-    application.router.add_post("/v1/sessions/{call_id}/ice", restart)
-    application.router.add_delete("/v1/sessions/{call_id}", delete)
-    application.router.add_get("/v1/health", health)
-    application.router.add_get("/metrics", exposition)
-    return application
-
-
-def check_restart(body: bytes) -> None:
-    """Raise Refusal unless this is a client's pair for an ICE restart.
-
-    It is read for the client's sake alone: we send no checks, so that we never need it.
-    """
-    try:
-        found = orjson.loads(body)
-        pair = found["ufrag"], found["pwd"]
-    except (orjson.JSONDecodeError, TypeError, KeyError):
-        pair = None, None
-    for name, value, characters_min in zip(("ufrag", "pwd"), pair, (4, 22), strict=True):
-        if not (isinstance(value, str) and sdp.is_ice(value, characters_min)):
-            message = f"{name}: expected {characters_min} to 256 ICE characters."
-            raise Refusal(400, message, "invalid_request", name)
-
-
-def call_of(body: bytes) -> tuple[str, dict[str, Any] | None, list[tuple[str, int]]]:
-    """Offer, session object and candidates of a request. Raises Refusal naming what is wrong."""
-
-    def wrong(param: str, expected: str) -> Refusal:
-        return Refusal(400, f"{param}: expected {expected}.", "invalid_request", param)
-
-    try:
-        found = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise wrong("the body", "JSON") from None
-    if not isinstance(found, dict):
-        raise wrong("the body", "a JSON object")
-    offer, wanted = found.get("offer"), found.get("session")
-    if not isinstance(offer, str):
-        raise wrong("offer", "a session description as text")
-    if not (wanted is None or isinstance(wanted, dict)):
-        raise wrong("session", "an object or null")
-    model = found.get("model")
-    if not (model is None or isinstance(model, str)):
-        raise wrong("model", "text or null")
-    if model is not None:
-        wanted = {"model": model, **(wanted or {})}  # what the session itself says is nearer
-    listed = found.get("candidates")
-    if not (isinstance(listed, list) and 1 <= len(listed) <= CANDIDATES_MAX):
-        raise wrong("candidates", f"1 to {CANDIDATES_MAX} of [address, port]")
-    candidates = []
-    for pair in listed:
-        try:
-            host, port = pair
-            candidates.append((str(ipaddress.ip_address(host)), int(port)))
-        except (TypeError, ValueError):
-            raise wrong("candidates", "[address, port], the address as a literal") from None
-        if not (isinstance(host, str) and 1 <= candidates[-1][1] <= 0xFFFF):
-            raise wrong("candidates", "a port between 1 and 65535")
-    return offer, wanted, candidates

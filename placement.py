@@ -18,7 +18,7 @@ import logging
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import aiohttp
@@ -34,6 +34,9 @@ log = logging.getLogger("placement")
 
 CALL_DEADLINE_S = 8.0
 """All attempts to place a call. Clients give up after about ten seconds: better a 503 they see."""
+
+KEY_HEADER = "X-Earshot-Key"
+"""Names the key of whoever asks something of a call, to the transceiver that has it."""
 
 HEALTH_PERIOD_S = 1.0
 """How often transceivers are asked for their load. It orders the attempts, nothing depends on it:
@@ -55,6 +58,37 @@ class Unavailable(Exception):
 
 class UnknownCall(Exception):
     """The call id is none of ours, or the call has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A call that somebody wants placed."""
+
+    offer: str
+    """The client's session description, unread."""
+    session: dict[str, Any] | None = None
+    """The `session` object that came with it, or with the key."""
+    model: str | None = None
+    """The model asked for in the query; what the session itself says is nearer."""
+    key: str = ""
+    """Name of the key that opens it: only the same key may do anything to the call later."""
+    dialect: str = "realtime"
+    """What the client speaks on its data channel: `realtime` or `rtvi`."""
+    resume: str | None = None
+    """Id of the call whose conversation goes on in this one."""
+    request_id: str = ""
+    """What the logs of all programs know the request by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A call that a transceiver has taken."""
+
+    call_id: str
+    answer: str
+    """Its session description."""
+    etag: str = ""
+    """A name of its ICE session: another one after each ICE restart."""
 
 
 @dataclass(slots=True)
@@ -94,7 +128,7 @@ class Peer:
                 self.serving = False
 
 
-def order(peers: list[Peer], rng: random.Random) -> list[Peer]:
+def order_of(peers: list[Peer], rng: random.Random) -> list[Peer]:
     """In which order to ask: the better of two at random, then the rest at random, the full last.
 
     Two random choices keep the fullest close to the average (Mitzenmacher 2001) without the herd
@@ -145,21 +179,17 @@ class Placement:
             finally:
                 watch.cancel()
 
-    async def place(
-        self, offer: str, session: dict[str, Any] | None, model: str | None
-    ) -> tuple[str, str]:
-        """The call id and the answer of the first transceiver that takes the call.
+    async def place(self, order: Order) -> Placed:
+        """The answer of the first transceiver that takes the call.
 
         Raises BadOffer for an offer that it cannot use, Unavailable if none takes it. One that
         times out may still have made a session: it ends by its own deadline, since no client will
         ever connect to it.
         """
-        request = orjson.dumps(
-            {"offer": offer, "session": session, "model": model, "candidates": self._candidates}
-        )
+        request = orjson.dumps({**asdict(order), "candidates": self._candidates})
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
-                for peer in order(self.peers, self._rng):
+                for peer in order_of(self.peers, self._rng):
                     found = await self._try(peer, request)
                     if found is not None:
                         peer.sessions += 1
@@ -168,28 +198,40 @@ class Placement:
             pass
         raise Unavailable("No transceiver can take this call now.")
 
-    async def hang_up(self, call_id: str) -> None:
-        """End a call, wherever it is. Raises UnknownCall, and Unavailable if its owner is out of
-        reach."""
+    def owner(self, call_id: str) -> str:
+        """The control API of the transceiver that has a call. Raises UnknownCall."""
         hint = ufrag.from_call_id(call_id)
         found = hint and ufrag.parse(self._keyring, self._clusters, hint.encode())
         if not isinstance(found, ufrag.Hint):
             raise UnknownCall(call_id)
-        owner = self._owners.get((found.address, found.port))
-        if owner is None:
+        url = self._owners.get((found.address, found.port))
+        if url is None:
             raise UnknownCall(call_id)
+        return url
+
+    async def ask(
+        self, call_id: str, method: str, path: str = "", body: Any = None, key: str = ""
+    ) -> tuple[int, Any]:
+        """Ask the owner of a call: the status below 500, and the JSON body, of its answer.
+
+        `path` follows `/v1/sessions/{call_id}`; `key` is the name of the asker's. Raises
+        UnknownCall, and Unavailable if the owner is out of reach or met a fault.
+        """
+        url = f"{self.owner(call_id)}/sessions/{call_id}{path}"
+        data = None if body is None else orjson.dumps(body)
+        headers = {"Content-Type": "application/json", KEY_HEADER: key}
         try:
-            async with self._http.delete(f"{owner}/sessions/{call_id}") as response:
+            async with self._http.request(method, url, data=data, headers=headers) as response:
                 if response.status == 404:
                     raise UnknownCall(call_id)
-                if response.status < 300:
-                    return
-                log.warning("%s answered %d to a hang-up", owner, response.status)
+                if response.status < 500:
+                    return response.status, await _json_of(response)
+                log.warning("%s %s: %d", method, url, response.status)
         except (aiohttp.ClientError, TimeoutError) as error:
-            log.warning("%s is out of reach: %r", owner, error)
+            log.warning("%s %s: out of reach: %r", method, url, error)
         raise Unavailable("The transceiver of this call does not answer.")
 
-    async def _try(self, peer: Peer, request: bytes) -> tuple[str, str] | None:
+    async def _try(self, peer: Peer, request: bytes) -> Placed | None:
         """One attempt; None if another transceiver should be asked."""
         try:
             async with self._http.post(
@@ -203,7 +245,7 @@ class Placement:
             return None
         match response.status, body:
             case 201, {"call_id": str(call_id), "answer": str(answer)}:
-                return call_id, answer
+                return Placed(call_id, answer, str(body.get("etag") or ""))
             case 400, {"error": {"message": str(message), **rest}}:
                 # The other transceivers read offers just as this one does.
                 raise BadOffer(

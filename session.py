@@ -24,9 +24,10 @@ https://www.rfc-editor.org/rfc/rfc7675 (consent: a silent client has gone).
 import contextlib
 import enum
 import functools
+import hashlib
 import logging
 import secrets
-from typing import Any, Protocol
+from typing import Protocol
 
 import audio
 import backend
@@ -36,6 +37,7 @@ import floor
 import ledger
 import meter
 import metrics
+import opening
 import opus
 import realtime
 import receiver
@@ -125,13 +127,14 @@ class Session:
         offer: sdp.Offer,
         credentials: tuple[str, bytes],
         backends: backend.Backends,
-        wanted: dict[str, Any] | None,
+        wanted: opening.Opening,
     ) -> None:
-        """Open a call under ICE `credentials`, towards one of the `backends`.
-
-        `wanted` is the `session` object that came with the offer, if any.
-        """
+        """Open a call under ICE `credentials`, towards one of the `backends`."""
         self.call_id = ufrag.call_id(credentials[0])
+        self.opening = wanted
+        """What the call began with."""
+        self.etag = _etag(credentials[0])
+        """A name of its ICE session: another one after each restart (RFC 9725 section 4.3.1)."""
         self.opened_at = owner.clock()
         self.live_at: float | None = None
         """When DTLS was up; None until then."""
@@ -147,7 +150,7 @@ class Session:
         self._closed = self._opened = False
         self._lost_why, self._lost_at = "", 0.0
         self._early: list[realtime.Event] | None = []
-        terms = floor.Terms(wanted)
+        terms = floor.Terms(wanted.session)
         self._backend = backends.connect(terms.offered, self._emitted, self._backend_lost)
         self._decoder = opus.Decoder(self._backend.rate_hz)
         rate_hz = self._backend.rate_hz
@@ -294,9 +297,10 @@ class Session:
         self._backend.tick(now)
         self.flow(now)
 
-    def restart(self, ufrag: str, password: bytes) -> None:
+    def restart(self, name: str, password: bytes) -> None:
         """Answer the client's checks under new credentials too; nothing else changes."""
-        self._peer.restart(ufrag, password)
+        self._peer.restart(name, password)
+        self.etag = _etag(name)
 
     def sweep(self, now: float) -> str | None:
         """Send the reports; the reason why the call has to end now, or None. Once a second."""
@@ -408,3 +412,8 @@ class Session:
             self._peer.send_rtcp(rtp.sender_report(sender, blocks, CNAME))
         elif blocks:
             self._peer.send_rtcp(rtp.receiver_report(playout.ssrc, blocks, CNAME))
+
+
+def _etag(name: str) -> str:
+    """Strong, and of a ufrag, but none: with that and a source address one could claim a flow."""
+    return hashlib.blake2s(name.encode(), digest_size=8, person=b"etag").hexdigest()

@@ -43,6 +43,7 @@ import control
 import endpoints
 import ledger
 import metrics
+import opening
 import sdp
 import settings
 import ufrag
@@ -161,15 +162,13 @@ class Transceiver:
         await self._http.cleanup()
         self._mux.close()
 
-    def open(
-        self, text: str, wanted: dict[str, Any] | None, candidates: list[tuple[str, int]]
-    ) -> tuple[str, str]:
-        """Take a call: its id and the answer. Raises control.Full, and sdp.OfferError."""
+    def open(self, wanted: opening.Opening) -> tuple[Session, str]:
+        """Take a call: itself and the answer. Raises control.Full, and sdp.OfferError."""
         refused = self._load.refusal(self._calls(), self.draining)
         if refused is not None:
             self.counters.values[refused.count] += 1
             raise control.Full(refused.message)
-        offer = sdp.read_offer(text)
+        offer = sdp.read_offer(wanted.offer)
         hint, password = self._mint()
         session = Session(self, self._mux, offer, (hint, password), self._backends, wanted)
         self.sessions[session.call_id] = session
@@ -181,12 +180,16 @@ class Transceiver:
             hint,
             password.decode(),
             fingerprint=session.fingerprint,
-            candidates=candidates,
+            candidates=wanted.candidates,
             ssrc=session.ssrc,
             session_id=secrets.randbits(62),
             rate_hz=session.rate_hz,
         )
-        return session.call_id, answer
+        return session, answer
+
+    def find(self, call_id: str) -> Session | None:
+        """A call, if it is here."""
+        return self.sessions.get(call_id)
 
     def _mint(self) -> tuple[str, bytes]:
         """A ufrag that leads relays here, and its password."""
@@ -194,27 +197,21 @@ class Transceiver:
         hint = ufrag.mint(self._keyring, self._cluster, at.address, at.port, secrets.randbits(32))
         return hint, ufrag.password(self._keyring, hint) or b""  # never empty: its key just minted
 
-    def restart(self, call_id: str) -> tuple[str, str] | None:
-        """New ICE credentials of a call, beside the ones before; None if there is no such call.
+    def restart(self, call: Session) -> tuple[str, str]:
+        """New ICE credentials of a call, ufrag and password, beside the ones before.
 
         The call keeps its id, and DTLS, SRTP and the data channel do not notice (RFC 8445 section
         9).
         """
-        session = self.sessions.get(call_id)
-        if session is None:
-            return None
         hint, password = self._mint()
-        session.restart(hint, password)
+        call.restart(hint, password)
         self.counters.values[Count.ICE_RESTARTS] += 1
-        log.info("%s restarts ICE", session)
+        log.info("%s restarts ICE", call)
         return hint, password.decode()
 
-    def hang_up(self, call_id: str) -> bool:
-        """End a call by request. False if there is none."""
-        session = self.sessions.get(call_id)
-        if session is not None:
-            self.ended(session, "hung up by request")
-        return session is not None
+    def hang_up(self, call: Session) -> None:
+        """End a call by request."""
+        self.ended(call, "hung up by request")
 
     def health(self) -> dict[str, Any]:
         """How the process is, for whoever places calls."""

@@ -27,6 +27,7 @@ import quality
 import typer
 from impair import Arrival, Path, travel
 
+import opening
 import rtp
 import settings
 import transceiver
@@ -209,8 +210,8 @@ async def passage(folder: File, seconds: float, seed: int) -> Figures:
     line.towards(("127.0.0.1", port))
 
     async def post(request: dict[str, Any]) -> str:
-        candidates = [(host, port) for host, port in request["candidates"]]
-        return served.open(request["offer"], None, candidates)[1]
+        candidates = tuple((host, port) for host, port in request["candidates"])
+        return served.open(opening.Opening(request["offer"], None, candidates))[1]
 
     try:
         talkers = []

@@ -1,36 +1,150 @@
-"""The control API's requests: what is wrong with them is named."""
+"""The control API over HTTP, before a switchboard that a test decides about."""
 
+import asyncio
+import enum
+from typing import Any
+
+import aiohttp
 import pytest
+from aiohttp import web
 
 import control
+import endpoints
+import ledger
+import metrics
+import opening
+import sdp
+
+REQUEST = {"offer": "v=0", "candidates": [["192.0.2.1", 3478]], "key": "alice", "request_id": "r1"}
+
+
+class State(enum.Enum):
+    LIVE = 1
+
+
+class Call:
+    def __init__(self, wanted: opening.Opening) -> None:
+        self.call_id, self.opening, self.etag, self.state = "rtc_1", wanted, "e1", State.LIVE
+
+
+class Limits:
+    control_prefixes = (endpoints.Prefix("127.0.0.0/8"),)
+
+
+class Switchboard:
+    """One call at the most."""
+
+    def __init__(self) -> None:
+        self.counters, self.timings = (
+            ledger.Counters(metrics.Transceiver),
+            ledger.Histograms(metrics.Timing),
+        )
+        self.limits: Any = Limits()
+        self.call: Call | None = None
+        self.raises: Exception | None = None
+
+    def open(self, wanted: opening.Opening) -> tuple[Call, str]:
+        if self.raises is not None:
+            raise self.raises
+        self.call = Call(wanted)
+        return self.call, "answer"
+
+    def find(self, call_id: str) -> Call | None:
+        return self.call if self.call is not None and call_id == self.call.call_id else None
+
+    def restart(self, call: Call) -> tuple[str, str]:
+        call.etag = "e2"
+        return "name", "password"
+
+    def hang_up(self, call: Call) -> None:
+        self.call = None
+
+    def health(self) -> dict[str, Any]:
+        return {"state": "serving"}
+
+    def book(self) -> None:
+        pass
+
+
+class Client:
+    """Requests to it: status and JSON."""
+
+    def __init__(self, http: aiohttp.ClientSession) -> None:
+        self._http = http
+
+    async def __call__(
+        self, method: str, path: str, body: Any = None, key: str = "alice"
+    ) -> tuple[int, Any]:
+        headers = {control.KEY_HEADER: key}
+        async with self._http.request(method, path, json=body, headers=headers) as response:
+            return response.status, await response.json()
+
+
+async def served(switchboard: Switchboard, test: Any) -> None:
+    runner = web.AppRunner(control.application(switchboard))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    try:
+        async with aiohttp.ClientSession(f"http://{host}:{port}") as http:
+            await test(Client(http))
+    finally:
+        await runner.cleanup()
+
+
+def test_a_call_from_its_opening_to_its_end() -> None:
+    board = Switchboard()
+
+    async def run(ask: Client) -> None:
+        opened = {"call_id": "rtc_1", "answer": "answer", "etag": "e1"}
+        assert await ask("POST", "/v1/sessions", REQUEST) == (201, opened)
+        shown = {"state": "live", "request_id": "r1", "etag": "e1"}
+        assert await ask("GET", "/v1/sessions/rtc_1") == (200, shown)
+        pair = {"ufrag": "abcd", "pwd": "p" * 22}
+        renewed = {"ufrag": "name", "pwd": "password", "etag": "e2"}
+        assert await ask("POST", "/v1/sessions/rtc_1/ice", pair) == (200, renewed)
+        assert await ask("DELETE", "/v1/sessions/rtc_1") == (200, {})
+        assert board.call is None
+        status, body = await ask("DELETE", "/v1/sessions/rtc_1")
+        assert (status, body["error"]["code"]) == (404, "call_id_not_found")
+
+    asyncio.run(served(board, run))
+
+
+@pytest.mark.parametrize("key", ["", "bob", "Alice"])
+def test_under_another_key_there_is_no_such_call(key: str) -> None:
+    board = Switchboard()
+
+    async def run(ask: Client) -> None:
+        await ask("POST", "/v1/sessions", REQUEST)
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/ice")):
+            pair = {"ufrag": "abcd", "pwd": "p" * 22} if path else None
+            status, body = await ask(method, f"/v1/sessions/rtc_1{path}", pair, key)
+            assert (status, body["error"]["code"]) == (404, "call_id_not_found")
+        assert board.call is not None and board.call.etag == "e1"
+
+    asyncio.run(served(board, run))
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("raised", "status", "code"),
     [
-        (b"{", "the body: expected JSON."),
-        (b"[]", "the body: expected a JSON object."),
-        (b"{}", "offer: expected a session description as text."),
-        (b'{"offer": "", "session": 1}', "session: expected an object or null."),
-        (b'{"offer": "", "model": 1}', "model: expected text or null."),
-        (b'{"offer": ""}', "candidates: expected 1 to 8 of [address, port]."),
-        (
-            b'{"offer": "", "candidates": [["relay.example", 1]]}',
-            "candidates: expected [address, port], the address as a literal.",
-        ),
-        (
-            b'{"offer": "", "candidates": [["192.0.2.1", 0]]}',
-            "candidates: expected a port between 1 and 65535.",
-        ),
+        (control.Full("Full."), 503, "overloaded"),
+        (sdp.OfferError("No audio."), 400, "invalid_offer"),
+        (RuntimeError("a fault"), 500, "internal_error"),
     ],
 )
-def test_a_request_that_is_wrong(body: bytes, message: str) -> None:
-    with pytest.raises(control.Refusal) as raised:
-        control.call_of(body)
-    assert raised.value.status == 400
-    assert str(raised.value) == message
+def test_what_goes_wrong_has_a_status_and_a_sentence(
+    raised: Exception, status: int, code: str
+) -> None:
+    board = Switchboard()
+    board.raises = raised
 
+    async def run(ask: Client) -> None:
+        found, body = await ask("POST", "/v1/sessions", REQUEST)
+        assert (found, body["error"]["code"]) == (status, code)
+        assert body["error"]["message"]
+        found, body = await ask("POST", "/v1/sessions", {**REQUEST, "candidates": []})
+        assert (found, body["error"]["param"]) == (400, "candidates")
 
-def test_the_model_is_part_of_what_is_wanted() -> None:
-    body = b'{"offer": "v=0", "model": "m", "session": {"voice": "x"}, "candidates": [["::1", 9]]}'
-    assert control.call_of(body) == ("v=0", {"model": "m", "voice": "x"}, [("::1", 9)])
+    asyncio.run(served(board, run))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import endpoints
-from placement import Peer, order
+from placement import Peer, order_of
 
 AT = endpoints.Endpoint("127.0.0.1:9000")
 PEERS = st.lists(
@@ -22,7 +22,7 @@ def takes(peer: Peer) -> bool:
 
 @given(PEERS, st.integers(0, 1 << 32))
 def test_everyone_is_asked_once_and_the_full_last(peers: list[Peer], seed: int) -> None:
-    asked = order(peers, random.Random(seed))
+    asked = order_of(peers, random.Random(seed))
     assert sorted(map(id, asked)) == sorted(map(id, peers))
     assert sorted(asked, key=takes, reverse=True) == asked
 
@@ -32,7 +32,7 @@ def test_two_random_choices_keep_the_load_even() -> None:
     rng = random.Random(seed)
     peers = [Peer(AT, sessions_max=1000) for _ in range(10)]
     for _ in range(1000):
-        order(peers, rng)[0].sessions += 1
+        order_of(peers, rng)[0].sessions += 1
     # One random choice leaves a spread of 50 or so here; two leave a handful.
     loads = [peer.sessions for peer in peers]
     assert max(loads) - min(loads) <= 10, f"seed {seed}: {loads}"
@@ -58,6 +58,6 @@ def test_the_loaded_are_asked_after_the_idle() -> None:
     busy, idle = Peer(AT), Peer(AT)
     busy.heard({"state": "serving", "sessions": 3, "sessions_max": 100, "load": 0.8})
     idle.heard({"state": "serving", "sessions": 9, "sessions_max": 100, "load": 0.2})
-    assert all(order([busy, idle], random.Random(seed))[0] is idle for seed in range(20))
+    assert all(order_of([busy, idle], random.Random(seed))[0] is idle for seed in range(20))
     busy.heard({"state": "serving", "sessions": 3, "sessions_max": 100, "load": "much"})
     assert busy.load == 0

@@ -15,6 +15,7 @@ import endpoints
 import ice
 import ledger
 import metrics
+import opening
 import opus
 import rtp
 import sdp
@@ -117,7 +118,7 @@ class Call:
         self.peer = FakePeer()
         self.endings: list[str] = []
         self.scheduled: list[float | None] = []
-        wanted = {"instructions": "be kind"}
+        wanted = opening.Opening("", {"instructions": "be kind"}, ())
         self.session = session.Session(self, self, offer(direction), (HINT, PASSWORD), self, wanted)
 
     def connect(self, wanted: Any, emit: Any, lost: Any) -> FakeBackend:

@@ -1,7 +1,6 @@
 """Signaling against small fakes of the transceiver's control API, over real HTTP on loopback."""
 
 import asyncio
-import contextlib
 import itertools
 import signal
 import socket
@@ -15,12 +14,9 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import make_mocked_request
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
 import endpoints
+import intake
 import metrics
 import settings
 import signaling
@@ -123,9 +119,11 @@ def write_settings(folder: Path, ports: list[int], more: str = "") -> Path:
 class Stage:
     """Signaling, the fakes behind it, and an HTTP client in front."""
 
-    def __init__(self, http: aiohttp.ClientSession, door: signaling.Door, at: tuple[str, int]):
+    def __init__(
+        self, http: aiohttp.ClientSession, entrance: signaling.Entrance, at: tuple[str, int]
+    ):
         self.http = http
-        self.door = door
+        self.door = entrance.door
         self.at = at
         self.fakes: list[FakeTransceiver] = []
 
@@ -162,14 +160,14 @@ async def staged(folder: Path, fakes: int = 1, more: str = "") -> AsyncIterator[
         ]
         # A port that was free a moment ago stands for a transceiver that has died.
         path = write_settings(folder, [fake.port for fake in running] or [unused_port()], more)
-        door = signaling.Door(settings.load(path, settings.Signaling))
-        runner = web.AppRunner(door.application())
+        entrance = signaling.Entrance(settings.load(path, settings.Signaling))
+        runner = web.AppRunner(entrance.application())
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         at = runner.addresses[0]
         http = aiohttp.ClientSession(f"http://{at[0]}:{at[1]}")
-        stage = Stage(await stack.enter_async_context(http), door, at)
+        stage = Stage(await stack.enter_async_context(http), entrance, at)
         stage.fakes = running
         yield stage
 
@@ -193,6 +191,10 @@ def test_an_offer_in_each_form_is_placed_and_answered(tmp_path: Path) -> None:
                 "offer": OFFER,
                 "session": None,
                 "model": "parrot-1",
+                "key": "",
+                "dialect": "realtime",
+                "resume": None,
+                "request_id": "",
                 "candidates": [["127.0.0.1", 3478], ["2001:db8::1", 3478]],
             }
             session = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
@@ -286,7 +288,7 @@ def test_an_offer_over_the_limit_gets_413(tmp_path: Path, chunked: bool) -> None
 
 
 def test_a_body_that_trickles_in_gets_408(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signaling, "BODY_DEADLINE_S", 0.05)
+    monkeypatch.setattr(intake, "BODY_DEADLINE_S", 0.05)
 
     async def run() -> None:
         async with staged(tmp_path) as stage:
@@ -449,18 +451,6 @@ def test_health_and_metrics_say_how_it_goes(tmp_path: Path) -> None:
             stage.door.placement.peers[0].heard(None)
             async with stage.http.get("/health") as response:
                 assert response.status == 503
-
-    asyncio.run(run())
-
-
-@given(body=st.binary(max_size=300), head=st.sampled_from(["", "--b\r\n", "--b\r\nA: b\r\n\r\n"]))
-@hypothesis_settings(max_examples=150, deadline=None)
-def test_no_form_is_more_than_a_bad_request(body: bytes, head: str) -> None:
-    request = make_mocked_request("POST", CALLS, headers={"Content-Type": FORM})
-
-    async def run() -> None:
-        with contextlib.suppress(signaling.Refusal):
-            await signaling._read_form(request, head.encode() + body)
 
     asyncio.run(run())
 

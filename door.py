@@ -1,0 +1,120 @@
+"""The door: what every way in shares, whichever API the client speaks.
+
+    request ──▶ admit ──▶ place or ask ──▶ answer
+                 who is it?   placement.py
+
+What it owns: the caller's admission, the counting and logging of offers, and the refusal that each
+failure of placement becomes.
+
+Rules that stay true:
+- No request reaches a transceiver before its caller is admitted.
+- Every offer ends in exactly one counter: answered, refused for what it is, or refused for lack of
+  room.
+
+It knows no API: `calls.py` and its neighbours read requests and shape answers.
+"""
+
+import logging
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+import ledger
+import metrics
+import placement
+import settings
+from intake import Refusal
+
+log = logging.getLogger("door")
+
+MODEL_CHARACTERS_MAX = 256
+"""Of `?model=`: a name, not a document. What is longer is cut, and then the name of no model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sends a request, as far as its key says."""
+
+    key: str = ""
+    """Name of the API key, or of the one that vouched for an ephemeral key; empty without keys."""
+    session: dict[str, Any] | None = None
+    """The session object inside an ephemeral key."""
+
+
+class Door:
+    """What the handlers share."""
+
+    def __init__(self, config: settings.Signaling, rng: random.Random | None = None) -> None:
+        """Raises SettingsError for a key file that cannot be used."""
+        self.counters = ledger.Counters(metrics.Signaling)
+        self.placement = placement.Placement(config, self.counters, rng or random.SystemRandom())
+        self.config = config
+        self.offer_octets_max = config.signaling.offer_octets_max
+        self._retry_after = {"Retry-After": str(config.signaling.retry_after_s)}
+
+    async def admit(self, request: web.Request) -> Caller:
+        """Who this is. Raises Refusal: 401, 403 or 429."""
+        return Caller()
+
+    async def place(self, order: placement.Order) -> placement.Placed:
+        """Place a call. Raises Refusal: 400 with the transceiver's sentence, or 503."""
+        started = time.monotonic()
+        try:
+            placed = await self.placement.place(order)
+        except placement.BadOffer as error:
+            raise Refusal(400, str(error), code=error.code, param=error.param) from error
+        except placement.Unavailable as error:
+            raise self.unavailable(error) from error
+        # The first characters tell calls apart in a log and let nobody join one.
+        log.info("call %s… placed in %.0f ms", placed.call_id[:12], _ms_since(started))
+        return placed
+
+    async def ask(
+        self, call_id: str, method: str, path: str = "", body: Any = None, caller: Caller = Caller()
+    ) -> tuple[int, Any]:
+        """Ask the owner of a call: status and JSON body of what its control API answers.
+
+        `path` follows `/v1/sessions/{call_id}`. Raises Refusal: 404 for a call that is none of
+        ours or has ended, 503 if its owner does not answer.
+        """
+        try:
+            return await self.placement.ask(call_id, method, path, body, caller.key)
+        except placement.UnknownCall as error:
+            message = "There is no such call, or it has ended."
+            raise Refusal(404, message, code="call_id_not_found", param="id") from error
+        except placement.Unavailable as error:
+            raise self.unavailable(error) from error
+
+    def unavailable(self, error: Exception) -> Refusal:
+        """503 with the time after which another try makes sense."""
+        return Refusal(503, str(error), code="unavailable", headers=self._retry_after)
+
+    def offered(self) -> "Offered":
+        """Counts one offer: `with door.offered(): read it, place it`."""
+        return Offered(self.counters)
+
+
+class Offered:
+    """One offer in the books, from its arrival to its end."""
+
+    def __init__(self, counters: ledger.Counters) -> None:
+        self._values = counters.values
+
+    def __enter__(self) -> None:
+        self._values[metrics.Signaling.OFFERS] += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
+        if kind is None:
+            ended = metrics.Signaling.ANSWERED
+        elif isinstance(error, Refusal) and error.status == 503:
+            ended = metrics.Signaling.REFUSED_FULL
+        else:
+            ended = metrics.Signaling.REFUSED_OFFER
+        self._values[ended] += 1
+
+
+def _ms_since(started: float) -> float:
+    return 1e3 * (time.monotonic() - started)

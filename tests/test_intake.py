@@ -1,0 +1,25 @@
+"""Bodies of requests: whatever is in them, they are read or refused. More in test_signaling.py."""
+
+import asyncio
+import contextlib
+
+from aiohttp.test_utils import make_mocked_request
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import intake
+
+FORM = "multipart/form-data; boundary=b"
+
+
+@given(body=st.binary(max_size=300), head=st.sampled_from(["", "--b\r\n", "--b\r\nA: b\r\n\r\n"]))
+@hypothesis_settings(max_examples=150, deadline=None)
+def test_no_form_is_more_than_a_bad_request(body: bytes, head: str) -> None:
+    request = make_mocked_request("POST", "/v1/realtime/calls", headers={"Content-Type": FORM})
+
+    async def run() -> None:
+        with contextlib.suppress(intake.Refusal):
+            await intake._read_form(request, head.encode() + body)
+
+    asyncio.run(run())
