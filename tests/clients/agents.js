@@ -1,0 +1,56 @@
+// A page that speaks through OpenAI's Agents SDK, as its documentation shows it, and keeps what it
+// hears: `guest` is what a test calls and looks at.
+import { OpenAIRealtimeWebRTC, RealtimeAgent, RealtimeSession, tool } from "@openai/agents-realtime";
+import { z } from "zod";
+
+const guest = { events: [], errors: [], history: [], changes: [], asked: [], session: null };
+window.guest = guest;
+
+const weather = tool({
+  name: "weather",
+  description: "The weather of a city.",
+  parameters: z.object({ city: z.string() }),
+  execute: async ({ city }) => {
+    guest.asked.push(city);
+    return `Sunny in ${city}.`;
+  },
+});
+
+// How loud the loudspeaker is, 0 to 1, since the last look.
+function listen(element) {
+  const context = new AudioContext();
+  const analyser = context.createAnalyser();
+  context.createMediaStreamSource(element.srcObject).connect(analyser);
+  const samples = new Float32Array(analyser.fftSize);
+  guest.loudness = () => {
+    analyser.getFloatTimeDomainData(samples);
+    return samples.reduce((loudest, sample) => Math.max(loudest, Math.abs(sample)), 0);
+  };
+}
+
+guest.connect = async ({ url, apiKey, insecure = false, config = {}, tools = false }) => {
+  const audioElement = document.createElement("audio");
+  const transport = new OpenAIRealtimeWebRTC({
+    baseUrl: url,
+    audioElement,
+    useInsecureApiKey: insecure,
+  });
+  const agent = new RealtimeAgent({
+    name: "Guest",
+    instructions: "Repeat what you hear.",
+    tools: tools ? [weather] : [],
+  });
+  const session = new RealtimeSession(agent, { transport, model: "parrot", config });
+  session.on("error", (error) => guest.errors.push(JSON.stringify(error)));
+  session.on("history_updated", (history) => (guest.history = structuredClone(history)));
+  transport.on("*", (event) => guest.events.push(event));
+  transport.on("connection_change", (status) => guest.changes.push(status));
+  guest.session = session;
+  guest.transport = transport;
+  await session.connect({ apiKey });
+  listen(audioElement);
+  return transport.callId;
+};
+
+guest.types = () => guest.events.map((event) => event.type);
+guest.last = (type) => guest.events.findLast((event) => event.type === type) ?? null;
