@@ -79,6 +79,7 @@ IMPORTERS = {
         "uplink",
         "inquiries",
         "keeper",
+        "redisclient",
         "registry",
     },
     "av": {"opus"},
@@ -105,7 +106,7 @@ IMPORTERS = {
     "psutil": {"host"},
     "pylibsrtp": {"peer"},
     "pyroute2": {"host"},
-    "redis": {"registry"},
+    "redis": {"redisclient"},
     "threading": set(),  # nowhere: processes for the relay, one event loop for the rest
     "webrtcvad": {"turns"},
     "typer": {"ufrag", *PROGRAMS},

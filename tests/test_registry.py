@@ -10,6 +10,7 @@ import time
 import pytest
 
 import endpoints
+import redisclient
 import registry
 import settings
 
@@ -243,7 +244,7 @@ def test_one_that_hangs_is_not_waited_for(empty):
             for each in empty.servers:
                 each.freeze()
             try:
-                for _ in range(registry.TIMEOUTS_MAX):
+                for _ in range(redisclient.TIMEOUTS_MAX):
                     with contextlib.suppress(registry.Unavailable):
                         answers = await found.look_up([key(number) for number in range(50)])
                         assert all(isinstance(each, registry.Unavailable) for each in answers)
@@ -507,7 +508,7 @@ def test_one_that_is_slow_is_not_waited_for(single):
             proxy.how = "delay"
             # At once, as the keeper asks.
             await asyncio.gather(
-                *(fails(found.look_up([key(n)])) for n in range(registry.TIMEOUTS_MAX))
+                *(fails(found.look_up([key(n)])) for n in range(redisclient.TIMEOUTS_MAX))
             )
             assert not found.up
             began = time.monotonic()
