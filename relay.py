@@ -31,7 +31,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +43,7 @@ import flows
 import frame
 import handover
 import host
+import journal
 import keeper
 import ledger
 import metrics
@@ -229,6 +229,9 @@ cli = typer.Typer(
     add_completion=False,
 )
 _Config = Annotated[Path, typer.Option("--config", help="The configuration file.", metavar="FILE")]
+_LogFormat = Annotated[
+    journal.Form, typer.Option("--log-format", envvar=journal.VARIABLE, help=journal.HELP)
+]
 
 
 @contextlib.contextmanager
@@ -242,23 +245,19 @@ def _exit_codes() -> Iterator[None]:
 
 
 @cli.command()
-def run(config: _Config) -> None:
+def run(config: _Config, log_format: _LogFormat = "text") -> None:
     """Serve until SIGINT, or until drained after SIGTERM."""
-    raise typer.Exit(_serve(config))
+    raise typer.Exit(_serve(config, log_format))
 
 
 @cli.command("handover")
-def hand_over(config: _Config) -> None:
+def hand_over(config: _Config, log_format: _LogFormat = "text") -> None:
     """Take over from the relay of this configuration that runs, and serve in its place."""
-    raise typer.Exit(_serve(config, succeed=True))
+    raise typer.Exit(_serve(config, log_format, succeed=True))
 
 
-def _serve(config: Path, succeed: bool = False) -> int:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(name)s[%(process)d] %(levelname)s %(message)s",
-    )
+def _serve(config: Path, log_format: journal.Form, succeed: bool = False) -> int:
+    journal.configure(log_format, processes=True)
     with _exit_codes():
         found, _ = load(config)
         try:

@@ -34,6 +34,7 @@ import calls
 import door
 import endpoints
 import intake
+import journal
 import metrics
 import settings
 
@@ -221,6 +222,9 @@ cli = typer.Typer(
     help="The HTTP door: offers in, answers out.", no_args_is_help=True, add_completion=False
 )
 _Config = Annotated[Path, typer.Option("--config", help="The settings file.", metavar="FILE")]
+_LogFormat = Annotated[
+    journal.Form, typer.Option("--log-format", envvar=journal.VARIABLE, help=journal.HELP)
+]
 
 
 def _load(path: Path) -> settings.Signaling:
@@ -242,9 +246,9 @@ def check(config: _Config) -> None:
 
 
 @cli.command()
-def run(config: _Config) -> None:
+def run(config: _Config, log_format: _LogFormat = "text") -> None:
     """Serve until SIGTERM."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    journal.configure(log_format)
     found = _load(config)
     try:
         asyncio.run(serve(found))

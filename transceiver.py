@@ -41,6 +41,7 @@ import admission
 import backend
 import control
 import endpoints
+import journal
 import ledger
 import metrics
 import opening
@@ -379,6 +380,9 @@ cli = typer.Typer(
     help="Where calls end and conversations begin.", no_args_is_help=True, add_completion=False
 )
 _Config = Annotated[Path, typer.Option("--config", help="The settings file.", metavar="FILE")]
+_LogFormat = Annotated[
+    journal.Form, typer.Option("--log-format", envvar=journal.VARIABLE, help=journal.HELP)
+]
 
 
 def _load(path: Path) -> settings.Transceiver:
@@ -402,9 +406,9 @@ def check(config: _Config) -> None:
 
 
 @cli.command()
-def run(config: _Config) -> None:
+def run(config: _Config, log_format: _LogFormat = "text") -> None:
     """Serve until SIGTERM, and then until its calls have ended (drain_s); SIGINT ends at once."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    journal.configure(log_format)
     found = _load(config)
     try:
         asyncio.run(serve(found))

@@ -92,6 +92,7 @@ IMPORTERS = {
         "outbox",
         "remote",
         "channel",
+        "journal",
         "keeper",
         "realtime",
         "opening",
