@@ -89,6 +89,8 @@ class Key:
     """HMAC-SHA256 key of the ICE password, 32 octets."""
     _encrypt: CipherContext = field(repr=False, compare=False)
     _decrypt: CipherContext = field(repr=False, compare=False)
+    sealing: bytes = field(default=b"", repr=False)
+    """What sealing.py makes its keys from, 32 octets. No relay uses it."""
 
     @classmethod
     def derive(cls, key_id: int, master: bytes) -> "Key":
@@ -103,7 +105,12 @@ class Key:
         cipher = Cipher(algorithms.AES(route), modes.ECB())  # one block: see above
         # ECB carries no state from block to block: one context each serves for the process's life.
         return cls(
-            key_id, route, hkdf(b"earshot password", 32), cipher.encryptor(), cipher.decryptor()
+            key_id,
+            route,
+            hkdf(b"earshot password", 32),
+            cipher.encryptor(),
+            cipher.decryptor(),
+            hkdf(b"earshot seal", 32),
         )
 
     def encrypt(self, block: bytes) -> bytes:

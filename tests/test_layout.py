@@ -16,6 +16,7 @@ PROGRAMS = {"relay", "transceiver", "signaling", "parrot_server"}
 SANS_IO = {
     "dialect",
     "opening",
+    "sealing",
     "memory",
     "outbox",
     "remote",
@@ -84,7 +85,7 @@ IMPORTERS = {
     },
     "av": {"opus"},
     "concurrent": set(),
-    "cryptography": {"ufrag"},
+    "cryptography": {"ufrag", "sealing"},
     "ctypes": {"udp", "opus"},
     "msgspec": {"settings", "realtime", "relay"},
     "OpenSSL": {"dtls"},
