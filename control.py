@@ -5,7 +5,8 @@
                         201 {"call_id", "answer", "etag"}; 400; 503 with Retry-After
     GET    /v1/sessions/{call_id}   200 {"state", "etag", "request_id"}; 404
     POST   /v1/sessions/{call_id}/ice {"ufrag", "pwd"}   an ICE restart: the client's new pair
-                        200 {"ufrag", "pwd", "etag"}: ours; 400; 404
+                        200 {"ufrag", "pwd", "etag"}: ours; {"etag"} if the client's pair is
+                        the one that it has already; 400; 404
     DELETE /v1/sessions/{call_id}   200 {}; 404
     GET    /v1/health               200 {"state": "serving" or "draining", "sessions",
                                     "sessions_max", "load": 1 is where calls are refused, and of
@@ -65,6 +66,8 @@ class Call(Protocol):
     opening: opening.Opening
     etag: str
     """A name of its ICE session: another one after each restart."""
+    client_ice: tuple[str, str]
+    """The client's ufrag and password in it."""
 
     @property
     def state(self) -> enum.Enum:
@@ -193,8 +196,11 @@ class Handlers(Generic[AnyCall]):
 
     async def restart(self, request: web.Request) -> web.Response:
         """Give a call new ICE credentials."""
-        opening.check_restart(await request.read())
+        pair = opening.read_restart(await request.read())
         call = self._called(request)
+        if pair == call.client_ice:  # candidates for the pair that there is
+            return _json({"etag": call.etag})
+        call.client_ice = pair
         name, password = self._switchboard.restart(call)
         return _json({"ufrag": name, "pwd": password, "etag": call.etag})
 

@@ -8,8 +8,8 @@ failure of placement becomes.
 
 Rules that stay true:
 - No request reaches a transceiver before its caller is admitted.
-- Every offer ends in exactly one counter: answered, refused for what it is, or refused for lack of
-  room.
+- Every offer ends in exactly one counter: answered, refused for what it is, refused for lack of
+  room, or sent to another cluster.
 
 It knows no API: `calls.py` and its neighbours read requests and shape answers.
 """
@@ -42,6 +42,13 @@ class Caller:
     """Name of the API key, or of the one that vouched for an ephemeral key; empty without keys."""
     session: dict[str, Any] | None = None
     """The session object inside an ephemeral key."""
+
+
+class Ended(Refusal):
+    """404 for a call that was ours: its id is authentic, and its owner has it no more.
+
+    To a key that is not the call's owners say the same.
+    """
 
 
 class Door:
@@ -84,7 +91,8 @@ class Door:
             return await self.placement.ask(call_id, method, path, body, caller.key)
         except placement.UnknownCall as error:
             message = "There is no such call, or it has ended."
-            raise Refusal(404, message, code="call_id_not_found", param="id") from error
+            kind = Ended if isinstance(error, placement.EndedCall) else Refusal
+            raise kind(404, message, code="call_id_not_found", param="id") from error
         except placement.Unavailable as error:
             raise self.unavailable(error) from error
 
@@ -111,6 +119,8 @@ class Offered:
             ended = metrics.Signaling.ANSWERED
         elif isinstance(error, Refusal) and error.status == 503:
             ended = metrics.Signaling.REFUSED_FULL
+        elif isinstance(error, Refusal) and error.status == 307:
+            ended = metrics.Signaling.SENT_ELSEWHERE
         else:
             ended = metrics.Signaling.REFUSED_OFFER
         self._values[ended] += 1

@@ -89,8 +89,14 @@ async def read_object(request: web.Request, octets_max: int) -> dict[str, Any]:
     return found
 
 
-async def read_offer(request: web.Request, octets_max: int) -> tuple[str, dict[str, Any] | None]:
-    """The offer and the session settings of a request in any of the three forms.
+FORMS = ("application/sdp", "multipart/form-data", "application/json")
+"""What an offer comes in."""
+
+
+async def read_offer(
+    request: web.Request, octets_max: int, forms: tuple[str, ...] = FORMS
+) -> tuple[str, dict[str, Any] | None]:
+    """The offer and the session settings of a request in any of the forms that the API knows.
 
     Raises Refusal: 400, 408 (too slow), 413 (too large, also without a Content-Length) or 415.
     """
@@ -100,10 +106,10 @@ async def read_offer(request: web.Request, octets_max: int) -> tuple[str, dict[s
         "multipart/form-data": _read_form,
         "application/json": _read_json,
     }
-    if kind not in readers:
+    if kind not in forms:
         raise Refusal(
             415,
-            f"Send the offer as {', '.join(readers)}; this request's Content-Type says {kind}.",
+            f"Send the offer as {', '.join(forms)}; this request's Content-Type says {kind}.",
             code="unsupported_media_type",
         )
     body = await read_body(request, octets_max)

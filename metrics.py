@@ -205,6 +205,11 @@ class Signaling(ledger.Kinds):
         "Offers that no transceiver took.",
         "All transceivers are full, draining or unreachable.",
     )
+    SENT_ELSEWHERE = (
+        "requests",
+        "Offers that were sent to another cluster.",
+        "All transceivers here are full, draining or unreachable, or the settings want it so.",
+    )
     TRANSCEIVER_FAILED = (
         "requests",
         "Attempts on a transceiver that did not answer.",

@@ -105,16 +105,22 @@ def _candidates(listed: Any) -> tuple[tuple[str, int], ...]:
     return tuple(candidates)
 
 
-def check_restart(body: bytes) -> None:
-    """Raise Wrong unless this is a client's pair for an ICE restart.
+def read_restart(body: bytes) -> tuple[str, str]:
+    """A client's pair for an ICE restart, ufrag and password. Raises Wrong.
 
-    It is read for the client's sake alone: we send no checks, so that we never need it.
+    We send no checks and so never need it, but to see whether it is another one than before.
     """
     try:
         found = orjson.loads(body)
-        pair = found["ufrag"], found["pwd"]
-    except (orjson.JSONDecodeError, TypeError, KeyError):
-        pair = None, None
-    for name, value, characters_min in zip(("ufrag", "pwd"), pair, (4, 22), strict=True):
-        if not (isinstance(value, str) and sdp.is_ice(value, characters_min)):
-            raise Wrong(name, f"{characters_min} to 256 ICE characters")
+    except orjson.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        found = {}
+    return _ice(found, "ufrag", 4), _ice(found, "pwd", 22)
+
+
+def _ice(found: dict[str, Any], name: str, characters_min: int) -> str:
+    value = found.get(name)
+    if not (isinstance(value, str) and sdp.is_ice(value, characters_min)):
+        raise Wrong(name, f"{characters_min} to 256 ICE characters")
+    return value

@@ -60,6 +60,10 @@ class UnknownCall(Exception):
     """The call id is none of ours, or the call has ended."""
 
 
+class EndedCall(UnknownCall):
+    """The call id is one of ours, and its owner has no such call any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """A call that somebody wants placed."""
@@ -223,7 +227,7 @@ class Placement:
         try:
             async with self._http.request(method, url, data=data, headers=headers) as response:
                 if response.status == 404:
-                    raise UnknownCall(call_id)
+                    raise EndedCall(call_id)
                 if response.status < 500:
                     return response.status, await _json_of(response)
                 log.warning("%s %s: %d", method, url, response.status)

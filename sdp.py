@@ -199,8 +199,7 @@ def answer(
         f"a=ice-pwd:{password}",
         f"a=fingerprint:sha-256 {fingerprint}",
         f"a=setup:{'active' if offer.active else 'passive'}",
-        *(_candidate(at, host, port) for at, (host, port) in enumerate(candidates)),
-        "a=end-of-candidates",
+        *candidate_lines(candidates),
     ]
     host, port = candidates[0]
     version = ipaddress.ip_address(host).version
@@ -228,13 +227,17 @@ def answer(
     return "\r\n".join(text) + "\r\n"
 
 
+def candidate_lines(candidates: Sequence[tuple[str, int]]) -> list[str]:
+    """Our candidates in order of preference, and that there will be no more."""
+    lines = []
+    for at, (host, port) in enumerate(candidates):
+        # RFC 8445 section 5.1.2.1: type preference 126 (host), then the order given, component 1.
+        priority = 126 << 24 | 65535 - at << 8 | 255
+        lines.append(f"a=candidate:{at + 1} 1 udp {priority} {host} {port} typ host")
+    return [*lines, "a=end-of-candidates"]
+
+
 # --- writing ----------------------------------------------------------------------------------
-
-
-def _candidate(at: int, host: str, port: int) -> str:
-    # RFC 8445 section 5.1.2.1: type preference 126 (host), then the order given, component 1.
-    priority = 126 << 24 | 65535 - at << 8 | 255
-    return f"a=candidate:{at + 1} 1 udp {priority} {host} {port} typ host"
 
 
 def _audio(offer: Offer, line: Line, ssrc: int, rate_hz: int) -> list[str]:

@@ -135,6 +135,8 @@ class Session:
         """What the call began with."""
         self.etag = _etag(credentials[0])
         """A name of its ICE session: another one after each restart (RFC 9725 section 4.3.1)."""
+        self.client_ice = (offer.ufrag, offer.password)
+        """The client's ufrag and password in it."""
         self.opened_at = owner.clock()
         self.live_at: float | None = None
         """When DTLS was up; None until then."""

@@ -277,12 +277,34 @@ class SignalingTable(_Table, frozen=True):
     """Folder of the demo page; without it no page is served."""
 
 
+class IceServer(_Table, frozen=True):
+    """`[[ice_server]]`: a STUN or TURN server for clients behind networks that let nothing else
+    through. They are told of it with the answer; the relay itself needs none."""
+
+    url: Annotated[str, Meta(pattern=r"\A(stuns?|turns?):[!-;=?-~]{1,512}\Z")]
+    """`stun:host:port` or `turn:host:port?transport=tcp`."""
+    username: Annotated[str, Meta(pattern=r"\A[ -~]{1,512}\Z")] | None = None
+    """For TURN. Every client that may call learns both."""
+    credential: Annotated[str, Meta(pattern=r"\A[ -~]{1,512}\Z")] | None = None
+
+
+class Whip(_Table, frozen=True):
+    """`[whip]`."""
+
+    elsewhere: Annotated[str, Meta(pattern=r"\Ahttps?://[!-\"$-~]{1,512}\Z")] | None = None
+    """The WHIP endpoint of another cluster, `https://host/whip`: where encoders are sent (307)."""
+    elsewhere_when: Literal["full", "always"] = "full"
+    """`full`: when no transceiver here takes the call. `always`: at once."""
+
+
 class Signaling(_Table, frozen=True):
     """Signaling's file."""
 
     signaling: SignalingTable
     keys: Keys
     cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1)]
+    ice_server: Annotated[tuple[IceServer, ...], Meta(max_length=8)] = ()
+    whip: Whip = Whip()
 
 
 File = TypeVar("File", Relay, Transceiver, Signaling)
@@ -347,6 +369,10 @@ def _agree(found: Relay | Transceiver | Signaling) -> None:
                 f" ports {home.first_port} to {home.last_port}): no relay would find it"
             )
         _agree_on_models(found)
+    if isinstance(found, Signaling):
+        for number, server in enumerate(found.ice_server):
+            if (server.username is None) != (server.credential is None):
+                raise ValueError(f"ice_server[{number}]: username and credential go together")
     if isinstance(found, Relay):
         if found.relay.flows_tentative_max > found.relay.flows_max:
             raise ValueError("relay.flows_tentative_max: larger than relay.flows_max")

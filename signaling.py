@@ -37,6 +37,7 @@ import intake
 import journal
 import metrics
 import settings
+import whip
 
 log = logging.getLogger("signaling")
 
@@ -44,7 +45,7 @@ SHUTDOWN_S = 5.0
 """Requests in hand may finish for this long after SIGTERM. Calls do not notice: they need no
 signaling once they are answered."""
 
-APIS = (calls,)
+APIS = (calls, whip)
 """The ways in, each a module with `routes(door)`."""
 
 API_PREFIXES = ("/v1/", "/whip", "/api/")
@@ -171,7 +172,8 @@ async def _headers_of_every_response(request: web.Request, response: web.StreamR
 @web.middleware
 async def _errors_have_bodies(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answers preflights, and gives whatever went wrong its body."""
-    if request.method == "OPTIONS" and request.path.startswith(API_PREFIXES):
+    handled = request.match_info.http_exception is None  # some APIs have more to say than CORS
+    if request.method == "OPTIONS" and request.path.startswith(API_PREFIXES) and not handled:
         return web.Response(status=204)
     try:
         return await handler(request)

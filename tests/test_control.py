@@ -25,6 +25,7 @@ class State(enum.Enum):
 class Call:
     def __init__(self, wanted: opening.Opening) -> None:
         self.call_id, self.opening, self.etag, self.state = "rtc_1", wanted, "e1", State.LIVE
+        self.client_ice = ("", "")
 
 
 class Limits:

@@ -54,6 +54,6 @@ def test_what_may_be_left_out() -> None:
 
 @given(st.binary(max_size=200))
 def test_any_octets_end_in_an_opening_or_a_sentence(body: bytes) -> None:
-    for read in (opening.read, opening.check_restart):
+    for read in (opening.read, opening.read_restart):
         with contextlib.suppress(opening.Wrong):
             read(body)
