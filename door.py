@@ -20,10 +20,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import keys
 from aiohttp import web
 
 import ledger
 import metrics
+import reception
 import placement
 import settings
 from intake import Refusal
@@ -34,14 +36,10 @@ MODEL_CHARACTERS_MAX = 256
 """Of `?model=`: a name, not a document. What is longer is cut, and then the name of no model."""
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who sends a request, as far as its key says."""
+Caller = keys.Caller
+"""Who sends a request."""
 
-    key: str = ""
-    """Name of the API key, or of the one that vouched for an ephemeral key; empty without keys."""
-    session: dict[str, Any] | None = None
-    """The session object inside an ephemeral key."""
+NOBODY = Caller()
 
 
 class Ended(Refusal):
@@ -58,13 +56,21 @@ class Door:
         """Raises SettingsError for a key file that cannot be used."""
         self.counters = ledger.Counters(metrics.Signaling)
         self.placement = placement.Placement(config, self.counters, rng or random.SystemRandom())
+        self._reception = reception.Reception(config)
         self.config = config
         self.offer_octets_max = config.signaling.offer_octets_max
         self._retry_after = {"Retry-After": str(config.signaling.retry_after_s)}
 
     async def admit(self, request: web.Request) -> Caller:
         """Who this is. Raises Refusal: 401, 403 or 429."""
-        return Caller()
+        return self._reception.admit(request)
+
+    def mint(self, caller: Caller, session: dict[str, Any] | None, seconds: int) -> tuple[str, int]:
+        """An ephemeral key for others to call with, and when it expires in seconds since 1970.
+
+        Raises Refusal: 400 for a session that it has no room for, 403, 429.
+        """
+        return self._reception.mint(caller, session, seconds)
 
     async def place(self, order: placement.Order) -> placement.Placed:
         """Place a call. Raises Refusal: 400 with the transceiver's sentence, or 503."""
@@ -75,16 +81,16 @@ class Door:
             raise Refusal(400, str(error), code=error.code, param=error.param) from error
         except placement.Unavailable as error:
             raise self.unavailable(error) from error
-        # The first characters tell calls apart in a log and let nobody join one.
-        log.info("call %s… placed in %.0f ms", placed.call_id[:12], _ms_since(started))
+        trail.answered(placed.call_id, placed.request_id)
         return placed
 
     async def ask(
-        self, call_id: str, method: str, path: str = "", body: Any = None, caller: Caller = Caller()
+        self, call_id: str, method: str, path: str = "", body: Any = None, caller: Caller = NOBODY
     ) -> tuple[int, Any]:
         """Ask the owner of a call: status and JSON body of what its control API answers.
 
         `path` follows `/v1/sessions/{call_id}`. Raises Refusal: 404 for a call that is none of
+        observer.trail().about(call_id, caller.key)
         ours or has ended, 503 if its owner does not answer.
         """
         try:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+import keys
 import ufrag
 from endpoints import Address, Endpoint, ModelUrl, Prefix, RedisUrl
 
@@ -267,6 +268,9 @@ class SignalingTable(_Table, frozen=True):
     """Public addresses of relays, as clients reach them: they stand in every answer."""
     transceivers: Annotated[tuple[Endpoint, ...], Meta(min_length=1)]
     """Control addresses of the transceivers that calls are placed on."""
+    keys_file: Path | None = None
+    """The API keys, a line each as `signaling key` prints it; readable by its owner only. Without
+    it whoever can reach this may call: for development, and at a loopback address only."""
     offer_octets_max: Annotated[int, Meta(ge=1024, le=1 << 20)] = 65_536
     """Largest request body. A browser's offer has 2,000 to 8,000 octets."""
     transceiver_timeout_s: Annotated[float, Meta(gt=0, le=60)] = 2.0
@@ -376,6 +380,13 @@ def _agree(found: Relay | Transceiver | Signaling) -> None:
     if isinstance(found, Relay):
         if found.relay.flows_tentative_max > found.relay.flows_max:
             raise ValueError("relay.flows_tentative_max: larger than relay.flows_max")
+    if isinstance(found, Signaling):
+        listen = found.signaling.listen
+        if found.signaling.keys_file is None and not listen.address.is_loopback:
+            raise ValueError(
+                f"signaling.keys_file: without API keys only this machine may call, and {listen} is"
+                " no loopback address"
+            )
         if not found.relay.internal.port:
             raise ValueError("relay.internal: needs a port, so that it is the same after a restart")
 
@@ -411,6 +422,14 @@ def load_keys(path: Path, mint_id: int | None = None) -> ufrag.Keyring:
 
 
 def load_secret(path: Path) -> str:
+
+
+def load_api_keys(path: Path, keyring: ufrag.Keyring) -> keys.Keys:
+    """Read the file of API keys. Raises SettingsError like `load_keys`."""
+    try:
+        return keys.Keys.parse(_read_private(path), keyring)
+    except keys.KeysError as error:
+        raise SettingsError(f"{path}: {error}") from error
     """A key that is sent as it is, such as a model server's: the one line of its file.
 
     Raises SettingsError like `load_keys`, and for what no header can carry.

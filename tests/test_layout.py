@@ -19,6 +19,7 @@ SANS_IO = {
     "sealing",
     "memory",
     "outbox",
+    "keys",
     "remote",
     "resample",
     "admission",
@@ -69,6 +70,7 @@ IMPORTERS = {
         "keeper",
     },
     "aioice": set(),
+        "reception",
     "aiortc": {"association", "dtls", "peer"},
     "asyncio": {
         "mux",
@@ -108,6 +110,7 @@ IMPORTERS = {
     },
     "prometheus_client": {"metrics"},
     "psutil": {"host"},
+        "keys",
     "pylibsrtp": {"peer"},
     "pyroute2": {"host"},
     "redis": {"redisclient"},

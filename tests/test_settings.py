@@ -126,6 +126,8 @@ def test_settings_are_frozen(tmp_path: Path) -> None:
          'model[0].url: kind "realtime" needs'),
         (settings.Signaling, SIGNALING, "[keys]", "offer_octets_max = 1\n[keys]",
          "signaling.offer_octets_max: Expected `int` >= 1024"),
+        (settings.Signaling, SIGNALING, "127.0.0.1:8080", "0.0.0.0:8080",
+         "signaling.keys_file: without API keys only this machine may call, and 0.0.0.0:8080 is"),
         (settings.Signaling, SIGNALING, "listen", "[", "not TOML: "),
     ],
 )  # fmt: skip
@@ -229,6 +231,10 @@ def test_example_files_show_every_key_at_its_default(
         assert everything.ice_server and everything.whip.elsewhere
         whip = msgspec.structs.replace(everything.whip, elsewhere=None)
         everything = msgspec.structs.replace(everything, ice_server=(), whip=whip)
+    if isinstance(everything, settings.Signaling):
+        assert everything.signaling.keys_file
+        table = msgspec.structs.replace(everything.signaling, keys_file=None)
+        everything = msgspec.structs.replace(everything, signaling=table)
     # The id to mint with has no default in the file: by default it follows the key file.
     everything = msgspec.structs.replace(
         everything, keys=msgspec.structs.replace(everything.keys, mint_id=None)
