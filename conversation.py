@@ -34,6 +34,7 @@ import audio
 import channel
 import floor
 import realtime
+import records
 import replies
 from realtime import Event, Refused
 from replies import Taken
@@ -53,10 +54,12 @@ class Conversation:
         playout: audio.Playout,
         ruled: floor.Floor,
         message_octets_max: int = channel.SERVER_MESSAGE_OCTETS_MAX,
+        chronicle: records.Chronicle | None = None,
     ) -> None:
         """`session_id` becomes the session's id for the client; event ids are derived from it.
 
-        `message_octets_max` is what the client takes in one message; 0 is any.
+        `message_octets_max` is what the client takes in one message; 0 is any. `chronicle` has the
+        items of a conversation that goes on in this one, and is told of what follows.
         """
         self._session_id = session_id
         self._tag = hashlib.blake2s(session_id.encode(), digest_size=6).hexdigest()
@@ -65,7 +68,7 @@ class Conversation:
         self._replies = replies.Replies(playout)
         self._floor, self._terms = ruled, ruled.terms
         self._to_backend: list[Event] = []
-        self._history = realtime.History()
+        self._chronicle = chronicle or records.Chronicle()
         self.listens = False
         """Whether it wants to `hear` what the caller says: only some settings need it."""
         self.expires_at: int | None = None
@@ -83,7 +86,7 @@ class Conversation:
         self._closed = True
         self._channel.close()
         self._to_backend = []
-        self._history = realtime.History()
+        self._chronicle = records.Chronicle()
 
     def notice(self, expires_at: int) -> None:
         """Tell the client when the call will end: session.updated with another `expires_at`.
@@ -127,7 +130,7 @@ class Conversation:
         elif kind == "error":
             self._backend_error(event)
         elif not kind.startswith("output_audio_buffer."):  # those are made here
-            self._note_item(event, kind)
+            self._chronicle.memory.note(event, kind)
             self._channel.say(event)
             self._note_turn(kind, now)
             self._note_response(event, kind, now)
@@ -192,6 +195,7 @@ class Conversation:
         elif kind == "session.update" and isinstance(session := event.get("session"), dict):
             _drop_formats(session)
             event["session"] = self._terms.asked(session, self._known_by(event))
+            self._chronicle.asked(event["event_id"], session)
         self._to_backend.append(event)
 
     def _known_by(self, event: Event) -> str:
@@ -211,18 +215,18 @@ class Conversation:
 
     def _retrieve(self, event: Event) -> None:
         item_id = realtime.field(event, "item_id", str)
-        found = self._history.get(item_id)
-        if found is None:
+        item = self._chronicle.memory.get(item_id)
+        if item is None:
             wrong = f"No item {item_id[:80]!r} has passed through this conversation lately."
             raise Refused("item_retrieve_invalid_item_id", wrong, "item_id")
-        self._channel.say({"type": "conversation.item.retrieved", "item": found.item})
+        self._channel.say({"type": "conversation.item.retrieved", "item": item})
 
     def _truncate_to_heard(self, event: Event) -> None:
         """Clients do not know how much of an item was sent, and never more was heard than that."""
         item_id = realtime.field(event, "item_id", str)
         end_ms = realtime.field(event, "audio_end_ms", int)
         heard_ms = self._replies.heard_ms(item_id)
-        if heard_ms is None and self._history.get(item_id) is not None:
+        if heard_ms is None and self._chronicle.memory.get(item_id) is not None:
             heard_ms = 0
         event["audio_end_ms"] = end_ms if heard_ms is None else min(end_ms, heard_ms)
 
@@ -253,17 +257,28 @@ class Conversation:
         self._shown = shown
         event = event | {"session": shown}
         if not created:
+            self._chronicle.confirmed()
             self._channel.say(event)
             return
         self._channel.create(event)
+        self._show_kept()
         refused, self._terms.refused = self._terms.refused, None
         if refused is not None:
             self._channel.error(refused)
+
+    def _show_kept(self) -> None:
+        """Tell the client what there is of the conversation that goes on in this one."""
+        before = None
+        for item in self._chronicle.begins_with():
+            for kind in ("conversation.item.added", "conversation.item.done"):
+                self._channel.say({"type": kind, "previous_item_id": before, "item": item})
+            before = item["id"]
 
     def _backend_error(self, event: Event) -> None:
         """Pass it on, unless it is about an event that no client sent: not all know truncation."""
         event_id = _at(event, "error", "event_id")
         self._terms.turned_down(event_id, _at(event, "error", "param"))
+        self._chronicle.turned_down(event_id)
         if isinstance(event_id, str):
             self._replies.refused(event_id)
             if event_id.startswith(f"own_{self._tag}"):
@@ -271,22 +286,6 @@ class Conversation:
             if event_id.startswith(f"ask_{self._tag}"):
                 event = event | {"error": event["error"] | {"event_id": None}}
         self._channel.say(event)
-
-    def _note_item(self, event: Event, kind: str) -> None:
-        """Remember items as they pass, so that `conversation.item.retrieve` can be answered."""
-        item, item_id = event.get("item"), event.get("item_id")
-        if kind in ("conversation.item.added", "conversation.item.done"):
-            if isinstance(item, dict) and isinstance(item.get("id"), str):
-                self._remember(item)
-        elif not isinstance(item_id, str) or (found := self._history.get(item_id)) is None:
-            return
-        elif kind == "conversation.item.deleted":
-            self._history.drop(item_id)
-        elif kind == "conversation.item.truncated":
-            # The API deletes the transcript with it: the rest of the words was not heard.
-            self._remember(_transcribed(found.item, event, None))
-        elif kind == "conversation.item.input_audio_transcription.completed":
-            self._remember(_transcribed(found.item, event, event.get("transcript")))
 
     def _note_turn(self, kind: str, now: float) -> None:
         """What an event about the caller's turn means, now that the client has it."""
@@ -341,12 +340,6 @@ class Conversation:
         self._to_backend.append({"event_id": event_id, "type": kind, **fields})
         return event_id
 
-    def _remember(self, item: Event) -> None:
-        try:
-            self._history.put(item, self._history.last_id)
-        except Refused:  # such an item cannot be shown to the client either
-            pass
-
 
 # --- objects of others ---------------------------------------------------------------------------
 
@@ -382,16 +375,3 @@ def _without_secrets(session: Event) -> Event:
             for tool in tools
         ]
     return shown
-
-
-def _transcribed(item: Event, event: Event, transcript: object) -> Event:
-    """An item with another transcript in the content part that an event names."""
-    content, index = item.get("content"), event.get("content_index")
-    if not isinstance(content, list) or not isinstance(index, int):
-        return item
-    return item | {
-        "content": [
-            part | {"transcript": transcript} if i == index and isinstance(part, dict) else part
-            for i, part in enumerate(content)
-        ]
-    }

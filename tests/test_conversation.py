@@ -569,4 +569,4 @@ def test_a_backend_that_makes_no_sense_costs_a_bounded_memory(events: list[Any])
     assert len(found._over) <= replies.OVER_MAX
     assert len(found._heard) <= replies.HEARD_MAX
     assert len(found._pieces) <= audio.ITEMS_MAX
-    assert len(line.conversation._history._items) <= realtime.ITEMS_MAX
+    assert len(line.conversation._chronicle.memory._history._items) <= realtime.ITEMS_MAX
