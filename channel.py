@@ -57,7 +57,8 @@ class Channel:
         self._closed = False
         self._opened = False
         self._created: str | None = None  # session.created, until the channel takes it
-        self._live = False  # session.created is out
+        self.live = False
+        """Whether session.created is out."""
         self._backlog: deque[str] = deque()
         self._backlog_octets = 0
         self._held: list[str] | None = None
@@ -78,7 +79,7 @@ class Channel:
 
     def create(self, event: Event) -> None:
         """Say `session.created`: once, the first time; another one is news to nobody."""
-        if self._created is None and not self._live:
+        if self._created is None and not self.live:
             self._created = self._message(event)
             self._go_live()
 
@@ -148,7 +149,7 @@ class Channel:
     def _deliver(self, message: str) -> None:
         if self._closed:
             return
-        if self._live:
+        if self.live:
             self._out.append(message)
             return
         self._backlog.append(message)
@@ -159,7 +160,7 @@ class Channel:
     def _go_live(self) -> None:
         if self._closed or not self._opened or self._created is None:
             return
-        self._live = True
+        self.live = True
         self._out += [self._created, *self._backlog]
         self._created = None
         self._backlog.clear()

@@ -78,8 +78,11 @@ class Conversation:
     # --- verbs -------------------------------------------------------------------------------
 
     def opened(self, now: float) -> None:
-        """The data channel is open."""
+        """The data channel is open; after another one, it begins with session.created, too."""
+        again = self._channel.live
         self._channel.open()
+        if again:
+            self._channel.overtake({"type": "session.created", "session": self._shown})
 
     def closed(self) -> None:
         """The session has ended: nothing more comes out, and what was remembered is freed."""

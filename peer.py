@@ -24,6 +24,7 @@ https://www.rfc-editor.org/rfc/rfc8831 (data channels).
 """
 
 import asyncio
+import functools
 import logging
 import math
 import time
@@ -35,6 +36,7 @@ import pylibsrtp
 from aiortc.rtcdatachannel import RTCDataChannel
 from aiortc.rtcdtlstransport import RTCDtlsFingerprint, RTCDtlsParameters, RTCDtlsTransport
 
+import carrier
 import dtls
 import ice
 import metrics
@@ -55,9 +57,6 @@ not fit is lost, as on any full link, and SCTP sends it again."""
 EARLY_DATAGRAMS_MAX = 50
 """SRTP kept until its keys are there: one second of speech. With DTLS 1.2 the client has them no
 sooner than we; with 1.3, or as the DTLS client, it may speak first."""
-
-CHANNELS_MAX = 8
-"""Data channels of a session. Clients open one, two at the most; each costs some kilobytes."""
 
 SSRCS_MAX = 16
 """Streams that a client may send. libsrtp keeps each for ever, in a list that it walks a packet;
@@ -96,10 +95,11 @@ class Handler(Protocol):
         """An authenticated compound RTCP packet."""
 
     def opened(self, now: float) -> None:
-        """The client's first data channel is open: `Peer.send_message` works from here on."""
+        """A data channel carries the events: `Peer.send_message` works from here on, and
+        `Peer.carrier` knows its label. Again if another one has taken over."""
 
     def message(self, message: str | bytes, now: float) -> None:
-        """A message on the first data channel."""
+        """A message on that data channel."""
 
     def lost(self, reason: str) -> None:
         """The transport has ended by itself; `Peer.close` is still to be called. At most once."""
@@ -173,7 +173,8 @@ class Peer:
         self._handler: Handler | None = handler
         self._dtls: RTCDtlsTransport | None = None  # made by the first check, not by the offer
         self._sctp: Association | None = None
-        self._channels: list[RTCDataChannel] = []
+        self.carrier = carrier.Carrier()
+        self._patience: asyncio.TimerHandle | None = None
         self._receiving: Any = None  # pylibsrtp's sessions
         self._sending: Any = None
         self._task: asyncio.Task[None] | None = None
@@ -270,22 +271,13 @@ class Peer:
             self._wire.send(active.header, self._sending.protect_rtcp(packet), active.relay)
 
     def send_message(self, message: str) -> None:
-        """Send text on the client's first data channel, if that is open.
-
-        A message larger than the client takes (a=max-message-size) is dropped and logged.
-        """
-        channel = self._channels[0] if self._channels else None
-        if channel is None or channel.readyState != "open":
-            return
-        try:
-            channel.send(message)
-        except ValueError as error:
-            log.info("message not sent: %s", error)
+        """Send text on the data channel that carries the events, if one does."""
+        self.carrier.send(message)
 
     @property
     def backlog_octets(self) -> int:
         """Octets of messages that the client has not taken yet."""
-        return self._channels[0].bufferedAmount if self._channels else 0
+        return self.carrier.backlog_octets
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -346,21 +338,30 @@ class Peer:
             self.receive_srtp(payload, header, relay, now)
 
     def _channel(self, channel: RTCDataChannel) -> None:
-        """A data channel that the client opened: the first one carries the events."""
-        if len(self._channels) >= CHANNELS_MAX:
+        """A data channel that the client opened."""
+        if len(self.carrier) >= carrier.CHANNELS_MAX:
             self.end("the client opened too many data channels")
             return
-        first = not self._channels
-        self._channels.append(channel)
-        if first and self._handler is not None:
-            channel.on("message", self._message)
+        channel.on("message", functools.partial(self._message, channel))
+        if self.carrier.opened(channel):
+            self._carried()
+        elif not self.carrier.label and self._patience is None:
+            self._patience = self._wire.loop.call_later(carrier.PATIENCE_S, self._waited)
+
+    def _waited(self) -> None:
+        if self.carrier.waited():
+            self._carried()
+
+    def _carried(self) -> None:
+        if self._handler is not None:
             self._handler.opened(self._wire.clock())
 
-    def _message(self, message: str | bytes) -> None:
-        if self._handler is None:
-            return
+    def _message(self, channel: RTCDataChannel, message: str | bytes) -> None:
         try:
-            self._handler.message(message, self._wire.clock())
+            if self.carrier.spoken(channel):
+                self._carried()
+            if self._handler is not None and self.carrier.carries(channel):
+                self._handler.message(message, self._wire.clock())
         except Exception:
             log.exception("a message met a fault")
             self.end("a fault in the server")
@@ -430,12 +431,13 @@ class Peer:
         self._receiving = self._sending = None
         self._early.clear()
         self._inbox.clear()
-        self._channels.clear()
-        if self._resending is not None:
-            self._resending.cancel()
+        self.carrier.clear()
+        for timer in (self._resending, self._patience):
+            if timer is not None:
+                timer.cancel()
         if self._dtls is not None:
             self._dtls.remove_all_listeners()
-        self._dtls = self._sctp = self._task = self._resending = None
+        self._dtls = self._sctp = self._task = self._resending = self._patience = None
 
     # --- what aiortc asks of its ICE transport --------------------------------------------------
 

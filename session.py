@@ -29,6 +29,7 @@ import logging
 import secrets
 from typing import Protocol
 
+import adapters
 import audio
 import backend
 import conversation
@@ -63,7 +64,8 @@ BACKEND_LOST = "the backend is lost"
 """Reasons why calls end that are counted (ENDINGS)."""
 
 STOPPED_READING = "the client has stopped reading its data channel"
-"""Another reason."""
+LEFT = "the client has asked to end the call"
+"""Other reasons."""
 
 ENDINGS = {
     NEVER_CONNECTED: metrics.Transceiver.ENDED_NEVER_CONNECTED,
@@ -173,7 +175,9 @@ class Session:
             self.call_id, self._playout, ruled, offer.message_octets_max
         )
         self._conversation.expires_at = self._unix_at(self.ends_at)
+        self._adapter = adapters.of(wanted.dialect, "", 0.0, resumed=False)
         self._peer = mux.open(offer, *credentials, self)
+        self._peer.carrier.labels = adapters.labels(wanted.dialect)
         early, self._early = self._early, None
         for event in early or ():
             self._emitted(event)
@@ -250,6 +254,12 @@ class Session:
     def opened(self, now: float) -> None:
         """The data channel is open: session.created goes first."""
         self._meter.set_up(Timing.SETUP_CHANNEL, now)
+        self._adapter = adapters.of(
+            self.opening.dialect,
+            self._peer.carrier.label,
+            self._owner.unix() - now,
+            resumed=self.opening.resume is not None,
+        )
         self._opened = True
         self._conversation.opened(now)
         self.flow(now)
@@ -257,10 +267,14 @@ class Session:
             self._end_without_backend()
 
     def message(self, message: str | bytes, now: float) -> None:
-        """A client event."""
+        """A message of the client."""
         if not self._closed:
-            self._conversation.client_message(message, now)
+            for event in self._adapter.from_client(message, now):
+                self._conversation.client_message(event, now)
             self.flow(now)
+            if self._adapter.leaves:
+                self.farewell()
+                self._owner.ended(self, LEFT)
 
     def lost(self, reason: str) -> None:
         """The transport has ended by itself."""
@@ -280,14 +294,21 @@ class Session:
                 for packet in packets:
                     self._peer.send_rtp(packet)
         self._conversation.playout_events(now)
+        events = self._conversation.to_client()
+        messages = self._adapter.to_client(events, now)
+        if asked := self._adapter.asked():
+            for each in asked:
+                self._conversation.client_message(each, now)
+            messages += self._adapter.to_client(self._conversation.to_client(), now)
         for event in self._conversation.to_backend():
             self._backend.send(event, now)
-        for message in self._conversation.to_client():
+        for message in messages:
             if self._peer.backlog_octets > BACKLOG_OCTETS_MAX:  # a backend may say a lot a second
                 self._owner.ended(self, STOPPED_READING)
                 break
             self._peer.send_message(message)
-            self._meter.told(message, self._owner.clock() - now)
+        for told in events:
+            self._meter.told(told, self._owner.clock() - now)
         self._owner.paced(self)
 
     def tick(self, now: float) -> None:
@@ -339,6 +360,11 @@ class Session:
         """Tell the client what is wrong, or why its call ends now: an `error` event."""
         self._conversation.fault(code, message, kind)
         self.flow(self._owner.clock())
+
+    def farewell(self) -> None:
+        """Tell the client that its call has been ended by request, if its dialect can say so."""
+        for message in self._adapter.farewell():
+            self._peer.send_message(message)
 
     def goodbye(self, now: float) -> None:
         """Tell the client that its call ends since the process does."""

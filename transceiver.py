@@ -212,6 +212,7 @@ class Transceiver:
 
     def hang_up(self, call: Session) -> None:
         """End a call by request."""
+        call.farewell()
         self.ended(call, "hung up by request")
 
     def health(self) -> dict[str, Any]:

@@ -294,7 +294,7 @@ def test_channels_with_strange_labels(opening: Callable[[Hostile], list[bytes]])
 
     call, heard = beside(attack)
     assert heard == ["connected", "opened"]
-    assert len(call.peer._channels) <= 2
+    assert len(call.peer.carrier) <= 2
 
 
 ENDING = {

@@ -15,6 +15,7 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 PROGRAMS = {"relay", "transceiver", "signaling", "parrot_server"}
 SANS_IO = {
     "dialect",
+    "adapters",
     "opening",
     "sealing",
     "memory",

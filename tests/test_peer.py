@@ -13,6 +13,7 @@ from aiortc.rtcdtlstransport import SRTPProtectionProfile, generate_certificate
 from cryptography.hazmat.primitives.asymmetric import rsa
 from OpenSSL import SSL
 
+import carrier
 import dtls
 import frame
 import mux
@@ -442,10 +443,40 @@ def test_closing_in_the_middle_of_the_handshake() -> None:
     line(scenario)
 
 
+def test_of_several_channels_the_one_with_the_known_label_carries_the_events() -> None:
+    async def scenario(on: Line) -> None:
+        stranger = on.client.pc.createDataChannel("files")
+        await on.connect()
+        await shim.until(lambda: stranger.readyState == "open")
+        stranger.send("nobody reads this")
+        on.client.channel.send("but this")
+        await shim.until(lambda: on.handler.messages == ["but this"])
+        on.peer.send_message("there you are")
+        await shim.until(lambda: on.client.messages == ["there you are"])
+        assert on.handler.heard.count("opened") == 1
+
+    line(scenario)
+
+
+def test_a_channel_with_a_strange_label_carries_if_no_better_one_comes() -> None:
+    async def scenario(on: Line) -> None:
+        on.peer.carrier.labels = frozenset(("chat",))
+        await shim.until(lambda: "opened" in on.handler.heard)
+        assert on.peer.carrier.label == "oai-events"
+        on.peer.send_message("then this is it")
+        await shim.until(lambda: on.client.messages == ["then this is it"])
+
+    async def dialled(on: Line) -> None:
+        await on.dial()
+        await scenario(on)
+
+    line(dialled)
+
+
 def test_a_client_that_opens_too_many_channels_is_let_go() -> None:
     async def scenario(on: Line) -> None:
         await on.connect()
-        for number in range(peer.CHANNELS_MAX):
+        for number in range(carrier.CHANNELS_MAX):
             on.client.pc.createDataChannel(f"more {number}")
         await shim.until(
             lambda: on.handler.heard[-1] == "lost: the client opened too many data channels"
@@ -468,7 +499,7 @@ def test_a_client_that_sends_too_many_streams_is_let_go() -> None:
 def test_a_message_that_is_too_large_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(on: Line) -> None:
         await on.connect()
-        with caplog.at_level("INFO", "peer"):
+        with caplog.at_level("INFO", "carrier"):
             on.peer.send_message("x" * 300_000)
         assert "only supports messages up to" in caplog.text
         on.peer.send_message("small")

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import carrier
 import endpoints
 import ice
 import ledger
@@ -49,6 +50,7 @@ class FakePeer:
     def __init__(self) -> None:
         self.agent = ice.Agent(b"u", b"p")
         self.backlog_octets = 0
+        self.carrier = carrier.Carrier()
         self.checked_at: float | None = None
         self.sent: list[rtp.Packet] = []
         self.reports: list[bytes] = []

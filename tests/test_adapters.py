@@ -1,0 +1,34 @@
+"""The table of what clients speak, and the Realtime API's own entry."""
+
+import timeit
+
+import pytest
+
+import adapters
+
+
+def test_realtime_changes_nothing() -> None:
+    adapter = adapters.of("realtime", "oai-events", 0.0, resumed=False)
+    events = ["one", "two"]
+    assert adapter.to_client(events, 0.0) is events
+    assert adapter.from_client(b"any", 0.0) == (b"any",)
+    assert (adapter.asked(), adapter.farewell(), adapter.leaves) == ((), (), False)
+
+
+@pytest.mark.parametrize("dialect", ["", "realtime", "yet to be invented"])
+def test_what_is_unknown_is_realtime(dialect: str) -> None:
+    assert isinstance(adapters.of(dialect, "chat", 0.0, resumed=False), adapters.Realtime)
+    assert adapters.labels(dialect) == {"oai-events"}
+
+
+def test_realtime_costs_nothing() -> None:
+    """Printed; the bound is that of a machine which is very busy with something else."""
+    adapter = adapters.of("realtime", "oai-events", 0.0, resumed=False)
+
+    def once() -> None:
+        adapter.to_client([], 0.0)
+        adapter.asked()
+
+    each_s = min(timeit.repeat(once, number=10_000, repeat=3)) / 10_000
+    print(f"{each_s * 1e9:.0f} ns a flow, of which a call has fifty a second")
+    assert each_s < 50e-6
