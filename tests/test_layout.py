@@ -35,6 +35,7 @@ SANS_IO = {
     "gate",
     "recovery",
     "roaming",
+    "roster",
     "ice",
     "ledger",
     "sdp",
@@ -87,6 +88,7 @@ IMPORTERS = {
         "inquiries",
         "keeper",
         "redisclient",
+        "presence",
         "registry",
     },
     "av": {"opus"},
@@ -97,6 +99,7 @@ IMPORTERS = {
     "OpenSSL": {"dtls"},
     "orjson": {
         "outbox",
+        "presence",
         "remote",
         "channel",
         "journal",
