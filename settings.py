@@ -377,9 +377,6 @@ def _agree(found: Relay | Transceiver | Signaling) -> None:
         for number, server in enumerate(found.ice_server):
             if (server.username is None) != (server.credential is None):
                 raise ValueError(f"ice_server[{number}]: username and credential go together")
-    if isinstance(found, Relay):
-        if found.relay.flows_tentative_max > found.relay.flows_max:
-            raise ValueError("relay.flows_tentative_max: larger than relay.flows_max")
     if isinstance(found, Signaling):
         listen = found.signaling.listen
         if found.signaling.keys_file is None and not listen.address.is_loopback:
@@ -390,6 +387,9 @@ def _agree(found: Relay | Transceiver | Signaling) -> None:
         if not found.relay.internal.port:
             raise ValueError("relay.internal: needs a port, so that it is the same after a restart")
 
+    if isinstance(found, Relay):
+        if found.relay.flows_tentative_max > found.relay.flows_max:
+            raise ValueError("relay.flows_tentative_max: larger than relay.flows_max")
 
 def _agree_on_models(found: Transceiver) -> None:
     names = [model.name for model in found.model]
@@ -421,9 +421,6 @@ def load_keys(path: Path, mint_id: int | None = None) -> ufrag.Keyring:
         raise SettingsError(f"{path}: {error}") from error
 
 
-def load_secret(path: Path) -> str:
-
-
 def load_api_keys(path: Path, keyring: ufrag.Keyring) -> keys.Keys:
     """Read the file of API keys. Raises SettingsError like `load_keys`."""
     try:
@@ -433,6 +430,9 @@ def load_api_keys(path: Path, keyring: ufrag.Keyring) -> keys.Keys:
     """A key that is sent as it is, such as a model server's: the one line of its file.
 
     Raises SettingsError like `load_keys`, and for what no header can carry.
+
+
+def load_secret(path: Path) -> str:
     """
     secret = _read_private(path).strip()
     if not (secret.isascii() and secret.isprintable() and " " not in secret and secret):
