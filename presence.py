@@ -22,7 +22,6 @@ A Redis user needs SET, DEL, ZADD and ZREM (transceivers), ZRANGE, GETRANGE and 
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,9 +132,9 @@ def _count(found: dict[str, Any], name: str) -> int | None:
 
 def _figure(found: dict[str, Any], name: str) -> float:
     value = found.get(name)
-    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > NUMBER_MAX:
-        return 0.0
-    return float(value)
+    if isinstance(value, float | int) and abs(value) <= NUMBER_MAX:
+        return float(value)
+    return 0.0
 
 
 def _calls(found: Any) -> dict[str, int]:

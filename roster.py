@@ -18,8 +18,7 @@ Sans-IO: `now` is an argument, chance is the caller's.
 """
 
 import enum
-import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import endpoints
@@ -134,6 +133,10 @@ class Peer:
             self.since.remove(attempt)
 
 
+Shuffle = Callable[[list[Peer]], None]
+"""Puts them into a random order: random.Random.shuffle."""
+
+
 class Roster:
     """All transceivers."""
 
@@ -183,12 +186,12 @@ class Roster:
             if peer.health is not Health.AWAY
         )
 
-    def order(self, rng: random.Random) -> list[Peer]:
+    def order(self, shuffle: Shuffle) -> list[Peer]:
         """Whom to show an offer, one after the other."""
-        return order_of(self.peers, rng)[:ATTEMPTS_MAX]
+        return order_of(self.peers, shuffle)[:ATTEMPTS_MAX]
 
 
-def order_of(peers: list[Peer], rng: random.Random) -> list[Peer]:
+def order_of(peers: list[Peer], shuffle: Shuffle) -> list[Peer]:
     """In which order to ask: the better of two at random, then the rest at random, then those that
     are full or have not answered. Those that drain are not asked.
 
@@ -196,7 +199,7 @@ def order_of(peers: list[Peer], rng: random.Random) -> list[Peer]:
     that runs to the single least loaded one when several instances see the same old figures.
     """
     asked = [peer for peer in peers if peer.health is not Health.DRAINING]
-    rng.shuffle(asked)
+    shuffle(asked)
     asked.sort(key=lambda peer: peer.last)
     able = sum(not peer.last for peer in asked)
     if able >= 2:
