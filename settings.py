@@ -384,12 +384,12 @@ def _agree(found: Relay | Transceiver | Signaling) -> None:
                 f"signaling.keys_file: without API keys only this machine may call, and {listen} is"
                 " no loopback address"
             )
-        if not found.relay.internal.port:
-            raise ValueError("relay.internal: needs a port, so that it is the same after a restart")
-
     if isinstance(found, Relay):
         if found.relay.flows_tentative_max > found.relay.flows_max:
             raise ValueError("relay.flows_tentative_max: larger than relay.flows_max")
+        if not found.relay.internal.port:
+            raise ValueError("relay.internal: needs a port, so that it is the same after a restart")
+
 
 def _agree_on_models(found: Transceiver) -> None:
     names = [model.name for model in found.model]
@@ -427,12 +427,12 @@ def load_api_keys(path: Path, keyring: ufrag.Keyring) -> keys.Keys:
         return keys.Keys.parse(_read_private(path), keyring)
     except keys.KeysError as error:
         raise SettingsError(f"{path}: {error}") from error
-    """A key that is sent as it is, such as a model server's: the one line of its file.
-
-    Raises SettingsError like `load_keys`, and for what no header can carry.
 
 
 def load_secret(path: Path) -> str:
+    """A key that is sent as it is, such as a model server's: the one line of its file.
+
+    Raises SettingsError like `load_keys`, and for what no header can carry.
     """
     secret = _read_private(path).strip()
     if not (secret.isascii() and secret.isprintable() and " " not in secret and secret):
