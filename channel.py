@@ -16,6 +16,7 @@ It does not know what the events mean: that is `conversation.py`. Sans-IO.
 """
 
 from collections import deque
+from collections.abc import Callable
 
 import orjson
 
@@ -46,11 +47,18 @@ in a tenth of a second the order matters less."""
 class Channel:
     """One client's messages. Methods that need the time take monotonic seconds as `now`."""
 
-    def __init__(self, tag: str, octets_max: int = SERVER_MESSAGE_OCTETS_MAX) -> None:
+    def __init__(
+        self,
+        tag: str,
+        octets_max: int = SERVER_MESSAGE_OCTETS_MAX,
+        overheard: Callable[[str], None] = lambda message: None,
+    ) -> None:
         """Ids of events are made of `tag`, which is this session's alone.
 
-        `octets_max` is the client's own limit of a message; 0 is none.
+        `octets_max` is the client's own limit of a message; 0 is none. `overheard` gets every
+        message when its time comes, session.created excepted, whether the channel is open or not.
         """
+        self._overheard = overheard
         self._tag = tag
         self._octets_max = min(octets_max or SERVER_MESSAGE_OCTETS_MAX, SERVER_MESSAGE_OCTETS_MAX)
         self._events = 0
@@ -80,12 +88,12 @@ class Channel:
     def create(self, event: Event) -> None:
         """Say `session.created`: once, the first time; another one is news to nobody."""
         if self._created is None and not self.live:
-            self._created = self._message(event)
+            self._created = self.message(event)
             self._go_live()
 
     def say(self, event: Event) -> None:
         """Tell the client, after all that was said before."""
-        message = self._message(event)
+        message = self.message(event)
         if self._held is None:
             self._deliver(message)
             return
@@ -96,7 +104,7 @@ class Channel:
 
     def overtake(self, event: Event) -> None:
         """Tell the client before what is held."""
-        self._deliver(self._message(event))
+        self._deliver(self.message(event))
 
     def error(
         self, refused: Refused, event_id: object = None, kind: str = "invalid_request_error"
@@ -131,7 +139,8 @@ class Channel:
         self._events += 1
         return f"{kind}_{self._tag}{self._events:04d}"
 
-    def _message(self, event: Event) -> str:
+    def message(self, event: Event) -> str:
+        """An event as JSON, as any listener of this session may see it."""
         event_id = event.get("event_id")
         if not isinstance(event_id, str):
             event_id = self.next_id("event")
@@ -149,6 +158,7 @@ class Channel:
     def _deliver(self, message: str) -> None:
         if self._closed:
             return
+        self._overheard(message)
         if self.live:
             self._out.append(message)
             return

@@ -7,6 +7,7 @@
     POST   /v1/sessions/{call_id}/ice {"ufrag", "pwd"}   an ICE restart: the client's new pair
                         200 {"ufrag", "pwd", "etag"}: ours; {"etag"} if the client's pair is
                         the one that it has already; 400; 404
+    GET    /v1/sessions/{call_id}/events   WebSocket: the call's events (attendance.py); 404; 429
     DELETE /v1/sessions/{call_id}   200 {}; 404
     GET    /v1/health               200 {"state": "serving" or "draining", "sessions",
                                     "sessions_max", "load": 1 is where calls are refused, and of
@@ -27,6 +28,7 @@ It decides nothing about calls: `transceiver.py` takes or refuses them.
 """
 
 import enum
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Protocol, TypeVar
@@ -34,12 +36,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import orjson
 from aiohttp import web
 
+import attendance
 import endpoints
 import ledger
 import metrics
 import opening
 import sdp
 import settings
+from attendants import Attendant, Crowded
 
 REQUEST_OCTETS_MAX = 1 << 20
 """Of the control API: an offer and a session with its instructions and tools."""
@@ -73,6 +77,12 @@ class Call(Protocol):
     def state(self) -> enum.Enum:
         """Where the call is in its life."""
 
+    def attend(self, attendant: Attendant) -> None:
+        """See attendance.Attended."""
+
+    def unattend(self, attendant: Attendant) -> None:
+        """See attendance.Attended."""
+
 
 AnyCall = TypeVar("AnyCall", bound=Call)
 
@@ -92,6 +102,9 @@ class Switchboard(Protocol[AnyCall]):
 
     def restart(self, call: AnyCall) -> tuple[str, str]:
         """New ICE credentials of a call: ufrag and password."""
+
+    def attended(self, call: AnyCall, message: str | bytes, attendant: Attendant) -> None:
+        """An event of one that attends the call. Raises nothing."""
 
     def hang_up(self, call: AnyCall) -> None:
         """End a call by request."""
@@ -134,6 +147,7 @@ def application(switchboard: Switchboard[AnyCall]) -> web.Application:
     application.router.add_post("/v1/sessions", handlers.create)
     application.router.add_get("/v1/sessions/{call_id}", handlers.show)
     application.router.add_post("/v1/sessions/{call_id}/ice", handlers.restart)
+    application.router.add_get("/v1/sessions/{call_id}/events", handlers.events)
     application.router.add_delete("/v1/sessions/{call_id}", handlers.delete)
     application.router.add_get("/v1/health", handlers.health)
     application.router.add_get("/metrics", handlers.exposition)
@@ -203,6 +217,15 @@ class Handlers(Generic[AnyCall]):
         call.client_ice = pair
         name, password = self._switchboard.restart(call)
         return _json({"ufrag": name, "pwd": password, "etag": call.etag})
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """Let a server of the application's attend a call."""
+        call = self._called(request)
+        hear = functools.partial(self._switchboard.attended, call)
+        try:
+            return await attendance.serve(request, call, hear)
+        except Crowded as crowded:
+            raise Refusal(429, str(crowded), "too_many_sidebands", "call_id") from None
 
     async def delete(self, request: web.Request) -> web.Response:
         """End a call."""

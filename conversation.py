@@ -30,6 +30,7 @@ After each call the owner sends what `playout.send` has, calls `playout_events`,
 import hashlib
 from typing import Any
 
+import attendants
 import audio
 import channel
 import floor
@@ -64,7 +65,9 @@ class Conversation:
         self._session_id = session_id
         self._tag = hashlib.blake2s(session_id.encode(), digest_size=6).hexdigest()
         self._closed = False
-        self._channel = channel.Channel(self._tag, message_octets_max)
+        self.attendants = attendants.Attendants(self._tag)
+        """Who else is told of everything, and may ask for it."""
+        self._channel = channel.Channel(self._tag, message_octets_max, self.attendants.tell)
         self._replies = replies.Replies(playout)
         self._floor, self._terms = ruled, ruled.terms
         self._to_backend: list[Event] = []
@@ -108,18 +111,33 @@ class Conversation:
             self._channel.release()
             self._channel.error(Refused(code, message), None, kind)
 
-    def client_message(self, message: str | bytes, now: float) -> None:
-        """A message of the data channel, text or binary: the same JSON is taken either way."""
+    def attend(self, attendant: attendants.Attendant) -> None:
+        """Another one to be told of everything. Raises attendants.Crowded."""
+        self.attendants.join(attendant)
+        self._greet()
+
+    def client_message(
+        self, message: str | bytes, now: float, sender: attendants.Attendant | None = None
+    ) -> None:
+        """A message of the data channel, text or binary: the same JSON is taken either way.
+
+        Or of an attendant: then what is wrong with it is told to nobody else.
+        """
         if self._closed:
             return
         event_id = None
         try:
             event = realtime.parsed(message)
             event_id = event.get("event_id")
-            self._from_client(event, now)
+            self._from_client(event, now, sender)
         except Refused as refused:
             whole = isinstance(event_id, str) and len(event_id) <= EVENT_ID_CHARACTERS_MAX
-            self._channel.error(refused, event_id if whole else None)
+            theirs = event_id if whole else None
+            if sender is None:
+                self._channel.error(refused, theirs)
+            else:
+                wrong = {"type": "error", "error": realtime.error(refused, theirs)}
+                sender.tell(self._channel.message(wrong))
 
     def backend_event(self, event: Event, now: float) -> None:
         """An event of the backend; anything that is none is ignored."""
@@ -172,7 +190,9 @@ class Conversation:
 
     # --- from the client ---------------------------------------------------------------------
 
-    def _from_client(self, event: Event, now: float) -> None:
+    def _from_client(
+        self, event: Event, now: float, sender: attendants.Attendant | None = None
+    ) -> None:
         kind = realtime.field(event, "type", str)
         if kind not in realtime.CLIENT_EVENTS:
             raise Refused("invalid_value", f"Unknown event type {kind[:80]!r}.", "type")
@@ -180,6 +200,8 @@ class Conversation:
         if len(event_id) > EVENT_ID_CHARACTERS_MAX:
             limit = f"An event_id has at most {EVENT_ID_CHARACTERS_MAX} characters."
             raise Refused("invalid_value", limit, "event_id")
+        if sender is not None:
+            event["event_id"] = self.attendants.asks(sender, event_id or None)
         if kind == "output_audio_buffer.clear":
             self._clear(now)
             return
@@ -264,6 +286,7 @@ class Conversation:
             self._channel.say(event)
             return
         self._channel.create(event)
+        self._greet()
         self._show_kept()
         refused, self._terms.refused = self._terms.refused, None
         if refused is not None:
@@ -286,9 +309,20 @@ class Conversation:
             self._replies.refused(event_id)
             if event_id.startswith(f"own_{self._tag}"):
                 return
-            if event_id.startswith(f"ask_{self._tag}"):
-                event = event | {"error": event["error"] | {"event_id": None}}
+            asked = self.attendants.asked(event_id)
+            if event_id.startswith(f"ask_{self._tag}") or self.attendants.is_ours(event_id):
+                theirs = asked[1] if asked else None
+                event = event | {"error": event["error"] | {"event_id": theirs}}
+            if asked:
+                asked[0].tell(self._channel.message(event))
+                return
         self._channel.say(event)
+
+    def _greet(self) -> None:
+        """Tell the attendants that have come of the session, once there is one."""
+        if self.attendants.waits and self._shown:
+            created = {"type": "session.created", "session": self._shown}
+            self.attendants.greet(self._channel.message(created))
 
     def _note_turn(self, kind: str, now: float) -> None:
         """What an event about the caller's turn means, now that the client has it."""

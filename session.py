@@ -30,6 +30,7 @@ import secrets
 from typing import Protocol
 
 import adapters
+import attendants
 import audio
 import backend
 import conversation
@@ -266,6 +267,20 @@ class Session:
         if self._lost_why:
             self._end_without_backend()
 
+    def attend(self, attendant: attendants.Attendant) -> None:
+        """Tell a server of the application's of all that happens from now on. Raises Crowded."""
+        self._conversation.attend(attendant)
+
+    def unattend(self, attendant: attendants.Attendant) -> None:
+        """It has gone."""
+        self._conversation.attendants.leave(attendant)
+
+    def attended(self, message: str | bytes, attendant: attendants.Attendant, now: float) -> None:
+        """An event of an attendant."""
+        if not self._closed:
+            self._conversation.client_message(message, now, attendant)
+            self.flow(now)
+
     def message(self, message: str | bytes, now: float) -> None:
         """A message of the client."""
         if not self._closed:
@@ -383,6 +398,7 @@ class Session:
             last.push_async_callback(self._peer.close)
             last.callback(self._backend.close)
             last.callback(self._conversation.closed)
+            last.callback(self._conversation.attendants.end, reason)
             self._meter.frames(self._receiver)
 
     def __str__(self) -> str:
@@ -410,7 +426,7 @@ class Session:
     def _backend_lost(self, reason: str) -> None:
         """The backend is given up. What it has said so far has been passed on."""
         self._lost_why, self._lost_at = reason, self._owner.clock()
-        if self._opened and not self._closed:
+        if (self._opened or self._conversation.attendants) and not self._closed:
             self._end_without_backend()
 
     def _end_without_backend(self) -> None:

@@ -22,6 +22,7 @@ It does not know of relays' flows, of ufrags beyond minting its own, or of what 
 
 import asyncio
 import contextlib
+import functools
 import gc
 import itertools
 import logging
@@ -48,6 +49,7 @@ import opening
 import sdp
 import settings
 import ufrag
+from attendants import Attendant
 from mux import Mux
 from pacer import Pacer
 from session import ENDINGS, FAULT, Session, State
@@ -214,6 +216,10 @@ class Transceiver:
         """End a call by request."""
         call.farewell()
         self.ended(call, "hung up by request")
+
+    def attended(self, call: Session, message: str | bytes, attendant: Attendant) -> None:
+        """An event of a call's attendant."""
+        self._guarded(call, functools.partial(call.attended, message, attendant), self.clock())
 
     def health(self) -> dict[str, Any]:
         """How the process is, for whoever places calls."""

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 PROGRAMS = {"relay", "transceiver", "signaling", "parrot_server"}
 SANS_IO = {
+    "attendants",
     "dialect",
     "adapters",
     "opening",
@@ -60,6 +61,7 @@ MODULE_LINES_MAX = 500
 # fmt: off
 IMPORTERS = {
     "aiohttp": {
+        "attendance",
         "control",
         "uplink",
         "parrot_server",
@@ -76,6 +78,7 @@ IMPORTERS = {
         "reception",
     "aiortc": {"association", "dtls", "peer"},
     "asyncio": {
+        "attendance",
         "mux",
         "pacer",
         "peer",

@@ -1,0 +1,178 @@
+"""Attendants of a call over a real WebSocket, at a real transceiver."""
+
+import asyncio
+import functools
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import WSMsgType
+from aiortc.mediastreams import AudioStreamTrack
+
+import attendance
+import attendants
+
+from . import shim
+from .test_transceiver import House, house, sessions, types
+
+Socket = aiohttp.ClientWebSocketResponse
+
+
+@asynccontextmanager
+async def attending(on: House, call_id: str) -> AsyncIterator[Socket]:
+    url = f"{on.url}/v1/sessions/{call_id}/events"
+    async with on.http.ws_connect(url, max_msg_size=0) as socket:
+        yield socket
+
+
+async def told(socket: Socket) -> dict[str, Any]:
+    return dict(json.loads(await socket.receive_str(timeout=shim.WAIT_S)))
+
+
+async def offered(on: House) -> str:
+    """A call that nobody has come for: it has no data channel. Its id."""
+    client = shim.Client()
+    on.clients.append(client)
+    _, body, _ = await on.offer(await client.offer(AudioStreamTrack()))
+    return str(body["call_id"])
+
+
+async def until(socket: Socket, kind: str) -> dict[str, Any]:
+    while (event := await told(socket))["type"] != kind:
+        pass
+    return event
+
+
+async def end(socket: Socket) -> tuple[int, str]:
+    """The close code and the reason, after all that comes before."""
+    while (message := await socket.receive(timeout=shim.WAIT_S)).type is WSMsgType.TEXT:
+        pass
+    assert message.type is WSMsgType.CLOSE
+    return message.data, message.extra
+
+
+def attended(found: House) -> int:
+    return sum(len(session._conversation.attendants) for session in sessions(found))
+
+
+def test_it_takes_part_in_a_call_and_hears_of_its_end(tmp_path: Path) -> None:
+    async def scenario(on: House) -> None:
+        client, call_id = await on.call()
+        async with attending(on, call_id) as socket:
+            created = await told(socket)
+            assert created["type"] == "session.created"
+            assert created["session"]["id"] == call_id
+            update = {"type": "session.update", "session": {"instructions": "Sing."}}
+            await socket.send_str(json.dumps(update))
+            assert (await told(socket))["session"]["instructions"] == "Sing."
+            await shim.until(lambda: types(client)[-1] == "session.updated")
+            # As on the data channel, octets are taken for text.
+            await socket.send_bytes(b'{"type": "no such thing", "event_id": "mine"}')
+            assert (await told(socket))["error"]["event_id"] == "mine"
+            status, _, _ = await on.ask("DELETE", f"/v1/sessions/{call_id}")
+            assert status == 200
+            assert await end(socket) == (1000, "hung up by request")
+        assert types(client)[-1] != "error"
+
+    house(tmp_path, scenario)
+
+
+def test_a_call_without_a_client_can_be_attended_and_left(tmp_path: Path) -> None:
+    async def scenario(on: House) -> None:
+        async with attending(on, await offered(on)) as socket:
+            assert (await told(socket))["type"] == "session.created"
+        await shim.until(lambda: attended(on) == 0)
+        assert len(sessions(on)) == 1
+
+    house(tmp_path, scenario)
+
+
+def test_who_asks_for_no_call_of_its_own_is_refused_before_the_upgrade(tmp_path: Path) -> None:
+    async def scenario(on: House) -> None:
+        _, call_id = await on.call()
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            async with attending(on, "rtc_none"):
+                pass
+        assert refused.value.status == 404
+        status, body, _ = await on.ask("GET", f"/v1/sessions/{call_id}/events")
+        assert (status, body["error"]["code"]) == (400, "http_error")
+        async with attending(on, call_id), attending(on, call_id), attending(on, call_id):
+            async with attending(on, call_id):
+                assert attended(on) == attendants.ATTENDANTS_MAX
+                with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                    async with attending(on, call_id):
+                        pass
+                assert refused.value.status == 429
+            await shim.until(lambda: attended(on) == attendants.ATTENDANTS_MAX - 1)
+            async with attending(on, call_id) as socket:
+                assert (await told(socket))["type"] == "session.created"
+
+    house(tmp_path, scenario)
+
+
+def test_a_message_too_large_to_read_ends_it_and_one_too_large_to_take_does_not(
+    tmp_path: Path,
+) -> None:
+    async def scenario(on: House) -> None:
+        _, call_id = await on.call()
+        async with attending(on, call_id) as socket:
+            await told(socket)
+            await socket.send_str("x" * (attendance.MESSAGE_OCTETS_MAX - 1))
+            assert (await told(socket))["error"]["code"] == "message_too_large"
+            await socket.send_str("x" * (attendance.MESSAGE_OCTETS_MAX + 1))
+            assert (await end(socket))[0] == aiohttp.WSCloseCode.MESSAGE_TOO_BIG
+        await shim.until(lambda: attended(on) == 0)
+        assert len(sessions(on)) == 1
+
+    house(tmp_path, scenario)
+
+
+def test_one_that_does_not_read_is_dropped_and_told_why(tmp_path: Path) -> None:
+    async def scenario(on: House) -> None:
+        call_id = await offered(on)
+        async with attending(on, call_id) as slow, attending(on, call_id) as quick:
+            await told(quick)
+            said = {"type": "rate_limits.updated", "text": "x" * 50_000}
+            (call,) = sessions(on)
+            # What sockets and aiohttp hold by themselves comes before what an attendant may.
+            for _ in range(20_000_000 // 50_000):
+                call._emitted(said)
+                assert (await told(quick))["type"] == said["type"]
+            assert attended(on) == 1
+            assert await end(slow) == (attendants.TOO_SLOW, "This sideband reads too slowly.")
+
+    house(tmp_path, scenario)
+
+
+def test_an_event_that_meets_a_fault_ends_the_call_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(on: House) -> None:
+        _, call_id = await on.call()
+        await on.call()
+        call = on.transceiver.find(call_id)
+        assert call is not None
+        monkeypatch.setattr(call._conversation, "_from_client", functools.partial(int, "x"))
+        async with attending(on, call_id) as socket:
+            await socket.send_str('{"type": "response.create"}')
+            assert (await until(socket, "error"))["error"]["code"] == "internal_error"
+            assert await end(socket) == (1000, "a fault in the server")
+        assert len(sessions(on)) == 1
+
+    house(tmp_path, scenario)
+
+
+def test_the_process_ends_with_attendants_in_it(tmp_path: Path) -> None:
+    async def scenario(on: House) -> None:
+        _, call_id = await on.call()
+        async with attending(on, call_id) as socket:
+            stopping = asyncio.create_task(on.transceiver.stop())
+            assert (await until(socket, "error"))["error"]["code"] == "server_shutting_down"
+            assert await end(socket) == (1000, "the transceiver is shutting down")
+            await stopping
+
+    house(tmp_path, scenario)
