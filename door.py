@@ -14,23 +14,20 @@ Rules that stay true:
 It knows no API: `calls.py` and its neighbours read requests and shape answers.
 """
 
-import logging
 import random
-import time
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import keys
 from aiohttp import web
 
+import keys
 import ledger
 import metrics
-import reception
+import observer
 import placement
+import reception
 import settings
 from intake import Refusal
-
-log = logging.getLogger("door")
 
 MODEL_CHARACTERS_MAX = 256
 """Of `?model=`: a name, not a document. What is longer is cut, and then the name of no model."""
@@ -56,10 +53,10 @@ class Door:
         """Raises SettingsError for a key file that cannot be used."""
         self.counters = ledger.Counters(metrics.Signaling)
         self.placement = placement.Placement(config, self.counters, rng or random.SystemRandom())
-        self._reception = reception.Reception(config)
         self.config = config
         self.offer_octets_max = config.signaling.offer_octets_max
         self._retry_after = {"Retry-After": str(config.signaling.retry_after_s)}
+        self._reception = reception.Reception(config)
 
     async def admit(self, request: web.Request) -> Caller:
         """Who this is. Raises Refusal: 401, 403 or 429."""
@@ -74,9 +71,10 @@ class Door:
 
     async def place(self, order: placement.Order) -> placement.Placed:
         """Place a call. Raises Refusal: 400 with the transceiver's sentence, or 503."""
-        started = time.monotonic()
+        trail = observer.trail()
+        trail.key = order.key
         try:
-            placed = await self.placement.place(order)
+            placed = await self.placement.place(replace(order, request_id=trail.request_id))
         except placement.BadOffer as error:
             raise Refusal(400, str(error), code=error.code, param=error.param) from error
         except placement.Unavailable as error:
@@ -90,9 +88,9 @@ class Door:
         """Ask the owner of a call: status and JSON body of what its control API answers.
 
         `path` follows `/v1/sessions/{call_id}`. Raises Refusal: 404 for a call that is none of
-        observer.trail().about(call_id, caller.key)
         ours or has ended, 503 if its owner does not answer.
         """
+        observer.trail().about(call_id, caller.key)
         try:
             return await self.placement.ask(call_id, method, path, body, caller.key)
         except placement.UnknownCall as error:
@@ -130,7 +128,3 @@ class Offered:
         else:
             ended = metrics.Signaling.REFUSED_OFFER
         self._values[ended] += 1
-
-
-def _ms_since(started: float) -> float:
-    return 1e3 * (time.monotonic() - started)

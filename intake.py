@@ -21,6 +21,8 @@ import aiohttp
 import orjson
 from aiohttp import web
 
+import observer
+
 BODY_DEADLINE_S = 5.0
 """A body of some kilooctets takes a slow phone a second. Longer helps only who sends an octet at a
 time to hold a connection."""
@@ -72,8 +74,9 @@ async def read_body(request: web.Request, octets_max: int) -> bytes:
     if (request.content_length or 0) > octets_max:
         raise too_large
     try:
-        async with asyncio.timeout(BODY_DEADLINE_S):
-            return await request.read()
+        with observer.reading():
+            async with asyncio.timeout(BODY_DEADLINE_S):
+                return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise too_large from None
     except TimeoutError:

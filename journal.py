@@ -124,7 +124,7 @@ class Json(logging.Formatter):
         """One JSON object. What of it is too long goes first by its fields, then its traceback."""
         wrong = self.formatException(record.exc_info) if record.exc_info else None
         at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        head = {
+        head: dict[str, Any] = {
             "time": f"{at:%Y-%m-%dT%H:%M:%S}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,

@@ -30,15 +30,13 @@ import struct
 import time
 from collections.abc import Iterator
 
-import orjson
-from aiohttp import web
-
 import census
 import handover
 import host
 import inquiries
 import ledger
 import metrics
+import monitor
 import registry
 import settings
 import supervisor
@@ -80,12 +78,7 @@ VIP_CHECK_S = 10.0
 """How often virtual addresses are compared with what the interface has: others change it too."""
 
 RETRY_S = 1.0
-"""After an address, or the port of /metrics, was refused."""
-
-SHUTDOWN_S = 0.1
-"""How long a request of monitoring may go on when the relay stops."""
-
-EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""After an address was refused."""
 
 STOP_S = 0.5
 """How long the last flows may take to Redis when the relay stops."""
@@ -291,48 +284,13 @@ class Keeper:
 
     async def _serve_http(self) -> None:
         """Serve monitoring, for ever; a port that is taken is tried again."""
-        application = web.Application()
-        application.router.add_get("/metrics", self._metrics)
-        application.router.add_get("/healthz", self._healthz)
-        application.router.add_get("/readyz", self._readyz)
-        runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_S)
-        await runner.setup()
-        try:
-            sock = await self._http_socket()
-            await web.SockSite(runner, sock).start()
-            host_, port = sock.getsockname()[:2]
-            where = f"[{host_}]:{port}" if ":" in host_ else f"{host_}:{port}"
-            self._log.info("metrics at http://%s/metrics", where)
-            await asyncio.Event().wait()
-        finally:
-            await runner.cleanup()
 
-    async def _http_socket(self) -> socket.socket:
-        at, refused = self._found.relay.metrics, False
-        family = socket.AF_INET if at.address.version == 4 else socket.AF_INET6
-        while True:
-            try:
-                return socket.create_server((at.host, at.port), family=family)
-            except OSError as error:
-                if not refused:
-                    self._log.warning("no metrics at %s for now: %s", at, error.strerror)
-                refused = True
-                await asyncio.sleep(RETRY_S)
+        def ailments() -> list[str]:
+            self._look(time.monotonic())
+            return self.ailments
 
-    async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=self.exposition(), headers={"Content-Type": EXPOSITION_TYPE})
-
-    async def _healthz(self, _: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
-
-    async def _readyz(self, _: web.Request) -> web.Response:
-        self._look(time.monotonic())
-        body = {"ready": not self.ailments, "why": self.ailments}
-        return web.Response(
-            status=503 if self.ailments else 200,
-            body=orjson.dumps(body),
-            content_type="application/json",
-        )
+        application = monitor.application(self.exposition, ailments)
+        await monitor.serve(application, self._found.relay.metrics, self._log)
 
     def exposition(self) -> bytes:
         """All that the relay counts, as Prometheus reads it."""

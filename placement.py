@@ -27,6 +27,7 @@ import orjson
 import endpoints
 import ledger
 import metrics
+import observer
 import settings
 import ufrag
 
@@ -93,6 +94,8 @@ class Placed:
     """Its session description."""
     etag: str = ""
     """A name of its ICE session: another one after each ICE restart."""
+    request_id: str = ""
+    """What the transceiver and the relay know it by."""
 
 
 @dataclass(slots=True)
@@ -176,7 +179,8 @@ class Placement:
     async def connected(self) -> AsyncIterator[None]:
         """While it lasts, calls can be placed and the transceivers' load is followed."""
         timeout = aiohttp.ClientTimeout(total=self._table.transceiver_timeout_s)
-        async with aiohttp.ClientSession(timeout=timeout) as self._http:
+        traced = [observer.tracing()]
+        async with aiohttp.ClientSession(timeout=timeout, trace_configs=traced) as self._http:
             watch = asyncio.create_task(self._watch())
             try:
                 yield
@@ -249,7 +253,8 @@ class Placement:
             return None
         match response.status, body:
             case 201, {"call_id": str(call_id), "answer": str(answer)}:
-                return Placed(call_id, answer, str(body.get("etag") or ""))
+                etag, request_id = (str(body.get(key) or "") for key in ("etag", "request_id"))
+                return Placed(call_id, answer, etag, request_id)
             case 400, {"error": {"message": str(message), **rest}}:
                 # The other transceivers read offers just as this one does.
                 raise BadOffer(

@@ -13,8 +13,6 @@ Rules that stay true:
 - Secrets are read here and appear in no message.
 """
 
-import os
-import stat
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -22,59 +20,18 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-import keys
-import ufrag
+import front
+import tables
 from endpoints import Address, Endpoint, ModelUrl, Prefix, RedisUrl
+from tables import Cluster, Count, HeaderName, HeaderValue, Keys, Port, Redis, Seconds, Table
+
+SettingsError = tables.SettingsError
+clusters, load_keys, load_secret = tables.clusters, tables.load_keys, tables.load_secret
+load_api_keys = tables.load_api_keys
+SignalingTable, Signaling = front.SignalingTable, front.Signaling
 
 
-class SettingsError(ValueError):
-    """A configuration that cannot be used: the message names file, key and reason."""
-
-
-class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A table of a configuration file."""
-
-
-Port = Annotated[int, Meta(ge=1, le=0xFFFF)]
-HeaderName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9-]{1,64}\Z")]
-HeaderValue = Annotated[str, Meta(pattern=r"\A[ -~]{0,512}\Z")]
-Count = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0, le=86_400 * 7)]
-
-
-class Keys(_Table, frozen=True):
-    """`[keys]`: where the secrets are."""
-
-    file: Path
-    """The key file, readable by its owner only. `ufrag keygen` prints a line for it."""
-    mint_id: Annotated[int, Meta(ge=0, le=ufrag.KEY_ID_LAST)] | None = None
-    """Id of the key that a transceiver mints with. Default: the file's last line. Set it while a
-    new key is on its way to the relays: they must have it before the first ufrag minted with it."""
-
-    def load(self) -> ufrag.Keyring:
-        """The keys; raises SettingsError naming the file and what is wrong with it."""
-        return load_keys(self.file, self.mint_id)
-
-
-class Cluster(_Table, frozen=True):
-    """`[[cluster]]`: what a hint may name. A relay forwards to nothing else."""
-
-    id: Annotated[int, Meta(ge=0, le=0xFFFF)]
-    """Its number in the hint; the same in the files of its relays, transceivers and signaling."""
-    prefix: Prefix
-    """Addresses of its transceivers. IPv6: /96 or longer, since a hint carries 32 bits."""
-    ports: tuple[Port, Port]
-    """Lowest and highest port of a transceiver."""
-
-    def __post_init__(self) -> None:
-        self.hints()
-
-    def hints(self) -> ufrag.Cluster:
-        """The same as minting and parsing take it. Raises ValueError with the reason."""
-        return ufrag.Cluster(self.id, self.prefix.network, *self.ports)
-
-
-class RelayTable(_Table, frozen=True):
+class RelayTable(Table, frozen=True):
     """`[relay]`."""
 
     public: Endpoint
@@ -118,7 +75,7 @@ class RelayTable(_Table, frozen=True):
     it. Let nobody but the monitoring reach it."""
 
 
-class Recovery(_Table, frozen=True):
+class Recovery(Table, frozen=True):
     """`[recovery]`: media from an address that has no flow waits while the relay finds out whose it
     is: by the SSRC of a flow that it knows, or in Redis. These keys may also stand in `[redis]`,
     where they were before."""
@@ -135,21 +92,7 @@ class Recovery(_Table, frozen=True):
     """How many such clients a worker remembers."""
 
 
-class Redis(_Table, frozen=True):
-    """`[redis]`: flows that outlive the relay that knows them. Without this table a relay's
-    clients wait for their own next STUN after their relay was lost."""
-
-    url: RedisUrl
-    """`redis://[user:password@]host:port/db`, `unix:///path?db=0`,
-    `redis+sentinel://host:port,host:port/service/db` (Sentinels are asked without a password),
-    `redis+cluster://host:port,host:port`; with `rediss` in place of `redis` over TLS."""
-    ttl_s: Seconds = 300.0
-    """A flow is forgotten there this long after its relay last confirmed it (every third of it)."""
-    timeout_s: Annotated[float, Meta(gt=0, le=10)] = 0.25
-    """How long a look-up may take. Media that waits longer is worth nothing."""
-
-
-class Vip(_Table, frozen=True):
+class Vip(Table, frozen=True):
     """`[vip]`: addresses that this host has only while its relay serves, for a routing daemon that
     announces what it finds on an interface."""
 
@@ -159,7 +102,7 @@ class Vip(_Table, frozen=True):
     """The interface that carries them: loopback or a dummy one."""
 
 
-class Relay(_Table, frozen=True):
+class Relay(Table, frozen=True):
     """The relay's file."""
 
     relay: RelayTable
@@ -170,7 +113,7 @@ class Relay(_Table, frozen=True):
     vip: Vip | None = None
 
 
-class Backend(_Table, frozen=True):
+class Backend(Table, frozen=True):
     """`[backend]`: who answers the caller. The keys below `kind` are those of `realtime`."""
 
     kind: Literal["parrot", "realtime"] = "parrot"
@@ -211,7 +154,7 @@ class Model(Backend, frozen=True, kw_only=True):
     """The `model` of a session, or of the offer's query. Others get `[backend]`."""
 
 
-class TransceiverTable(_Table, frozen=True):
+class TransceiverTable(Table, frozen=True):
     """`[transceiver]`."""
 
     listen: Endpoint
@@ -248,7 +191,7 @@ class TransceiverTable(_Table, frozen=True):
     """Kernel buffer of the media socket."""
 
 
-class Transceiver(_Table, frozen=True):
+class Transceiver(Table, frozen=True):
     """The transceiver's file."""
 
     transceiver: TransceiverTable
@@ -256,59 +199,6 @@ class Transceiver(_Table, frozen=True):
     cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1, max_length=1)]
     backend: Backend = Backend()
     model: Annotated[tuple[Model, ...], Meta(max_length=64)] = ()
-
-
-class SignalingTable(_Table, frozen=True):
-    """`[signaling]`."""
-
-    listen: Endpoint
-    """Where the HTTP API and the demo page are served. Put a TLS terminator in front of it:
-    browsers give a microphone only to https and to localhost."""
-    relays: Annotated[tuple[Endpoint, ...], Meta(min_length=1, max_length=8)]
-    """Public addresses of relays, as clients reach them: they stand in every answer."""
-    transceivers: Annotated[tuple[Endpoint, ...], Meta(min_length=1)]
-    """Control addresses of the transceivers that calls are placed on."""
-    keys_file: Path | None = None
-    """The API keys, a line each as `signaling key` prints it; readable by its owner only. Without
-    it whoever can reach this may call: for development, and at a loopback address only."""
-    offer_octets_max: Annotated[int, Meta(ge=1024, le=1 << 20)] = 65_536
-    """Largest request body. A browser's offer has 2,000 to 8,000 octets."""
-    transceiver_timeout_s: Annotated[float, Meta(gt=0, le=60)] = 2.0
-    """How long a transceiver may take to answer before the next one is asked."""
-    retry_after_s: Annotated[int, Meta(ge=1, le=3600)] = 5
-    """What a client is told to wait when no transceiver takes its call."""
-    web_dir: Path | None = None
-    """Folder of the demo page; without it no page is served."""
-
-
-class IceServer(_Table, frozen=True):
-    """`[[ice_server]]`: a STUN or TURN server for clients behind networks that let nothing else
-    through. They are told of it with the answer; the relay itself needs none."""
-
-    url: Annotated[str, Meta(pattern=r"\A(stuns?|turns?):[!-;=?-~]{1,512}\Z")]
-    """`stun:host:port` or `turn:host:port?transport=tcp`."""
-    username: Annotated[str, Meta(pattern=r"\A[ -~]{1,512}\Z")] | None = None
-    """For TURN. Every client that may call learns both."""
-    credential: Annotated[str, Meta(pattern=r"\A[ -~]{1,512}\Z")] | None = None
-
-
-class Whip(_Table, frozen=True):
-    """`[whip]`."""
-
-    elsewhere: Annotated[str, Meta(pattern=r"\Ahttps?://[!-\"$-~]{1,512}\Z")] | None = None
-    """The WHIP endpoint of another cluster, `https://host/whip`: where encoders are sent (307)."""
-    elsewhere_when: Literal["full", "always"] = "full"
-    """`full`: when no transceiver here takes the call. `always`: at once."""
-
-
-class Signaling(_Table, frozen=True):
-    """Signaling's file."""
-
-    signaling: SignalingTable
-    keys: Keys
-    cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1)]
-    ice_server: Annotated[tuple[IceServer, ...], Meta(max_length=8)] = ()
-    whip: Whip = Whip()
 
 
 File = TypeVar("File", Relay, Transceiver, Signaling)
@@ -374,16 +264,7 @@ def _agree(found: Relay | Transceiver | Signaling) -> None:
             )
         _agree_on_models(found)
     if isinstance(found, Signaling):
-        for number, server in enumerate(found.ice_server):
-            if (server.username is None) != (server.credential is None):
-                raise ValueError(f"ice_server[{number}]: username and credential go together")
-    if isinstance(found, Signaling):
-        listen = found.signaling.listen
-        if found.signaling.keys_file is None and not listen.address.is_loopback:
-            raise ValueError(
-                f"signaling.keys_file: without API keys only this machine may call, and {listen} is"
-                " no loopback address"
-            )
+        front.agree(found)
     if isinstance(found, Relay):
         if found.relay.flows_tentative_max > found.relay.flows_max:
             raise ValueError("relay.flows_tentative_max: larger than relay.flows_max")
@@ -406,50 +287,3 @@ def _agree_on_models(found: Transceiver) -> None:
             raise ValueError(f"{where}.ca_file: nothing is trusted by ws://; wss:// is meant?")
         if any(name.lower() == "authorization" for name in table.headers):
             raise ValueError(f"{where}.headers: a key belongs in key_file, not here")
-
-
-def clusters(tables: tuple[Cluster, ...]) -> dict[int, ufrag.Cluster]:
-    """The configured clusters by id, as `ufrag.parse` takes them."""
-    return {table.id: table.hints() for table in tables}
-
-
-def load_keys(path: Path, mint_id: int | None = None) -> ufrag.Keyring:
-    """Read a key file. Raises SettingsError, also if others than its owner may read it."""
-    try:
-        return ufrag.Keyring.parse(_read_private(path), mint_id)
-    except ufrag.KeyFileError as error:
-        raise SettingsError(f"{path}: {error}") from error
-
-
-def load_api_keys(path: Path, keyring: ufrag.Keyring) -> keys.Keys:
-    """Read the file of API keys. Raises SettingsError like `load_keys`."""
-    try:
-        return keys.Keys.parse(_read_private(path), keyring)
-    except keys.KeysError as error:
-        raise SettingsError(f"{path}: {error}") from error
-
-
-def load_secret(path: Path) -> str:
-    """A key that is sent as it is, such as a model server's: the one line of its file.
-
-    Raises SettingsError like `load_keys`, and for what no header can carry.
-    """
-    secret = _read_private(path).strip()
-    if not (secret.isascii() and secret.isprintable() and " " not in secret and secret):
-        raise SettingsError(f"{path}: expected one line with the key and nothing else")
-    return secret
-
-
-def _read_private(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if mode & 0o077:
-                raise SettingsError(
-                    f"{path}: mode {mode:04o} lets others than its owner read the keys: chmod 600"
-                )
-            return file.read()
-    except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path}: {error}") from error

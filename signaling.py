@@ -36,6 +36,8 @@ import endpoints
 import intake
 import journal
 import metrics
+import monitor
+import observer
 import settings
 import whip
 
@@ -93,24 +95,28 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Entrance:
-    """The HTTP application: every API, health and metrics, the page's files."""
+    """The HTTP application: every API, health, the page's files; beside it what counts them."""
 
     def __init__(self, config: settings.Signaling, rng: random.Random | None = None) -> None:
         """Raises SettingsError for a key file or a folder of the page that cannot be used."""
         self.door = door.Door(config, rng)
+        self.observer = observer.Observer([api.__name__ for api in APIS])
+        self.stopping = False
+        """True once signaling was told to stop: what is in hand is finished."""
         self._web_dir = config.signaling.web_dir
 
     def application(self) -> web.Application:
-        """The aiohttp application: APIs first, then health and metrics, then the page's files."""
-        app = web.Application(
-            middlewares=[_errors_have_bodies], client_max_size=self.door.offer_octets_max
-        )
+        """The aiohttp application: APIs first, then health, then the page's files."""
+        app = web.Application(client_max_size=self.door.offer_octets_max)
+        self.observer.attach(app)
+        app.middlewares.append(_errors_have_bodies)
         app.on_response_prepare.append(_headers_of_every_response)
         app.cleanup_ctx.append(self._connected)
         for api in APIS:
             app.router.add_routes(api.routes(self.door))
         app.router.add_get("/health", self.health)
-        app.router.add_get("/metrics", self.metrics)
+        app.router.add_get("/healthz", monitor.alive)
+        app.router.add_get("/readyz", self.ready)
         for path in page_files(self._web_dir):
             app.router.add_get(f"/{path.name}", _page(path))
             if path.name == "index.html":
@@ -130,10 +136,25 @@ class Entrance:
             status=200 if serving else 503,
         )
 
-    async def metrics(self, request: web.Request) -> web.Response:
-        """GET /metrics: Prometheus' text. Keep it from the public at the TLS terminator."""
+    async def ready(self, request: web.Request) -> web.Response:
+        """GET /readyz: 200 while an offer would find a transceiver, else 503 and the reasons."""
+        return monitor.readiness(self.ailments())
+
+    def ailments(self) -> list[str]:
+        """Why this instance should get no offers."""
+        found = ["it stops"] if self.stopping else []
+        if not any(peer.serving and peer.fullness < 1 for peer in self.door.placement.peers):
+            found.append("no transceiver would take a call")
+        return found
+
+    def monitoring(self) -> web.Application:
+        """What stands at the `metrics` address."""
+        return monitor.application(self.exposition, self.ailments)
+
+    def exposition(self) -> bytes:
+        """All that is counted, as Prometheus reads it."""
         text = metrics.exposition("earshot_signaling", [({}, self.door.counters)])
-        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
+        return text + self.observer.exposition()
 
     async def _connected(self, app: web.Application) -> AsyncIterator[None]:
         async with self.door.placement.connected():
@@ -199,13 +220,17 @@ async def serve(config: settings.Signaling) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    entrance = Entrance(config)
     runner = web.AppRunner(
-        Entrance(config).application(),
-        access_log=None,  # transitions, not traffic: each call has its own line
+        entrance.application(),
+        access_log=None,  # observer.py writes them
         shutdown_timeout=SHUTDOWN_S,
         lingering_time=intake.BODY_DEADLINE_S,
     )
     await runner.setup()
+    watched = asyncio.create_task(
+        monitor.serve(entrance.monitoring(), config.signaling.metrics, log)
+    )
     try:
         listen = config.signaling.listen
         await web.TCPSite(runner, listen.host, listen.port, backlog=1024).start()
@@ -215,7 +240,10 @@ async def serve(config: settings.Signaling) -> None:
         await stop.wait()
         log.info("stopping")
     finally:
+        entrance.stopping = True
         await runner.cleanup()
+        watched.cancel()
+        await asyncio.wait([watched])
 
 
 # --- the command line -------------------------------------------------------------------------

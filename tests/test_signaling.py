@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import re
 import signal
 import socket
 import subprocess
@@ -123,6 +124,7 @@ class Stage:
         self, http: aiohttp.ClientSession, entrance: signaling.Entrance, at: tuple[str, int]
     ):
         self.http = http
+        self.entrance = entrance
         self.door = entrance.door
         self.at = at
         self.fakes: list[FakeTransceiver] = []
@@ -187,14 +189,15 @@ def test_an_offer_in_each_form_is_placed_and_answered(tmp_path: Path) -> None:
             (fake,) = stage.fakes
             location = await stage.call(params={"model": "parrot-1"}, **sdp())
             assert location == f"{CALLS}/{mint(fake.port, 1)}"
-            assert fake.requests.pop() == {
+            placed = fake.requests.pop()
+            assert re.fullmatch("[0-9a-f]{8}", placed.pop("request_id"))
+            assert placed == {
                 "offer": OFFER,
                 "session": None,
                 "model": "parrot-1",
                 "key": "",
                 "dialect": "realtime",
                 "resume": None,
-                "request_id": "",
                 "candidates": [["127.0.0.1", 3478], ["2001:db8::1", 3478]],
             }
             session = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
@@ -446,8 +449,7 @@ def test_health_and_metrics_say_how_it_goes(tmp_path: Path) -> None:
             async with stage.http.get("/health") as response:
                 assert response.status == 200
                 assert (await response.json())["transceivers_serving"] == 1
-            async with stage.http.get("/metrics") as response:
-                assert "earshot_signaling_answered_total 1.0" in await response.text()
+            assert b"earshot_signaling_answered_total 1.0" in stage.entrance.exposition()
             stage.door.placement.peers[0].heard(None)
             async with stage.http.get("/health") as response:
                 assert response.status == 503
