@@ -1,8 +1,8 @@
 """Settings: a TOML file to a frozen, validated structure, or one sentence that says what is wrong.
 
 What it owns: every key of every program's configuration file, its default, its range and its
-meaning; the files in `config/` show each of them at its default. It also reads the key file, since
-that, too, is a file of the operator's with rules about what may stand in it.
+meaning; the files in `config/` show each of them at its default. What several files have in common
+stands in `tables.py`, which also reads the files with secrets; signaling's in `front.py`.
 
 Rules that stay true:
 - An unknown key, a value of the wrong type or out of its range fails at start, naming the file, the
@@ -23,12 +23,20 @@ from msgspec import Meta
 import front
 import tables
 from endpoints import Address, Endpoint, ModelUrl, Prefix, RedisUrl
-from tables import Cluster, Count, HeaderName, HeaderValue, Keys, Port, Redis, Seconds, Table
+from tables import HeaderName, HeaderValue, Seconds, Table
 
+# What is read elsewhere has its name here: one module for all who ask.
 SettingsError = tables.SettingsError
-clusters, load_keys, load_secret = tables.clusters, tables.load_keys, tables.load_secret
+Keys = tables.Keys
+Cluster = tables.Cluster
+Redis = tables.Redis
+IceServer = front.IceServer
+SignalingTable = front.SignalingTable
+Signaling = front.Signaling
+clusters = tables.clusters
+load_keys = tables.load_keys
 load_api_keys = tables.load_api_keys
-SignalingTable, Signaling = front.SignalingTable, front.Signaling
+load_secret = tables.load_secret
 
 
 class RelayTable(Table, frozen=True):
@@ -127,7 +135,7 @@ class Backend(Table, frozen=True):
     """A file with the server's key, readable by its owner only: sent as `Authorization: Bearer`."""
     ca_file: Path | None = None
     """Certificates (PEM) to trust in place of the system's: a server of one's own."""
-    headers: dict[HeaderName, HeaderValue] = {}
+    headers: dict[HeaderName, HeaderValue] = msgspec.field(default_factory=dict)
     """What else the server wants to be told when a connection opens. Keys belong in `key_file`."""
     dialect: Literal["auto", "ga", "beta"] = "auto"
     """Names of events and fields: today's (`ga`), the older ones, or as the server's first event
@@ -180,6 +188,9 @@ class TransceiverTable(Table, frozen=True):
     """A session that has not connected by then ends."""
     silence_deadline_s: Seconds = 30.0
     """A client not heard of for this long has gone (RFC 7675 consent ends after 30 s)."""
+    resume_s: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
+    """How long the conversation of a call that ended without being hung up can be gone on with in
+    another one; with `[redis]` also at another transceiver, should this one die. 0 keeps nothing."""
     session_s_max: Seconds = 7_200.0
     """No session is longer than this. Clients see it as `expires_at` from the start."""
     notice_s: Annotated[float, Meta(ge=0, le=3_600)] = 60.0
