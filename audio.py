@@ -236,6 +236,11 @@ class Playout:
         entry = self._open.get(item)
         return self._ended.get(item, 0) if entry is None else self._ms(entry)
 
+    def share(self, item: str) -> float:
+        """How much of what was written of an item has been sent, 0 to 1; 1 if nothing waits."""
+        entry = self._open.get(item)
+        return 1.0 if entry is None else 1.0 - len(entry.pcm) / max(1, entry.written)
+
     def timestamp_at(self, now: float) -> int:
         """The RTP timestamp of this moment: for sender reports, and for what is sent next."""
         if not self.packets_sent:

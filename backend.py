@@ -74,21 +74,27 @@ class Backends:
         }
 
     def connect(
-        self, session: Event | None, emit: Callable[[Event], None], lost: Callable[[str], None]
+        self,
+        session: Event | None,
+        emit: Callable[[Event], None],
+        lost: Callable[[str], None],
+        past: Sequence[Event] = (),
     ) -> Backend:
         """Open a session at the backend for its `model`, or at the default one.
 
         `session` is the `session` object that came with the offer, or None; what is wrong in it
         comes back as an `error` event after `session.created`. `lost` is called once, with the
         reason as a sentence, when the backend is given up for good: nothing comes after that.
+        `past` are items of a conversation that goes on in this one: the backend is told of them
+        before anything else, and nothing is emitted about that.
         """
         name = session.get("model") if session else None
         chosen = self._default
         if isinstance(name, str):
             chosen = self._by_name.get(name, chosen)
         if chosen is not None:
-            return self._uplinks.open(chosen, session, emit, lost)
-        return InProcess(parrot.Parrot(secrets.token_hex(6), session), emit)
+            return self._uplinks.open(chosen, session, emit, lost, past)
+        return InProcess(parrot.Parrot(secrets.token_hex(6), session), emit, past)
 
     async def close(self) -> None:
         """End all connections that sessions have left behind."""
@@ -108,13 +114,18 @@ def _choice(where: str, table: settings.Backend) -> uplink.Target | None:
 class InProcess:
     """The parrot as a Backend: calls go in, events come out before they return."""
 
-    def __init__(self, mind: parrot.Parrot, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self, mind: parrot.Parrot, emit: Callable[[Event], None], past: Sequence[Event] = ()
+    ) -> None:
         self.rate_hz = mind.rate_hz
         self._mind: parrot.Parrot | None = mind
         self._emit = emit
         self._waiting: deque[Event] = deque()
         self._emitting = False
-        self._deliver(mind.start())
+        begun = mind.start()
+        for item in past:
+            mind.receive_event({"type": "conversation.item.create", "item": item}, 0.0)
+        self._deliver(begun)
 
     def send(self, event: Event, now: float) -> None:
         """See Backend."""

@@ -94,6 +94,9 @@ class Switchboard(Protocol[AnyCall]):
     timings: ledger.Histograms
     limits: settings.TransceiverTable
 
+    async def recalled(self, wanted: opening.Opening) -> opening.Opening:
+        """The same, with what there is of the conversation that it goes on with. Raises nothing."""
+
     def open(self, wanted: opening.Opening) -> tuple[AnyCall, str]:
         """Take a call: itself and the answer. Raises Full, and sdp.OfferError."""
 
@@ -193,7 +196,7 @@ class Handlers(Generic[AnyCall]):
 
     async def create(self, request: web.Request) -> web.Response:
         """Take a call."""
-        wanted = opening.read(await request.read())
+        wanted = await self._switchboard.recalled(opening.read(await request.read()))
         try:
             call, answer = self._switchboard.open(wanted)
         except Full as full:

@@ -188,6 +188,20 @@ class Conversation:
         out, self._to_backend = self._to_backend, []
         return out
 
+    @property
+    def revision(self) -> int:
+        """Another one whenever there is something new to be kept of it."""
+        return self._chronicle.revision
+
+    @property
+    def replies(self) -> bool:
+        """Whether a reply is being made or heard."""
+        return self._replies.busy
+
+    def record(self, key: str, dialect: str) -> records.Record:
+        """What another call needs to go on with it."""
+        return self._chronicle.record(self._replies.shares(), key, dialect)
+
     # --- from the client ---------------------------------------------------------------------
 
     def _from_client(

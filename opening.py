@@ -49,6 +49,8 @@ class Opening:
     """What the client speaks on its data channel."""
     resume: str | None = None
     """Id of the call whose conversation goes on in this one."""
+    past: tuple[dict[str, Any], ...] | None = None
+    """What is known of that one, as items; None if nothing is. Not of the request: archive.py."""
     request_id: str = ""
     """What the logs of all programs know the request by."""
 

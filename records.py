@@ -82,12 +82,10 @@ class Chronicle:
         self._pending: deque[tuple[str, Event]] = deque()
         self.session = session or {}
         """What the client has set and nobody has refused."""
-        self.shares: Mapping[str, float] = {}
-        """What is being heard: each item's part that has been, 0 to 1."""
 
     @property
     def revision(self) -> int:
-        """Another one after each change. What is being heard changes all the time: `shares`."""
+        """Another one after each change."""
         return self.memory.revision + self._updates
 
     def begins_with(self) -> list[Event]:
@@ -113,9 +111,12 @@ class Chronicle:
         """The backend has refused what that event asked for."""
         self._pending = deque(each for each in self._pending if each[0] != event_id)
 
-    def record(self, key: str, dialect: str) -> Record:
-        """The conversation as it could be gone on with if the call ended now."""
-        return Record(self.session, bounded(self.memory.kept(self.shares)), key, dialect)
+    def record(self, shares: Mapping[str, float], key: str, dialect: str) -> Record:
+        """The conversation as it could be gone on with if the call ended now.
+
+        `shares` says how much of the items that are still to be heard has been, 0 to 1.
+        """
+        return Record(self.session, bounded(self.memory.kept(shares)), key, dialect)
 
 
 def bounded(items: Sequence[Event]) -> tuple[Event, ...]:

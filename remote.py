@@ -28,7 +28,7 @@ Sans-IO. The events: https://developers.openai.com/api/reference/realtime
 import binascii
 import enum
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -80,12 +80,18 @@ class Remote:
     """One session. Each method returns the events to emit, in order, unless it says otherwise."""
 
     def __init__(
-        self, tag: str, rate_hz: int, speaks: str, model: str, wanted: Event | None
+        self,
+        tag: str,
+        rate_hz: int,
+        speaks: str,
+        model: str,
+        wanted: Event | None,
+        past: Sequence[Event] = (),
     ) -> None:
         """`tag` makes ids unlike those of any other session; `speaks` is a dialect, or auto.
 
         `model` is what the client is shown while nobody knows better, and `wanted` the session
-        that came with the offer.
+        that came with the offer. `past` are items that each server is told of first.
         """
         self.rate_hz = rate_hz
         self.stage = Stage.AWAY
@@ -112,7 +118,7 @@ class Remote:
         self._garbled_here = 0
         self._odd = b""
         self._odd_of: Any = None
-        self._memory = Memory()
+        self._memory = Memory(past)
         self._retelling: set[str] = set()
         self._untold = 0
         self._responses: dict[str, None] = {}

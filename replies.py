@@ -139,6 +139,10 @@ class Replies:
                 return self._playout.played_ms(piece)
         return self._heard.get(item_id)
 
+    def shares(self) -> dict[str, float]:
+        """Items that have not been heard out, and how much of what there is of each has, 0 to 1."""
+        return {item: self._playout.share(piece) for piece, (_, item) in self._pieces.items()}
+
     # --- from the backend, and towards it ----------------------------------------------------
 
     def ask(self, event_id: str, now: float, *, aside: bool = False) -> None:

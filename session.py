@@ -43,6 +43,7 @@ import opening
 import opus
 import realtime
 import receiver
+import records
 import rtp
 import sdp
 import settings
@@ -75,6 +76,9 @@ ENDINGS = {
     FAULT: metrics.Transceiver.ENDED_FAULT,
     BACKEND_LOST: metrics.Transceiver.ENDED_BACKEND,
 }
+
+NOT_RESUMED = "There is no such conversation to be resumed, or not any more: a new one begins."
+"""Whatever the reason: to a stranger, a call of somebody else's is like none at all."""
 
 LOSS_TOLD_S = 5.0
 """How long a call whose backend is lost before its data channel is open waits for that, so that its
@@ -156,7 +160,8 @@ class Session:
         self._lost_why, self._lost_at = "", 0.0
         self._early: list[realtime.Event] | None = []
         terms = floor.Terms(wanted.session)
-        self._backend = backends.connect(terms.offered, self._emitted, self._backend_lost)
+        past = wanted.past or ()
+        self._backend = backends.connect(terms.offered, self._emitted, self._backend_lost, past)
         self._decoder = opus.Decoder(self._backend.rate_hz)
         rate_hz = self._backend.rate_hz
         self._encoder = fec.Encoder(rate_hz, functools.partial(opus.encoder_for, rate_hz))
@@ -172,9 +177,12 @@ class Session:
             timestamp=secrets.randbits(32),
         )
         ruled = floor.Floor(terms, self._backend.rate_hz)
+        chronicle = records.Chronicle(wanted.session, past)
         self._conversation = conversation.Conversation(
-            self.call_id, self._playout, ruled, offer.message_octets_max
+            self.call_id, self._playout, ruled, offer.message_octets_max, chronicle
         )
+        if wanted.resume is not None and wanted.past is None:
+            self._conversation.fault("resume_unavailable", NOT_RESUMED, "invalid_request_error")
         self._conversation.expires_at = self._unix_at(self.ends_at)
         self._adapter = adapters.of(wanted.dialect, "", 0.0, resumed=False)
         self._peer = mux.open(offer, *credentials, self)
@@ -211,6 +219,20 @@ class Session:
     def wakes_at(self) -> float | None:
         """When `flow` has audio to send; None while there is nothing or nobody to hear it."""
         return None if self.live_at is None or self._closed else self._playout.wakes_at
+
+    @property
+    def revision(self) -> int:
+        """Another one whenever there is something new to be kept of the conversation."""
+        return self._conversation.revision
+
+    @property
+    def replies(self) -> bool:
+        """Whether a reply is being made or heard."""
+        return self._conversation.replies
+
+    def record(self) -> records.Record:
+        """What another call needs to go on with the conversation."""
+        return self._conversation.record(self.opening.key, self.opening.dialect)
 
     # --- from the transport: mux.Handler --------------------------------------------------------
 

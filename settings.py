@@ -191,6 +191,9 @@ class TransceiverTable(Table, frozen=True):
     resume_s: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
     """How long the conversation of a call that ended without being hung up can be gone on with in
     another one; with `[redis]` also at another transceiver, should this one die. 0 keeps nothing."""
+    resume_s: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
+    """How long the conversation of a call that ended without being hung up can be gone on with in
+    another one; with `[redis]` also at another transceiver, should this one die. 0: never."""
     session_s_max: Seconds = 7_200.0
     """No session is longer than this. Clients see it as `expires_at` from the start."""
     notice_s: Annotated[float, Meta(ge=0, le=3_600)] = 60.0

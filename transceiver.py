@@ -22,6 +22,7 @@ It does not know of relays' flows, of ufrags beyond minting its own, or of what 
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import gc
 import itertools
@@ -39,6 +40,7 @@ import typer
 from aiohttp import web
 
 import admission
+import archive
 import backend
 import control
 import endpoints
@@ -46,13 +48,14 @@ import journal
 import ledger
 import metrics
 import opening
+import realtime
 import sdp
 import settings
 import ufrag
 from attendants import Attendant
 from mux import Mux
 from pacer import Pacer
-from session import ENDINGS, FAULT, Session, State
+from session import ENDINGS, FAULT, LEFT, Session, State
 
 STEP_S = 0.01
 """The clockwork's step. A fifth of the sessions has its turn in each, since a hundred at once are a
@@ -72,6 +75,10 @@ successor of this process waiting."""
 OFFER_FRESH_S = 2.0
 """How long the client of an offer counts as being on its way. One that comes at all sends its first
 check within a round trip of the answer."""
+
+HUNG_UP = "hung up by request"
+RESUMED = "its conversation goes on in another call"
+"""Reasons why calls end here."""
 
 Count = metrics.Transceiver
 Timing = metrics.Timing
@@ -111,6 +118,7 @@ class Transceiver:
         self._collecting_since = 0.0
         self._ticking: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._archive = archive.Archive(self._keyring, self.limits.resume_s, unix)
         self._backends = backend.Backends(
             config.backend, config.model, self.counters, clock, self.timings
         )
@@ -165,6 +173,20 @@ class Transceiver:
         await self._http.cleanup()
         self._mux.close()
 
+    async def recalled(self, wanted: opening.Opening) -> opening.Opening:
+        """The same, with what there is of the conversation that it goes on with.
+
+        That is what the session before has, if it is here, else its record.
+        """
+        if wanted.resume is None:
+            return wanted
+        here = self.find(wanted.resume)
+        record = await self._archive.find(wanted.resume) if here is None else here.record()
+        if record is None or record.key != wanted.key:
+            return wanted
+        session = realtime.merged(record.session, wanted.session or {})
+        return dataclasses.replace(wanted, session=session or None, past=record.items)
+
     def open(self, wanted: opening.Opening) -> tuple[Session, str]:
         """Take a call: itself and the answer. Raises control.Full, and sdp.OfferError."""
         refused = self._load.refusal(self._calls(), self.draining)
@@ -178,6 +200,8 @@ class Transceiver:
         slot = self._slots[session] = next(self._next_slot)
         self._wheel[slot % TICK_STEPS][session] = None
         self.counters.values[Count.SESSIONS_OPENED] += 1
+        if wanted.resume is not None:
+            self._resumed(session, wanted)
         answer = sdp.answer(
             offer,
             hint,
@@ -189,6 +213,18 @@ class Transceiver:
             rate_hz=session.rate_hz,
         )
         return session, answer
+
+    def _resumed(self, session: Session, wanted: opening.Opening) -> None:
+        """Say what has become of it; the conversation is nobody else's any more."""
+        if wanted.past is None:
+            self.counters.values[Count.RESUME_UNAVAILABLE] += 1
+            log.info("%s begins anew: there is nothing to resume", session)
+            return
+        self.counters.values[Count.RESUMED] += 1
+        log.info("%s resumed with %d items", session, len(wanted.past))
+        before = self.find(wanted.resume or "")
+        if before is not None:
+            self.ended(before, RESUMED)
 
     def find(self, call_id: str) -> Session | None:
         """A call, if it is here."""
@@ -215,7 +251,7 @@ class Transceiver:
     def hang_up(self, call: Session) -> None:
         """End a call by request."""
         call.farewell()
-        self.ended(call, "hung up by request")
+        self.ended(call, HUNG_UP)
 
     def attended(self, call: Session, message: str | bytes, attendant: Attendant) -> None:
         """An event of a call's attendant."""
@@ -253,6 +289,10 @@ class Transceiver:
         if self.sessions.pop(session.call_id, None) is None:
             return
         del self._wheel[self._slots.pop(session) % TICK_STEPS][session]
+        if reason in (HUNG_UP, LEFT):
+            self._archive.forget(session.call_id)
+        else:
+            self._archive.keep(session)
         self.counters.values[Count.SESSIONS_CLOSED] += 1
         if (counted := ENDINGS.get(reason)) is not None:
             self.counters.values[counted] += 1
@@ -293,6 +333,7 @@ class Transceiver:
         slot = self._steps % SWEEP_STEPS
         for session in list(self._wheel[slot % TICK_STEPS]):
             self._guarded(session, session.tick, now)
+            self._archive.look(session, now)
             if self._slots.get(session) == slot:
                 self._guarded(session, session.sweep, now)
         if slot == 0:

@@ -26,7 +26,7 @@ import secrets
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import aiohttp
 from aiohttp import WSMsgType
@@ -140,9 +140,10 @@ class Uplinks:
         session: Event | None,
         emit: Callable[[Event], None],
         lost: Callable[[str], None],
+        past: Sequence[Event] = (),
     ) -> "Uplink":
         """Begin a session at a server; see backend.Backends.connect."""
-        return Uplink(self, target, session, emit, lost)
+        return Uplink(self, target, session, emit, lost, past)
 
     def part(self, line: "aiohttp.ClientWebSocketResponse[bool]") -> None:
         """Say goodbye to a server while its session already calls again."""
@@ -183,6 +184,7 @@ class Uplink:
         session: Event | None,
         emit: Callable[[Event], None],
         lost: Callable[[str], None],
+        past: Sequence[Event] = (),
     ) -> None:
         table = target.table
         self.rate_hz: int = table.rate_hz
@@ -190,7 +192,7 @@ class Uplink:
         self._emit, self._lost = emit, lost
         self._name = secrets.token_hex(6)
         shown = table.model or "unnamed"
-        self._remote = Remote(self._name, table.rate_hz, table.dialect, shown, session)
+        self._remote = Remote(self._name, table.rate_hz, table.dialect, shown, session, past)
         self._closed = False
         self._wake = asyncio.Event()
         self._to_emit: deque[Event] = deque()

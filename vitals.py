@@ -111,6 +111,12 @@ class Transceiver(ledger.Kinds):
     )
     SESSIONS_OPENED = "sessions", "Offers answered."
     SESSIONS_CONNECTED = "sessions", "Sessions whose media became live."
+    RESUMED = "sessions", "Of those opened, ones that go on with the conversation of another call."
+    RESUME_UNAVAILABLE = (
+        "sessions",
+        "Of those opened, ones that asked for a conversation that is not known, or not to them.",
+        "Clients come back too late, or Redis has lost records, or did not answer.",
+    )
     REFUSED_DRAINING = (
         "offers",
         "Refused because the process drains.",

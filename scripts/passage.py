@@ -108,7 +108,7 @@ class Stopwatches:
     def __init__(self) -> None:
         self.made: list[Stopwatch] = []
 
-    def connect(self, _: Any, emit: Callable[[dict[str, Any]], None], __: Any) -> Stopwatch:
+    def connect(self, _: Any, emit: Callable[[dict[str, Any]], None], *__: Any) -> Stopwatch:
         """One more."""
         self.made.append(Stopwatch(emit))
         return self.made[-1]

@@ -44,6 +44,9 @@ class Switchboard:
         self.call: Call | None = None
         self.raises: Exception | None = None
 
+    async def recalled(self, wanted: opening.Opening) -> opening.Opening:
+        return wanted
+
     def open(self, wanted: opening.Opening) -> tuple[Call, str]:
         if self.raises is not None:
             raise self.raises

@@ -60,7 +60,7 @@ class Talk(Call):
         self.session.opened(self.now)
         self.note()
 
-    def connect(self, wanted: Any, emit: Any, lost: Any) -> Any:
+    def connect(self, wanted: Any, emit: Any, lost: Any, past: Any) -> Any:
         return backend.InProcess(parrot.Parrot("tag", wanted), emit)
 
     def update(self, **detection: Any) -> None:

@@ -93,6 +93,7 @@ IMPORTERS = {
         "inquiries",
         "keeper",
         "monitor",
+        "archive",
         "redisclient",
         "presence",
         "registry",

@@ -53,8 +53,7 @@ def test_what_was_said_and_what_was_heard_of_the_reply() -> None:
     memory.note(*item("added", message("a2", "assistant")))
     memory.note(*delta("a2", "One two three "))
     memory.note(*delta("a2", "four five six"))
-    chronicle.shares = {"a2": 0.5}
-    assert words(chronicle.record("", "realtime")) == {
+    assert words(chronicle.record({"a2": 0.5}, "", "realtime")) == {
         "u1": ("Hello?", None),
         "a1": ("Hi!", None),
         "u2": ("Go on.", None),
@@ -64,10 +63,8 @@ def test_what_was_said_and_what_was_heard_of_the_reply() -> None:
     memory.note(
         *item("done", message("a2", "assistant", type="output_audio", transcript="One two three"))
     )
-    chronicle.shares = {"a2": 0.7}
-    assert words(chronicle.record("", "realtime"))["a2"] == ("One two", "incomplete")
-    chronicle.shares = {}
-    assert words(chronicle.record("", "realtime"))["a2"] == ("One two three", None)
+    assert words(chronicle.record({"a2": 0.7}, "", ""))["a2"] == ("One two", "incomplete")
+    assert words(chronicle.record({}, "", ""))["a2"] == ("One two three", None)
 
 
 def test_of_what_was_not_heard_at_all_nothing_is_kept() -> None:
@@ -75,10 +72,8 @@ def test_of_what_was_not_heard_at_all_nothing_is_kept() -> None:
     chronicle.memory.note(
         *item("done", message("a", "assistant", type="output_audio", transcript="Hello there!"))
     )
-    chronicle.shares = {"a": 0.0}
-    assert chronicle.record("", "realtime").items == ()
-    chronicle.shares = {"a": 0.2}  # within the first word
-    assert chronicle.record("", "realtime").items == ()
+    assert chronicle.record({"a": 0.0}, "", "realtime").items == ()
+    assert chronicle.record({"a": 0.2}, "", "realtime").items == ()  # within the first word
 
 
 def test_a_conversation_that_goes_on_begins_with_what_was_kept() -> None:
@@ -93,7 +88,7 @@ def test_a_conversation_that_goes_on_begins_with_what_was_kept() -> None:
     told, untold = chronicle.memory.tell()
     assert ([each["id"] for each in told], untold) == (["a", "f"], 0)
     assert "status" not in told[0]
-    assert chronicle.record("", "realtime").items[1] == call
+    assert chronicle.record({}, "", "realtime").items[1] == call
 
 
 def test_settings_are_kept_once_nobody_refuses_them() -> None:
@@ -110,7 +105,7 @@ def test_settings_are_kept_once_nobody_refuses_them() -> None:
     chronicle.turned_down("two")
     chronicle.confirmed()
     assert chronicle.revision != before
-    assert chronicle.record("", "realtime").session == {
+    assert chronicle.record({}, "", "realtime").session == {
         "model": "m",
         "instructions": "Be kind.",
         "tools": [],
@@ -158,13 +153,13 @@ def test_a_record_is_no_longer_than_its_bound() -> None:
     for number in range(realtime.ITEMS_MAX):
         text = {"type": "input_text", "text": "y" * 900}
         chronicle.memory.note(*item("done", message(f"item_{number:04d}", "user", **text)))
-    record = chronicle.record("k" * 128, "realtime")
+    record = chronicle.record({}, "k" * 128, "realtime")
     assert record.items[-1]["id"] == f"item_{realtime.ITEMS_MAX - 1:04d}"
     octets = records.written(record, CALL, SEALER, SALT, 0.0)
     assert 300_000 < len(octets) <= records.OCTETS_MAX
     for number in range(100):
         chronicle.asked(str(number), {f"field{number}": "z" * 1000})
-    assert chronicle.record("k" * 128, "realtime") == record
+    assert chronicle.record({}, "k" * 128, "realtime") == record
 
 
 # --- for whom ------------------------------------------------------------------------------------

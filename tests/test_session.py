@@ -123,7 +123,7 @@ class Call:
         wanted = opening.Opening("", {"instructions": "be kind"}, ())
         self.session = session.Session(self, self, offer(direction), (HINT, PASSWORD), self, wanted)
 
-    def connect(self, wanted: Any, emit: Any, lost: Any) -> FakeBackend:
+    def connect(self, wanted: Any, emit: Any, lost: Any, past: Any) -> FakeBackend:
         assert wanted == {"instructions": "be kind"}
         self.backend, self._lost = FakeBackend(emit), weakref.WeakMethod(lost)
         return self.backend
