@@ -190,9 +190,6 @@ class TransceiverTable(Table, frozen=True):
     """A client not heard of for this long has gone (RFC 7675 consent ends after 30 s)."""
     resume_s: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
     """How long the conversation of a call that ended without being hung up can be gone on with in
-    another one; with `[redis]` also at another transceiver, should this one die. 0 keeps nothing."""
-    resume_s: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
-    """How long the conversation of a call that ended without being hung up can be gone on with in
     another one; with `[redis]` also at another transceiver, should this one die. 0: never."""
     session_s_max: Seconds = 7_200.0
     """No session is longer than this. Clients see it as `expires_at` from the start."""
