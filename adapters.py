@@ -14,8 +14,8 @@ Rules that stay true:
 - An adapter sees exactly what a client of the Realtime API would see on its channel, in that order,
   and can do no more to the conversation than such a client.
 - Any message from a client ends in events, in an answer, or in nothing, never in an exception.
-- What a call was opened for decides, unless its channel says `oai-events`: then its client speaks
-  Realtime, whichever door it came through.
+- The door that a call came by decides, unless its channel says `oai-events`: then its client speaks
+  Realtime.
 
 (The names that older model servers use for the same events are dialect.py's concern.) Sans-IO.
 """
@@ -23,6 +23,8 @@ Rules that stay true:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import rtvi
 
 
 class Adapter(Protocol):
@@ -86,6 +88,7 @@ class Dialect:
 
 DIALECTS = {
     "realtime": Dialect(Realtime, frozenset(("oai-events",))),
+    "rtvi": Dialect(rtvi.Rtvi, frozenset(("chat", "rtvi-ai", "oai-events"))),
 }
 """By the name under which signaling opens a call. Another name is `realtime`."""
 

@@ -5,6 +5,7 @@ import timeit
 import pytest
 
 import adapters
+import rtvi
 
 
 def test_realtime_changes_nothing() -> None:
@@ -19,6 +20,13 @@ def test_realtime_changes_nothing() -> None:
 def test_what_is_unknown_is_realtime(dialect: str) -> None:
     assert isinstance(adapters.of(dialect, "chat", 0.0, resumed=False), adapters.Realtime)
     assert adapters.labels(dialect) == {"oai-events"}
+
+
+def test_the_door_decides_unless_the_channel_says_otherwise() -> None:
+    assert isinstance(adapters.of("rtvi", "chat", 0.0, resumed=False), rtvi.Rtvi)
+    assert isinstance(adapters.of("rtvi", "anything", 0.0, resumed=False), rtvi.Rtvi)
+    assert isinstance(adapters.of("rtvi", "oai-events", 0.0, resumed=False), adapters.Realtime)
+    assert "chat" in adapters.labels("rtvi")
 
 
 def test_realtime_costs_nothing() -> None:

@@ -17,6 +17,8 @@ SANS_IO = {
     "attendants",
     "dialect",
     "adapters",
+    "rtvi",
+    "sentences",
     "opening",
     "sealing",
     "keys",
@@ -105,6 +107,7 @@ IMPORTERS = {
     "msgspec": {"settings", "tables", "front", "realtime", "relay"},
     "OpenSSL": {"dtls"},
     "orjson": {
+        "rtvi",
         "outbox",
         "presence",
         "remote",
