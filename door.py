@@ -14,11 +14,12 @@ Rules that stay true:
 It knows no API: `calls.py` and its neighbours read requests and shape answers.
 """
 
+import asyncio
 import random
 from dataclasses import replace
 from typing import Any
 
-from aiohttp import web
+from aiohttp import ClientWebSocketResponse, web
 
 import keys
 import ledger
@@ -27,6 +28,7 @@ import observer
 import placement
 import reception
 import settings
+from attendants import Crowded
 from intake import Refusal
 
 MODEL_CHARACTERS_MAX = 256
@@ -56,6 +58,8 @@ class Door:
         self.config = config
         self.offer_octets_max = config.signaling.offer_octets_max
         self._retry_after = {"Retry-After": str(config.signaling.retry_after_s)}
+        self.stopping = asyncio.Event()
+        """Set when the process is about to stop: what would go on has to end."""
         self._reception = reception.Reception(config)
 
     async def admit(self, request: web.Request) -> Caller:
@@ -94,9 +98,19 @@ class Door:
         try:
             return await self.placement.ask(call_id, method, path, body, caller.key)
         except placement.UnknownCall as error:
-            message = "There is no such call, or it has ended."
-            kind = Ended if isinstance(error, placement.EndedCall) else Refusal
-            raise kind(404, message, code="call_id_not_found", param="id") from error
+            raise _no_such_call(error, "id") from error
+        except placement.Unavailable as error:
+            raise self.unavailable(error) from error
+
+    async def attend(self, call_id: str, caller: Caller) -> ClientWebSocketResponse:
+        """The events of a call, both ways. Raises Refusal like `ask`, and 429."""
+        observer.trail().about(call_id, caller.key)
+        try:
+            return await self.placement.attend(call_id, caller.key)
+        except placement.UnknownCall as error:
+            raise _no_such_call(error, "call_id") from error
+        except Crowded as error:
+            raise Refusal(429, str(error), code="too_many_sidebands", param="call_id") from error
         except placement.Unavailable as error:
             raise self.unavailable(error) from error
 
@@ -107,6 +121,12 @@ class Door:
     def offered(self) -> "Offered":
         """Counts one offer: `with door.offered(): read it, place it`."""
         return Offered(self.counters)
+
+
+def _no_such_call(error: placement.UnknownCall, param: str) -> Refusal:
+    message = "There is no such call, or it has ended."
+    kind = Ended if isinstance(error, placement.EndedCall) else Refusal
+    return kind(404, message, code="call_id_not_found", param=param)
 
 
 class Offered:

@@ -24,12 +24,14 @@ from typing import Any
 import aiohttp
 import orjson
 
+import attendance
 import endpoints
 import ledger
 import metrics
 import observer
 import settings
 import ufrag
+from attendants import Crowded
 
 log = logging.getLogger("placement")
 
@@ -180,7 +182,15 @@ class Placement:
         """While it lasts, calls can be placed and the transceivers' load is followed."""
         timeout = aiohttp.ClientTimeout(total=self._table.transceiver_timeout_s)
         traced = [observer.tracing()]
-        async with aiohttp.ClientSession(timeout=timeout, trace_configs=traced) as self._http:
+        # Sidebands last as long as calls. They have no part in the bounded pool of connections that
+        # requests share: a hundred of them would leave no connection to place a call by.
+        lasting = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=timeout, trace_configs=traced
+        )
+        async with (
+            aiohttp.ClientSession(timeout=timeout, trace_configs=traced) as self._http,
+            lasting as self._lasting,
+        ):
             watch = asyncio.create_task(self._watch())
             try:
                 yield
@@ -237,6 +247,23 @@ class Placement:
                 log.warning("%s %s: %d", method, url, response.status)
         except (aiohttp.ClientError, TimeoutError) as error:
             log.warning("%s %s: out of reach: %r", method, url, error)
+        raise Unavailable("The transceiver of this call does not answer.")
+
+    async def attend(self, call_id: str, key: str) -> aiohttp.ClientWebSocketResponse:
+        """The events of a call, from its owner. Raises like `ask`, and Crowded."""
+        url = f"{self.owner(call_id)}/sessions/{call_id}/events"
+        try:
+            return await self._lasting.ws_connect(
+                url, headers={KEY_HEADER: key}, heartbeat=attendance.HEARTBEAT_S, max_msg_size=0
+            )
+        except aiohttp.WSServerHandshakeError as error:
+            if error.status == 404:
+                raise EndedCall(call_id) from error
+            if error.status == 429:
+                raise Crowded("So many sidebands as it may have attend this call.") from error
+            log.warning("%s: %d", url, error.status)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            log.warning("%s: out of reach: %r", url, error)
         raise Unavailable("The transceiver of this call does not answer.")
 
     async def _try(self, peer: Peer, request: bytes) -> Placed | None:

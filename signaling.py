@@ -39,6 +39,7 @@ import metrics
 import monitor
 import observer
 import settings
+import sideband
 import whip
 
 log = logging.getLogger("signaling")
@@ -47,7 +48,7 @@ SHUTDOWN_S = 5.0
 """Requests in hand may finish for this long after SIGTERM. Calls do not notice: they need no
 signaling once they are answered."""
 
-APIS = (calls, whip)
+APIS = (calls, sideband, whip)
 """The ways in, each a module with `routes(door)`."""
 
 API_PREFIXES = ("/v1/", "/whip", "/api/")
@@ -112,6 +113,7 @@ class Entrance:
         app.middlewares.append(_errors_have_bodies)
         app.on_response_prepare.append(_headers_of_every_response)
         app.cleanup_ctx.append(self._connected)
+        app.on_shutdown.append(self._stop)
         for api in APIS:
             app.router.add_routes(api.routes(self.door))
         app.router.add_get("/health", self.health)
@@ -155,6 +157,9 @@ class Entrance:
         """All that is counted, as Prometheus reads it."""
         text = metrics.exposition("earshot_signaling", [({}, self.door.counters)])
         return text + self.observer.exposition()
+
+    async def _stop(self, app: web.Application) -> None:
+        self.door.stopping.set()
 
     async def _connected(self, app: web.Application) -> AsyncIterator[None]:
         async with self.door.placement.connected():

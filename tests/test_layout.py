@@ -65,6 +65,7 @@ MODULE_LINES_MAX = 500
 IMPORTERS = {
     "aiohttp": {
         "attendance",
+        "sideband",
         "control",
         "uplink",
         "parrot_server",
@@ -83,6 +84,8 @@ IMPORTERS = {
     "aiortc": {"association", "dtls", "peer"},
     "asyncio": {
         "attendance",
+        "sideband",
+        "door",
         "mux",
         "pacer",
         "peer",
