@@ -130,15 +130,17 @@ class Archive:
 
     def look(self, call: Call, now: float) -> None:
         """See whether a call's record has to be written: some times a second, while it is live."""
-        if self._redis is None or not self._resume_s or call.live_at is None:
+        if not self._resume_s or call.live_at is None:
             return
-        if self._redis.up != self._was_up:
-            self._look_whether_back()
         known = self._written.get(call.call_id)
         if known is None:
             known = self._written[call.call_id] = _Written()
             if call.opening.resume is not None:
                 self.forget(call.opening.resume)
+        if self._redis is None:
+            return
+        if self._redis.up != self._was_up:
+            self._look_whether_back(self._redis.up)
         if call.revision != known.revision or call.replies != known.replies:
             pace_s = known.pace_s
         else:
@@ -236,13 +238,12 @@ class Archive:
                 log.info("redis takes records again")
         return taken
 
-    def _look_whether_back(self) -> None:
+    def _look_whether_back(self, up: bool) -> None:
         """A Redis that was away may have lost everything: then all is written again."""
-        assert self._redis is not None
-        if self._redis.up and not self._was_up:
+        self._was_up = up
+        if up:
             for known in self._written.values():
                 known.at = float("-inf")
-        self._was_up = self._redis.up
 
     def _put(self, name: bytes, octets: bytes) -> None:
         if self._redis is None:
