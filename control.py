@@ -2,7 +2,9 @@
 
     POST   /v1/sessions {"offer", "session", "model", "candidates": [[host, port], ...], and as
                         opening.py says "key", "dialect", "resume", "request_id"}
-                        201 {"call_id", "answer", "etag"}; 400; 503 with Retry-After
+                        201 {"call_id", "answer", "etag", "request_id": under which it is known
+                        to logs and relays; another than asked for, if that is no 8 hexadecimal
+                        digits or some other call's}; 400; 503 with Retry-After
     GET    /v1/sessions/{call_id}   200 {"state", "etag", "request_id"}; 404
     POST   /v1/sessions/{call_id}/ice {"ufrag", "pwd"}   an ICE restart: the client's new pair
                         200 {"ufrag", "pwd", "etag"}: ours; {"etag"} if the client's pair is
@@ -13,6 +15,8 @@
                                     "sessions_max", "load": 1 is where calls are refused, and of
                                     what it is made: "cpu", a share of one, and "lag_s"}
     GET    /metrics                 200, Prometheus' text
+    GET    /healthz                 200 while the process lives
+    GET    /readyz                  200 while a call would be taken, else 503 {"ready", "why"}
 
 What it owns: reading requests, and the status and body of every answer.
 
@@ -38,8 +42,10 @@ from aiohttp import web
 
 import attendance
 import endpoints
+import journal
 import ledger
 import metrics
+import monitor
 import opening
 import sdp
 import settings
@@ -54,7 +60,8 @@ RETRY_AFTER_S = 5
 KEY_HEADER = "X-Earshot-Key"
 """Names the key of whoever asks something of a call."""
 
-EXPOSITION_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+REQUEST_HEADER = "X-Request-Id"
+"""Names the request of a client's that something is asked for."""
 
 log = logging.getLogger("control")
 
@@ -115,6 +122,9 @@ class Switchboard(Protocol[AnyCall]):
     def health(self) -> dict[str, Any]:
         """How the process is, for whoever places calls."""
 
+    def ailments(self) -> list[str]:
+        """Why no call would be taken now."""
+
     def book(self) -> None:
         """Bring those counters up to date that say what is now: before they are read."""
 
@@ -140,6 +150,13 @@ def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
     )
 
 
+def _note(call: Call, request: web.Request, what: str) -> None:
+    """Which request did something to a call."""
+    by = journal.line(request.headers.get(REQUEST_HEADER, ""), opening.NAME_CHARACTERS_MAX)
+    told = journal.fields(request_id=call.opening.request_id, by_request_id=by or None)
+    log.info("%s %s", call, what, extra=told)
+
+
 def application(switchboard: Switchboard[AnyCall]) -> web.Application:
     """The control API of a transceiver, for an HTTP server."""
     handlers = Handlers(switchboard)
@@ -154,6 +171,8 @@ def application(switchboard: Switchboard[AnyCall]) -> web.Application:
     application.router.add_delete("/v1/sessions/{call_id}", handlers.delete)
     application.router.add_get("/v1/health", handlers.health)
     application.router.add_get("/metrics", handlers.exposition)
+    application.router.add_get("/healthz", monitor.alive)
+    application.router.add_get("/readyz", handlers.ready)
     return application
 
 
@@ -203,7 +222,8 @@ class Handlers(Generic[AnyCall]):
             raise Refusal(503, str(full), "overloaded") from None
         except sdp.OfferError as error:
             raise Refusal(400, str(error), "invalid_offer", "sdp") from None
-        return _json({"call_id": call.call_id, "answer": answer, "etag": call.etag}, 201)
+        named = {"call_id": call.call_id, "request_id": call.opening.request_id}
+        return _json({**named, "answer": answer, "etag": call.etag}, 201)
 
     async def show(self, request: web.Request) -> web.Response:
         """Say how a call is."""
@@ -218,6 +238,7 @@ class Handlers(Generic[AnyCall]):
         if pair == call.client_ice:  # candidates for the pair that there is
             return _json({"etag": call.etag})
         call.client_ice = pair
+        _note(call, request, "is given new ICE credentials")
         name, password = self._switchboard.restart(call)
         return _json({"ufrag": name, "pwd": password, "etag": call.etag})
 
@@ -232,16 +253,22 @@ class Handlers(Generic[AnyCall]):
 
     async def delete(self, request: web.Request) -> web.Response:
         """End a call."""
-        self._switchboard.hang_up(self._called(request))
+        call = self._called(request)
+        _note(call, request, "is hung up")
+        self._switchboard.hang_up(call)
         return _json({})
 
     async def health(self, _: web.Request) -> web.Response:
         """Say how the process is."""
         return _json(self._switchboard.health())
 
+    async def ready(self, _: web.Request) -> web.Response:
+        """Say whether a call would be taken now."""
+        return monitor.readiness(self._switchboard.ailments())
+
     async def exposition(self, _: web.Request) -> web.Response:
         """Metrics for Prometheus."""
         self._switchboard.book()
         text = metrics.exposition("earshot_transceiver", [({}, self._switchboard.counters)])
         text += metrics.histograms("earshot_transceiver", self._switchboard.timings)
-        return web.Response(body=text, headers={"Content-Type": EXPOSITION_TYPE})
+        return monitor.exposition(text)

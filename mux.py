@@ -107,6 +107,10 @@ class Mux:
             self._certificate = Certificate.generateCertificate()
         return self._certificate
 
+    def knows(self, ufrag: str) -> bool:
+        """True if a session answers under this name."""
+        return ufrag.encode() in self._by_ufrag
+
     def open(self, offer: sdp.Offer, ufrag: str, password: bytes, handler: Handler) -> "Peer":
         """Begin to answer the checks of a session."""
         peer = Peer(self, offer, self.certificate, ice.Agent(ufrag.encode(), password), handler)

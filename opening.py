@@ -11,6 +11,7 @@ Sans-IO.
 """
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ CANDIDATES_MAX = 8
 
 NAME_CHARACTERS_MAX = 128
 """Of the name of a key, a dialect or a request."""
+
+_NONCE = re.compile("[0-9a-f]{8}")
 
 
 class Wrong(ValueError):
@@ -53,6 +56,12 @@ class Opening:
     """What is known of that one, as items; None if nothing is. Not of the request: archive.py."""
     request_id: str = ""
     """What the logs of all programs know the request by."""
+
+    @property
+    def nonce(self) -> int | None:
+        """The request's id as the number that a routing hint has room for: 8 hexadecimal digits.
+        None for any other id."""
+        return int(self.request_id, 16) if _NONCE.fullmatch(self.request_id) else None
 
 
 def read(body: bytes) -> Opening:

@@ -287,15 +287,22 @@ def check(config: _Config) -> None:
 
 @cli.command("flows")
 def show_flows(config: _Config) -> None:
-    """Print the running relay's flows: client (masked), state, transceiver, age."""
+    """Print the running relay's flows: client (masked), state, transceiver, age, request id: the
+    one that signaling and the transceiver have in their logs."""
     now = time.monotonic()
     *workers, _ = _attached(config)
+    with _exit_codes():
+        found, keyring = load(config)
+    clusters = settings.clusters(found.cluster)
     for number, memory in enumerate(workers):
         for flow in flows.read_all(memory.section("flows")):
             client, (at, port) = frame.masked(flow.header), frame.endpoint(flow.hop)
             state, age_s = flow.state.name.lower(), now - flow.opened_at
             where = f"[{at}]:{port}" if ":" in at else f"{at}:{port}"
-            typer.echo(f"worker {number}  {client:<28} {state:<9}  {where}  {age_s:.0f} s")
+            hint = ufrag.parse(keyring, clusters, flow.ufrag)
+            request = f"{hint.nonce:08x}" if isinstance(hint, ufrag.Hint) else hint.name.lower()
+            line = f"{client:<28} {state:<9}  {where}  {age_s:.0f} s  {request}"
+            typer.echo(f"worker {number}  {line}")
 
 
 @cli.command()

@@ -36,6 +36,7 @@ import backend
 import conversation
 import fec
 import floor
+import journal
 import ledger
 import meter
 import metrics
@@ -83,6 +84,9 @@ NOT_RESUMED = "There is no such conversation to be resumed, or not any more: a n
 LOSS_TOLD_S = 5.0
 """How long a call whose backend is lost before its data channel is open waits for that, so that its
 client hears why it ends. A channel takes a few round trips."""
+
+TAG_CHARACTERS = 6
+"""The end of a call's id, which tells calls apart in a log and is too short for a credential."""
 
 log = logging.getLogger("session")
 Timing = metrics.Timing
@@ -155,6 +159,7 @@ class Session:
         """The session limit, by the owner's clock."""
         self._owner, self._offer = owner, offer
         self._noticed = False
+        self._restarts = 0
         self._meter = meter.Meter(owner.counters, owner.timings, self.opened_at)
         self._closed = self._opened = False
         self._lost_why, self._lost_at = "", 0.0
@@ -242,7 +247,6 @@ class Session:
         self._meter.set_up(Timing.SETUP_CHECK, self._peer.checked_at or now)
         self._meter.set_up(Timing.SETUP_CONNECTED, now)
         self._owner.counters.values[metrics.Transceiver.SESSIONS_CONNECTED] += 1
-        log.info("%s live after %.0f ms", self, 1000 * (now - self.opened_at))
         if self._offer.takes_audio and self._playout.wakes_at is None:
             self._peer.send_rtp(self._playout.silence(now))
         self.flow(now)
@@ -361,6 +365,7 @@ class Session:
         """Answer the client's checks under new credentials too; nothing else changes."""
         self._peer.restart(name, password)
         self.etag = _etag(name)
+        self._restarts += 1
 
     def sweep(self, now: float) -> str | None:
         """Send the reports; the reason why the call has to end now, or None. Once a second."""
@@ -412,8 +417,8 @@ class Session:
         """End the call politely and free what it holds. Closing twice is harmless."""
         if self._closed:
             return
+        state = self.state
         self._closed = True
-        log.info("%s closed after %.1f s: %s", self, self._owner.clock() - self.opened_at, reason)
         async with contextlib.AsyncExitStack() as last:  # each is freed even if another fails
             last.callback(self._decoder.close)
             last.callback(self._encoder.close)
@@ -421,11 +426,37 @@ class Session:
             last.callback(self._backend.close)
             last.callback(self._conversation.closed)
             last.callback(self._conversation.attendants.end, reason)
+            last.callback(self._write_down, reason, state)
             self._meter.frames(self._receiver)
+
+    def _write_down(self, reason: str, state: State) -> None:
+        """The one line that a call leaves in the journal."""
+        wanted = self.opening
+        model = (wanted.session or {}).get("model")
+        log.info(
+            "%s ended: %s",
+            self,
+            reason,
+            extra=journal.fields(
+                request_id=wanted.request_id,
+                call=self.call_id[-TAG_CHARACTERS:],
+                key=wanted.key or None,
+                dialect=wanted.dialect,
+                model=model if isinstance(model, str) else None,
+                resumes=wanted.resume[-TAG_CHARACTERS:] if wanted.resume else None,
+                reason=reason,
+                state=state.name.lower(),
+                duration_s=round(self._owner.clock() - self.opened_at, 3),
+                ice_restarts=self._restarts,
+                packets_out=self._playout.packets_sent,
+                octets_out=self._playout.octets_sent,
+                **self._meter.story(),
+            ),
+        )
 
     def __str__(self) -> str:
         """A name for the log: the end of the call id, too short to be of use as a credential."""
-        return f"call …{self.call_id[-6:]}"
+        return f"call …{self.call_id[-TAG_CHARACTERS:]}"
 
     # --- inside ---------------------------------------------------------------------------------
 

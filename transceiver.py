@@ -194,7 +194,9 @@ class Transceiver:
             self.counters.values[refused.count] += 1
             raise control.Full(refused.message)
         offer = sdp.read_offer(wanted.offer)
-        hint, password = self._mint()
+        hint, password, nonce = self._mint(wanted.nonce)
+        if nonce != wanted.nonce:  # the request has no such id, or another call has it
+            wanted = dataclasses.replace(wanted, request_id=f"{nonce:08x}")
         session = Session(self, self._mux, offer, (hint, password), self._backends, wanted)
         self.sessions[session.call_id] = session
         slot = self._slots[session] = next(self._next_slot)
@@ -230,11 +232,19 @@ class Transceiver:
         """A call, if it is here."""
         return self.sessions.get(call_id)
 
-    def _mint(self) -> tuple[str, bytes]:
-        """A ufrag that leads relays here, and its password."""
+    def _mint(self, nonce: int | None = None) -> tuple[str, bytes, int]:
+        """A ufrag that leads relays here, its password, and its nonce.
+
+        That is the one asked for, if no session here has it: so the relay, which reads hints, knows
+        a call by its request's id. Signaling has drawn it as this would: at random, in secret.
+        """
         at = self.limits.listen
-        hint = ufrag.mint(self._keyring, self._cluster, at.address, at.port, secrets.randbits(32))
-        return hint, ufrag.password(self._keyring, hint) or b""  # never empty: its key just minted
+        while True:
+            drawn = secrets.randbits(32) if nonce is None else nonce
+            hint = ufrag.mint(self._keyring, self._cluster, at.address, at.port, drawn)
+            if not self._mux.knows(hint):  # never empty, below: its key has just minted
+                return hint, ufrag.password(self._keyring, hint) or b"", drawn
+            nonce = None
 
     def restart(self, call: Session) -> tuple[str, str]:
         """New ICE credentials of a call, ufrag and password, beside the ones before.
@@ -242,10 +252,11 @@ class Transceiver:
         The call keeps its id, and DTLS, SRTP and the data channel do not notice (RFC 8445 section
         9).
         """
-        hint, password = self._mint()
+        hint, password, nonce = self._mint()
         call.restart(hint, password)
         self.counters.values[Count.ICE_RESTARTS] += 1
-        log.info("%s restarts ICE", call)
+        told = journal.fields(request_id=call.opening.request_id, restarted_as=f"{nonce:08x}")
+        log.info("%s restarts ICE", call, extra=told)
         return hint, password.decode()
 
     def hang_up(self, call: Session) -> None:
@@ -268,6 +279,11 @@ class Transceiver:
             "cpu": round(self._load.share, 3),
             "lag_s": round(self._load.lag_s, 4),
         }
+
+    def ailments(self) -> list[str]:
+        """Why no call would be taken now: for whoever watches over the process."""
+        refused = self._load.refusal(self._calls(), self.draining)
+        return [] if refused is None else [refused.message]
 
     def book(self) -> None:
         """Bring those counters up to date that say what is now: before they are read."""

@@ -424,6 +424,8 @@ def test_flows_and_counters_are_seen_from_outside(start):
     assert set(lines) == {f"127.0.0.x:{sock.getsockname()[1]}" for sock in (first, second)}
     assert re.search(rf"assured +127\.0\.0\.1:{running.port} +\d+ s", shown)
     assert "tentative" in lines[f"127.0.0.x:{second.getsockname()[1]}"]
+    # The nonce of its hint, which is the id of the request that has opened it.
+    assert lines[f"127.0.0.x:{second.getsockname()[1]}"].endswith(" s  00000002")
     text = command("counters", "--config", running.config).stdout
     assert 'earshot_relay_inbound_forwarded_total{worker="0"} 2.0' in text
     assert 'earshot_relay_outbound_received_total{worker="0"} 1.0' in text
