@@ -1,6 +1,7 @@
 """Calls: OpenAI's Realtime API over HTTP, as its clients speak it.
 
-    POST   /v1/realtime/calls               201, the answer, and the call in Location
+    POST   /v1/realtime/calls               201, the answer, and the call in Location; ?resume= has
+                                            the id of the call whose conversation goes on in it
     POST   /v1/realtime/calls/{id}/hangup   200 once the call has ended
     POST   /v1/realtime/client_secrets      200, an ephemeral key for a page, with a session inside
     GET    /v1/realtime/calls/{id}          200 {"id", "status"}
@@ -29,6 +30,7 @@ from aiohttp import web
 import floor
 import metrics
 import realtime
+import ufrag
 from door import MODEL_CHARACTERS_MAX, Door
 from intake import Refusal, read_object, read_offer
 from placement import Order
@@ -57,7 +59,9 @@ def routes(door: Door) -> list[web.RouteDef]:
             if session and caller.session:
                 session = realtime.merged(caller.session, session)
             model = request.query.get("model", "")[:MODEL_CHARACTERS_MAX] or None
-            order = Order(offer, session or caller.session, model, key=caller.key)
+            order = Order(
+                offer, session or caller.session, model, key=caller.key, resume=_resumed(request)
+            )
             placed = await door.place(order)
         return web.Response(
             status=201,
@@ -99,6 +103,15 @@ def routes(door: Door) -> list[web.RouteDef]:
         web.post(PATH + "/{id}/{verb:accept|reject|refer}", no_telephone),
         web.post(API + "/client_secrets", mint),
     ]
+
+
+def _resumed(request: web.Request) -> str | None:
+    """The call that a new one goes on with. Whether there is such a call is not told by refusing:
+    its transceiver may have died, and a new conversation is better than none."""
+    call_id = request.query.get("resume")
+    if call_id is not None and ufrag.from_call_id(call_id) is None:
+        raise _refused("Expected the id of a call, as Location had it.", "resume")
+    return call_id
 
 
 # --- ephemeral keys -----------------------------------------------------------------------------
