@@ -16,7 +16,8 @@ Rules that stay true:
 
 It owns no codec, socket or clock: the encoder is an argument (opus.py has it), `now` is monotonic
 seconds, packets are returned. It knows nothing of conversations or RTCP.
-RTP for Opus: RFC 7587, https://www.rfc-editor.org/rfc/rfc7587.
+RTP for Opus: RFC 7587, https://www.rfc-editor.org/rfc/rfc7587; for G.711: RFC 3551, whose clock is
+the codec's 8 kHz.
 """
 
 from __future__ import annotations
@@ -51,7 +52,6 @@ LATE_S_MAX = 0.06
 pause: the client has played silence by then, and a burst would only become delay in its buffer."""
 
 _FRAME_S = FRAME_MS / 1_000
-_FRAME_CLOCK = rtp.CLOCK_HZ * FRAME_MS // 1_000
 
 assert LATE_S_MAX >= _FRAME_S
 
@@ -116,8 +116,12 @@ class Playout:
         payload_type: int,
         sequence: int,
         timestamp: int,
+        clock_hz: int = rtp.CLOCK_HZ,
     ) -> None:
-        """`sequence` and `timestamp` are those of the first packet; RFC 3550 wants them random."""
+        """`sequence` and `timestamp` are those of the first packet; RFC 3550 wants them random.
+
+        `clock_hz` is what the codec's packets are stamped in.
+        """
         self.ssrc = ssrc
         self.wakes_at: float | None = None
         """When send() will have something to send; in the past means now. None: write first."""
@@ -129,6 +133,8 @@ class Playout:
         self._encoder = encoder
         self._payload_type = payload_type
         self._sequence = sequence
+        self._clock_hz = clock_hz
+        self._frame_clock = clock_hz * FRAME_MS // 1_000
         self._frame = 2 * encoder.rate_hz * FRAME_MS // 1_000
         self._octets_max = int(QUEUE_S_MAX * 2 * encoder.rate_hz)
         self._octets = 0
@@ -197,11 +203,12 @@ class Playout:
         if wakes_at is None or now < wakes_at:
             return []
         if wakes_at == self._grid_at and now - wakes_at <= LATE_S_MAX:
-            packets = [self._packet(wakes_at, self.last_timestamp + _FRAME_CLOCK, marker=False)]
+            following = self.last_timestamp + self._frame_clock
+            packets = [self._packet(wakes_at, following, marker=False)]
         else:
             packets = [self._packet(now, self.timestamp_at(now), marker=True)]
         while self._is_ready() and self._grid_at <= now:
-            timestamp = self.last_timestamp + _FRAME_CLOCK
+            timestamp = self.last_timestamp + self._frame_clock
             packets.append(self._packet(self._grid_at, timestamp, marker=False))
         self.wakes_at = self._grid_at if self._is_ready() else None
         return packets
@@ -246,7 +253,7 @@ class Playout:
         if not self.packets_sent:
             return self.last_timestamp
         since_s = now - (self._grid_at - _FRAME_S)
-        return self.last_timestamp + round(since_s * rtp.CLOCK_HZ) & 0xFFFF_FFFF
+        return self.last_timestamp + round(since_s * self._clock_hz) & 0xFFFF_FFFF
 
     def _packet(self, at: float, timestamp: int, *, marker: bool) -> bytes:
         """Take one frame off the queue and make the packet whose place on the grid is `at`."""

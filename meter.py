@@ -55,11 +55,19 @@ class Meter:
     """What is timed and counted of one call."""
 
     def __init__(
-        self, counters: ledger.Counters, timings: ledger.Histograms, opened_at: float
+        self,
+        counters: ledger.Counters,
+        timings: ledger.Histograms,
+        opened_at: float,
+        clock_hz: int = rtp.CLOCK_HZ,
     ) -> None:
-        """Begin at the offer, `opened_at` by the clock of all `now`."""
+        """Begin at the offer, `opened_at` by the clock of all `now`; jitter counts in `clock_hz`.
+
+        That is the codec's.
+        """
         self._values, self._observe = counters.values, timings.observe
         self._opened_at = opened_at
+        self._clock_hz = clock_hz
         self._turn_ended_at: float | None = None
         self._frames = [0] * len(_FRAMES)
         self._packets = 0
@@ -116,18 +124,18 @@ class Meter:
         """How we receive the client, of whom `packets` have come in all."""
         if packets != self._packets:  # in silence with DTX there is nothing to say
             self._packets = packets
-            self._observe(Timing.JITTER_IN, min(JITTER_S_MAX, block.jitter / rtp.CLOCK_HZ))
+            self._observe(Timing.JITTER_IN, min(JITTER_S_MAX, block.jitter / self._clock_hz))
             self._observe(Timing.LOSS_IN, block.fraction_lost / 256)
             self._network["packets_in"] = packets
             self._network["lost_in"] = max(0, block.lost)
-            self._network["jitter_in_ms"] = _ms(min(JITTER_S_MAX, block.jitter / rtp.CLOCK_HZ))
+            self._network["jitter_in_ms"] = _ms(min(JITTER_S_MAX, block.jitter / self._clock_hz))
 
     def received(self, block: rtp.Block, round_trip_s: float | None) -> None:
         """How the client receives us, by its report."""
-        self._observe(Timing.JITTER_OUT, min(JITTER_S_MAX, block.jitter / rtp.CLOCK_HZ))
+        self._observe(Timing.JITTER_OUT, min(JITTER_S_MAX, block.jitter / self._clock_hz))
         self._observe(Timing.LOSS_OUT, block.fraction_lost / 256)
         self._network["lost_out"] = max(0, block.lost)
-        self._network["jitter_out_ms"] = _ms(min(JITTER_S_MAX, block.jitter / rtp.CLOCK_HZ))
+        self._network["jitter_out_ms"] = _ms(min(JITTER_S_MAX, block.jitter / self._clock_hz))
         if round_trip_s is not None:
             self._observe(Timing.ROUND_TRIP, round_trip_s)
             self._network["round_trip_ms"] = _ms(round_trip_s)

@@ -23,9 +23,9 @@ FEC has 85 % of single losses for nothing. It is worse at bursts (a quarter), wh
 a short path as what NACK could mend; but no browser offers NACK for Opus, so nobody would answer.
 scripts/quality.py prints these figures.
 
-It owns no codec, socket or clock: the decoder is an argument (opus.py has it), `now` is monotonic
-seconds. RTP for Opus: RFC 7587, https://www.rfc-editor.org/rfc/rfc7587; FEC and DTX in its sections
-3.1.3 and 3.3.
+It owns no codec, socket or clock: the decoder is an argument (opus.py and telephone.py have one),
+`now` is monotonic seconds. Timestamps are of Opus' clock, whatever the codec (speech.py). RTP for
+Opus: RFC 7587, https://www.rfc-editor.org/rfc/rfc7587; FEC and DTX in its sections 3.1.3 and 3.3.
 """
 
 from __future__ import annotations

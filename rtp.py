@@ -37,7 +37,7 @@ two seconds."""
 REPORT_BLOCKS_MAX = 31
 """Blocks one report can carry: its count has five bits (RFC 3550 section 6.4.1)."""
 
-_JITTER_JUMP_MAX = 5 * CLOCK_HZ
+_JITTER_JUMP_S_MAX = 5
 """Longer transit changes are a restarted clock or a stalled network, not jitter. libwebrtc leaves
 out about the same; without it one jump of a timestamp would sit in the estimate for a hundred
 packets."""
@@ -258,6 +258,7 @@ class Reception:
         self.jitter = 0.0
         """Interarrival jitter in units of the clock."""
         self._clock_hz = clock_hz
+        self._jump_max = _JITTER_JUMP_S_MAX * clock_hz
         self._base = self._highest = -1  # extended sequence numbers; -1: nothing has come yet
         self._restart = -1  # the sequence number that would confirm a restart
         self._transit = 0
@@ -283,7 +284,7 @@ class Reception:
             moved = (transit - self._transit) & 0xFFFF_FFFF
             if moved > 0x7FFF_FFFF:  # backwards; min() of the two takes 100 ns of 370
                 moved = 0x1_0000_0000 - moved
-            if moved < _JITTER_JUMP_MAX:
+            if moved < self._jump_max:
                 self.jitter += (moved - self.jitter) / 16
         self._transit = transit
 

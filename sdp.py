@@ -10,8 +10,8 @@ Rules that stay true:
   bundled (another protocol, no codec that we know) is rejected with port 0.
 - All lines share one transport: credentials, fingerprint and DTLS role are read from the line that
   the BUNDLE group names first among those taken (RFC 8843 section 7.3.1).
-- The answer names only what the server does: Opus, one sha-256 fingerprint, all candidates there
-  will ever be, no trickle, no header extensions. It does not say `a=ice-lite` (see ice.py).
+- The answer names only what the server does: one codec, one sha-256 fingerprint, all candidates
+  there will ever be, no trickle, no header extensions, no `a=ice-lite` (see ice.py).
 - Nothing of the offer reaches the answer but tokens, so a client cannot smuggle lines into it.
 
 The client's candidates are not read: it is found by its first check.
@@ -20,9 +20,11 @@ Sans-IO. RFC 8866 https://www.rfc-editor.org/rfc/rfc8866 (SDP), RFC 9429
 https://www.rfc-editor.org/rfc/rfc9429 (JSEP), RFC 8843 https://www.rfc-editor.org/rfc/rfc8843
 (BUNDLE), RFC 8839 https://www.rfc-editor.org/rfc/rfc8839 (ICE), RFC 8842
 https://www.rfc-editor.org/rfc/rfc8842 (DTLS), RFC 8841 https://www.rfc-editor.org/rfc/rfc8841
-(SCTP), RFC 7587 https://www.rfc-editor.org/rfc/rfc7587 (Opus).
+(SCTP), RFC 7587 https://www.rfc-editor.org/rfc/rfc7587 (Opus), RFC 3551 section 6
+https://www.rfc-editor.org/rfc/rfc3551#section-6 (payload types that need no a=rtpmap).
 """
 
+import enum
 import ipaddress
 import re
 from collections.abc import Callable, Sequence
@@ -56,12 +58,26 @@ _PORT = re.compile(r"[0-9]{1,5}")
 _FORMAT = re.compile(r"[!#-'*+\-.0-9A-Z^-~]{1,32}")
 _ICE = re.compile(r"[A-Za-z0-9+/]+")  # RFC 8839 section 5.4: ice-char
 _SHA256 = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){31}")
-_OPUS = re.compile(r"opus/48000/2", re.IGNORECASE)
+_CODEC = re.compile(r"(opus/48000/2)|(PCMU/8000(?:/1)?)|(PCMA/8000(?:/1)?)", re.IGNORECASE)
+_STATIC = {"0": "PCMU/8000", "8": "PCMA/8000"}
 _RTP_PROTOCOL = re.compile(r"((UDP|TCP)/TLS/)?RTP/SAVPF?")
 _SCTP_PROTOCOL = re.compile(r"(UDP|TCP)/DTLS/SCTP")
 _DIRECTIONS = ("sendrecv", "sendonly", "recvonly", "inactive")
 _MIRRORED = dict(zip(_DIRECTIONS, ("sendrecv", "recvonly", "sendonly", "inactive"), strict=True))
 _SETUPS = ("actpass", "active", "passive")
+
+
+class Codec(enum.Enum):
+    """What is spoken, by its name in `a=rtpmap`."""
+
+    OPUS = "opus/48000/2"
+    PCMU = "PCMU/8000"
+    PCMA = "PCMA/8000"
+
+    @property
+    def clock_hz(self) -> int:
+        """Of its RTP timestamps."""
+        return 48_000 if self is Codec.OPUS else 8_000
 
 
 class OfferError(ValueError):
@@ -105,8 +121,10 @@ class Offer:
     """The client certificate's SHA-256, upper-case hexadecimal pairs and colons."""
     setup: str
     """actpass, active or passive."""
-    opus: int | None
-    """The payload type of Opus in this session, 0 to 127; None without an audio line."""
+    codec: Codec
+    """What is spoken in this session: Opus where it is offered, else the first that we know."""
+    payload_type: int | None
+    """The codec's in this session, 0 to 127; None without an audio line."""
     sends_audio: bool
     takes_audio: bool
     sctp_port: int
@@ -139,7 +157,7 @@ def read_offer(text: str) -> Offer:
     group = _bundle(session)
     mids: set[str] = set()
     lines = tuple(_line(section, number, group, mids) for number, section in enumerate(sections))
-    audio = _first(lines, "audio", lambda at: _opus(sections[at], lines[at]) is not None)
+    audio, codec, payload_type = _audible(sections, lines)
     application = _first(lines, "application", lambda _: True)
     if audio is None and application is None:
         raise OfferError(_nothing_to_do(lines))
@@ -161,7 +179,8 @@ def read_offer(text: str) -> Offer:
         password=_ice(tagged, session, "ice-pwd", 22),
         fingerprint=_fingerprint(tagged, session),
         setup=_setup(tagged, session),
-        opus=None if audio is None else _opus(sections[audio], lines[audio]),
+        codec=codec,
+        payload_type=payload_type,
         sends_audio=direction in ("sendrecv", "sendonly"),
         takes_audio=direction in ("sendrecv", "recvonly"),
         sctp_port=_number(channels, "sctp-port", SCTP_PORT, 1, 0xFFFF),
@@ -219,7 +238,7 @@ def answer(
         if at == offer.application:
             formats, body = line.formats[0], _channels()
         elif at == offer.audio:
-            formats, body = str(offer.opus), _audio(offer, line, ssrc, rate_hz)
+            formats, body = str(offer.payload_type), _audio(offer, line, ssrc, rate_hz)
         else:
             formats, body = line.formats[0], _inactive(line)
         text += [f"m={line.kind} {port} {line.protocol} {formats}", f"c=IN IP{version} {host}"]
@@ -241,17 +260,20 @@ def candidate_lines(candidates: Sequence[tuple[str, int]]) -> list[str]:
 
 
 def _audio(offer: Offer, line: Line, ssrc: int, rate_hz: int) -> list[str]:
-    bitrate = BITRATE_WIDE if rate_hz <= 16_000 else BITRATE
     body = [
         f"a={_MIRRORED[line.direction]}",
         "a=rtcp-mux",
-        f"a=rtpmap:{offer.opus} opus/48000/2",
+        f"a=rtpmap:{offer.payload_type} {offer.codec.value}",
+    ]
+    if offer.codec is Codec.OPUS:
+        bitrate = BITRATE_WIDE if rate_hz <= 16_000 else BITRATE
         # RFC 7587 section 6.1: what we would like to receive. FEC in band mends single losses; mono
         # at the rate the model hears costs the client, the network and us less.
-        f"a=fmtp:{offer.opus} minptime=10;useinbandfec=1;stereo=0;sprop-stereo=0"
-        f";maxplaybackrate={rate_hz};maxaveragebitrate={bitrate}",
-        "a=ptime:20",
-    ]
+        body.append(
+            f"a=fmtp:{offer.payload_type} minptime=10;useinbandfec=1;stereo=0;sprop-stereo=0"
+            f";maxplaybackrate={rate_hz};maxaveragebitrate={bitrate}"
+        )
+    body.append("a=ptime:20")
     if line.reduced_size_rtcp:
         body.append("a=rtcp-rsize")
     if offer.takes_audio:
@@ -348,13 +370,28 @@ def _mapping(section: _Section, payload_type: str) -> str:
     return ""
 
 
-def _opus(section: _Section, line: Line) -> int | None:
-    """The first payload type of the m-line that is Opus; None if there is none."""
-    for payload_type in line.formats:
-        known = payload_type.isascii() and payload_type.isdecimal() and int(payload_type) <= 127
-        if known and _OPUS.fullmatch(_mapping(section, payload_type)):
-            return int(payload_type)
-    return None
+def _audible(
+    sections: Sequence[_Section], lines: Sequence[Line]
+) -> tuple[int | None, Codec, int | None]:
+    """The audio line that is used, its codec and that one's payload type: Opus in any line, else
+    the first of G.711. None for both numbers if there is neither."""
+    found: dict[bool, tuple[int, Codec, int]] = {}
+    for at, (section, line) in enumerate(zip(sections, lines, strict=True)):
+        if line.kind == "audio" and line.bundled:
+            for payload_type in line.formats:
+                codec = _codec(section, payload_type)
+                if codec is not None:
+                    found.setdefault(codec is Codec.OPUS, (at, codec, int(payload_type)))
+    return found.get(True) or found.get(False) or (None, Codec.OPUS, None)
+
+
+def _codec(section: _Section, payload_type: str) -> Codec | None:
+    """What a payload type stands for; None if that is none of ours."""
+    if not (payload_type.isascii() and payload_type.isdecimal() and int(payload_type) <= 127):
+        return None
+    mapping = _mapping(section, payload_type) or _STATIC.get(payload_type, "")
+    match = _CODEC.fullmatch(mapping)
+    return None if match is None else list(Codec)[int(match.lastindex or 1) - 1]
 
 
 def _first(lines: Sequence[Line], kind: str, suits: Callable[[int], bool]) -> int | None:
@@ -367,7 +404,7 @@ def _first(lines: Sequence[Line], kind: str, suits: Callable[[int], bool]) -> in
 def _nothing_to_do(lines: Sequence[Line]) -> str:
     audio = [line for line in lines if line.kind == "audio"]
     if any(line.bundled for line in audio):
-        return "The offer's audio has no Opus (a=rtpmap:… opus/48000/2)."
+        return "The offer's audio has none of opus/48000/2, PCMU/8000 and PCMA/8000 (a=rtpmap)."
     if audio:
         return "The offer's audio is switched off, outside the BUNDLE group, or not DTLS-SRTP."
     return "The offer has neither audio nor a data channel."

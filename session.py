@@ -23,7 +23,6 @@ https://www.rfc-editor.org/rfc/rfc7675 (consent: a silent client has gone).
 
 import contextlib
 import enum
-import functools
 import hashlib
 import logging
 import secrets
@@ -34,20 +33,19 @@ import attendants
 import audio
 import backend
 import conversation
-import fec
 import floor
 import journal
 import ledger
 import meter
 import metrics
 import opening
-import opus
 import realtime
 import receiver
 import records
 import rtp
 import sdp
 import settings
+import speech
 import ufrag
 from peer import Handler, Peer
 
@@ -160,26 +158,30 @@ class Session:
         self._owner, self._offer = owner, offer
         self._noticed = False
         self._restarts = 0
-        self._meter = meter.Meter(owner.counters, owner.timings, self.opened_at)
+        self._meter = meter.Meter(
+            owner.counters, owner.timings, self.opened_at, offer.codec.clock_hz
+        )
         self._closed = self._opened = False
         self._lost_why, self._lost_at = "", 0.0
         self._early: list[realtime.Event] | None = []
         terms = floor.Terms(wanted.session)
         past = wanted.past or ()
         self._backend = backends.connect(terms.offered, self._emitted, self._backend_lost, past)
-        self._decoder = opus.Decoder(self._backend.rate_hz)
         rate_hz = self._backend.rate_hz
-        self._encoder = fec.Encoder(rate_hz, functools.partial(opus.encoder_for, rate_hz))
+        self._decoder = speech.decoder(offer.codec, rate_hz)
+        self._encoder = speech.encoder(offer.codec, rate_hz)
         self._receiver = receiver.Receiver(self._decoder)
         self._reception: rtp.Reception | None = None
         self._playout = audio.Playout(
             self._encoder,
             ssrc=secrets.randbits(32),
-            payload_type=offer.opus or 0,  # of no matter without audio: nothing is sent then
+            # Of no matter without audio: nothing is sent then.
+            payload_type=offer.payload_type or 0,
             # RFC 3711 section 3.3.1 leaves it to the receiver to guess the rollover counter: far
             # from the wrap, losing the first packets does no harm.
             sequence=secrets.randbits(15),
             timestamp=secrets.randbits(32),
+            clock_hz=offer.codec.clock_hz,
         )
         ruled = floor.Floor(terms, self._backend.rate_hz)
         chronicle = records.Chronicle(wanted.session, past)
@@ -252,16 +254,20 @@ class Session:
         self.flow(now)
 
     def rtp(self, packet: bytes, now: float) -> None:
-        """A packet to PCM, and that to the backend. Other payloads than Opus are ignored."""
+        """A packet to PCM, and that to the backend. Payloads of other types are ignored."""
         found = rtp.read(packet)
-        if found is None or found.payload_type != self._offer.opus or self._closed:
+        if found is None or found.payload_type != self._offer.payload_type or self._closed:
             return
         reception = self._reception
         if reception is None:
             self._meter.set_up(Timing.SETUP_AUDIO, now)
         if reception is None or reception.ssrc != found.ssrc:
-            reception = self._reception = rtp.Reception(found.ssrc)
+            reception = self._reception = rtp.Reception(
+                found.ssrc, clock_hz=self._offer.codec.clock_hz
+            )
         reception.received(found.sequence, found.timestamp, now)
+        if self._offer.codec is not sdp.Codec.OPUS:
+            found = speech.in_opus_clock(found, self._offer.codec)
         for pcm in self._receiver.receive(found, now):
             self._hear(pcm, now)
 
