@@ -215,7 +215,36 @@ class Signaling(ledger.Kinds):
         "Attempts on a transceiver that did not answer.",
         "A transceiver is down or overloaded; the next one was asked.",
     )
+    TRANSCEIVER_REFUSED = (
+        "requests",
+        "Attempts on a transceiver that had no room; the next one was asked.",
+        "Bursts, or transceivers that are full: add some.",
+    )
+    TRANSCEIVERS = "processes", "Transceivers that are known now.", "", True
+    TRANSCEIVERS_SERVING = (
+        "processes",
+        "Of those, the ones that are expected to take a call.",
+        "The others drain, are full, or do not answer.",
+        True,
+    )
+    REDIS_UP = "state", "1 while Redis says which transceivers there are.", "", True
     HUNG_UP = "requests", "Calls ended by a request."
+    CONNECTIONS = "connections", "Of clients, now.", "", True
+    CONNECTIONS_REFUSED = (
+        "connections",
+        "Beyond what the settings allow: they were closed, or the one that idled longest.",
+        "A flood; or a proxy that trusted_proxies does not name.",
+    )
+    CONNECTIONS_SLOW = (
+        "connections",
+        "Closed since no head of a request came in time.",
+        "Clients on bad links, or somebody who holds connections.",
+    )
+    HANDSHAKES_FAILED = (
+        "connections",
+        "Ended before TLS was agreed on.",
+        "Scanners, or clients that do not trust the certificate.",
+    )
 
 
 class Api(ledger.Kinds):

@@ -30,6 +30,7 @@ SettingsError = tables.SettingsError
 Keys = tables.Keys
 Cluster = tables.Cluster
 Redis = tables.Redis
+SharedRedis = tables.SharedRedis
 IceServer = front.IceServer
 SignalingTable = front.SignalingTable
 Signaling = front.Signaling
@@ -210,6 +211,7 @@ class Transceiver(Table, frozen=True):
     cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1, max_length=1)]
     backend: Backend = Backend()
     model: Annotated[tuple[Model, ...], Meta(max_length=64)] = ()
+    redis: SharedRedis | None = None
 
 
 File = TypeVar("File", Relay, Transceiver, Signaling)

@@ -71,18 +71,24 @@ class Cluster(Table, frozen=True):
         return ufrag.Cluster(self.id, self.prefix.network, *self.ports)
 
 
-class Redis(Table, frozen=True):
-    """`[redis]`: flows that outlive the relay that knows them. Without this table a relay's
-    clients wait for their own next STUN after their relay was lost."""
+class SharedRedis(Table, frozen=True):
+    """`[redis]` of transceivers and signaling: where transceivers announce themselves, so that
+    signaling needs no list of them, and where the records of conversations outlive them."""
 
     url: RedisUrl
     """`redis://[user:password@]host:port/db`, `unix:///path?db=0`,
     `redis+sentinel://host:port,host:port/service/db` (Sentinels are asked without a password),
     `redis+cluster://host:port,host:port`; with `rediss` in place of `redis` over TLS."""
+    timeout_s: Annotated[float, Meta(gt=0, le=10)] = 0.25
+    """How long anything asked of it may take. Media that waits longer is worth nothing."""
+
+
+class Redis(SharedRedis, frozen=True):
+    """`[redis]` of a relay: flows that outlive the relay that knows them. Without this table its
+    clients wait for their own next STUN after their relay was lost."""
+
     ttl_s: Seconds = 300.0
     """A flow is forgotten there this long after its relay last confirmed it (every third of it)."""
-    timeout_s: Annotated[float, Meta(gt=0, le=10)] = 0.25
-    """How long a look-up may take. Media that waits longer is worth nothing."""
 
 
 def clusters(tables: tuple[Cluster, ...]) -> dict[int, ufrag.Cluster]:

@@ -76,6 +76,7 @@ IMPORTERS = {
         "whip",
         "door",
         "reception",
+        "listener",
         "intake",
         "placement",
         "monitor",
@@ -85,6 +86,7 @@ IMPORTERS = {
     "aiortc": {"association", "dtls", "peer"},
     "asyncio": {
         "attendance",
+        "listener",
         "sideband",
         "door",
         "mux",
@@ -120,6 +122,7 @@ IMPORTERS = {
         "monitor",
         "realtime",
         "keys",
+        "listener",
         "opening",
         "control",
         "records",

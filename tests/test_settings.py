@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import front
 import settings
 import ufrag
 
@@ -220,6 +221,10 @@ def test_example_files_show_every_key_at_its_default(
         assert everything.vip
         assert everything.vip == settings.Vip(addresses=everything.vip.addresses)
         everything = msgspec.structs.replace(everything, redis=None, vip=None)
+    else:
+        assert everything.redis
+        assert everything.redis == settings.SharedRedis(url=everything.redis.url)
+        everything = msgspec.structs.replace(everything, redis=None)
     if isinstance(everything, settings.Transceiver):
         assert everything.model == (settings.Model(name="parrot"),)
         assert everything.backend.url and everything.backend.key_file and everything.backend.ca_file
@@ -232,9 +237,11 @@ def test_example_files_show_every_key_at_its_default(
         whip = msgspec.structs.replace(everything.whip, elsewhere=None)
         everything = msgspec.structs.replace(everything, ice_server=(), whip=whip)
     if isinstance(everything, settings.Signaling):
-        assert everything.signaling.keys_file
-        table = msgspec.structs.replace(everything.signaling, keys_file=None)
-        everything = msgspec.structs.replace(everything, signaling=table)
+        table = everything.signaling
+        assert table.keys_file and table.tls_certificate and table.tls_key
+        table = msgspec.structs.replace(table, keys_file=None, tls_certificate=None, tls_key=None)
+        assert everything.limits == front.Limits()
+        everything = msgspec.structs.replace(everything, signaling=table, limits=None)
     # The id to mint with has no default in the file: by default it follows the key file.
     everything = msgspec.structs.replace(
         everything, keys=msgspec.structs.replace(everything.keys, mint_id=None)
