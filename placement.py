@@ -1,14 +1,20 @@
 """Placement: which transceiver takes a call, and which one has it.
 
-What it owns: the static list of transceivers with what is known of their load, the order in which
-they are asked, and the client of their control API.
+What it owns: the client of the transceivers' control API, and the loops that learn who is there: by
+Redis (presence.py), by the settings, and by asking those that neither vouches for. What is known of
+each, and who is asked first, is roster.py's.
 
 Rules that stay true:
-- A call id leads only to a transceiver in the settings: it is authenticated by the key (ufrag.py)
-  and its address must stand in the static list. Nobody can make this a way into the network.
-- The transceiver itself says yes or no. What is known here of its load is a second old and only
-  decides who is asked first: that opinion never turns a caller away.
+- A call id leads to its owner from any instance, also to one that no list has, since an instance
+  that has just started without Redis has none. It is safe because nobody can choose where it leads:
+  a call id is authenticated by the key (ufrag.py; a guess passes once in 2^32, to a random
+  address), and its address and port must lie in a configured cluster, where nothing but
+  transceivers lives. What is sent there is one of this module's requests, about a call that
+  a transceiver has or has not; no redirect is followed and no more than a bounded answer is read.
+- The transceiver itself says yes or no. What is known here of its load is a moment old and only
+  decides who is asked first: that opinion never turns a caller away. One that drains is not asked.
 - Every attempt, and all of them together, have a deadline.
+- Without Redis calls are placed by the last that was known, and nothing waits for it.
 
 It keeps nothing about a call, reads no SDP and knows nothing of the clients' HTTP (signaling.py).
 """
@@ -16,8 +22,9 @@ It keeps nothing about a call, reads no SDP and knows nothing of the clients' HT
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +36,9 @@ import endpoints
 import ledger
 import metrics
 import observer
+import presence
+import redisclient
+import roster
 import settings
 import ufrag
 from attendants import Crowded
@@ -42,8 +52,16 @@ KEY_HEADER = "X-Earshot-Key"
 """Names the key of whoever asks something of a call, to the transceiver that has it."""
 
 HEALTH_PERIOD_S = 1.0
-"""How often transceivers are asked for their load. It orders the attempts, nothing depends on it:
-shorter only costs requests, longer makes bursts lean on who was idle."""
+"""How often those transceivers are asked for their load that Redis does not list. It orders the
+attempts, nothing depends on it: shorter only costs requests, longer makes bursts lean on who was
+idle."""
+
+ANSWER_OCTETS_MAX = 1 << 20
+"""Of a transceiver: a session description has some thousands. An address in a cluster is no proof
+that a transceiver is there."""
+
+CONNECTIONS_MAX = 1024
+"""To all transceivers at once. Offers wait for one beyond that: it takes a thousand that hang."""
 
 
 class BadOffer(Exception):
@@ -100,54 +118,6 @@ class Placed:
     """What the transceiver and the relay know it by."""
 
 
-@dataclass(slots=True)
-class Peer:
-    """A transceiver, as far as signaling knows it."""
-
-    endpoint: endpoints.Endpoint
-    serving: bool = True
-    """False while it drains or cannot be reached. Such a one is asked last, but it is asked: a
-    second-old opinion must not turn a caller away."""
-    sessions: int = 0
-    """Sessions at the last health check, and those placed there since."""
-    sessions_max: int = 1
-    """Sessions it takes at most."""
-    load: float = 0.0
-    """How near it was to refusing calls at the last health check, by what it measures: 1 is there.
-    0 for one that does not say."""
-
-    @property
-    def fullness(self) -> float:
-        """How near it is to refusing calls for either reason."""
-        return max(self.load, self.sessions / self.sessions_max)
-
-    @property
-    def url(self) -> str:
-        """Where its control API is."""
-        return f"http://{self.endpoint}/v1"
-
-    def heard(self, health: Any) -> None:
-        """Take over what its health endpoint said; anything unexpected counts as not serving."""
-        match health:
-            case {"state": "serving", "sessions": int(now), "sessions_max": int(most)} if most > 0:
-                self.serving, self.sessions, self.sessions_max = True, now, most
-                load = health.get("load")
-                self.load = float(load) if isinstance(load, float | int) else 0.0
-            case _:
-                self.serving = False
-
-
-def order_of(peers: list[Peer], rng: random.Random) -> list[Peer]:
-    """In which order to ask: the better of two at random, then the rest at random, the full last.
-
-    Two random choices keep the fullest close to the average (Mitzenmacher 2001) without the herd
-    that runs to the single least loaded one when several instances see the same old figures.
-    """
-    shuffled = rng.sample(peers, len(peers))
-    shuffled[:2] = sorted(shuffled[:2], key=lambda peer: peer.fullness)
-    return sorted(shuffled, key=lambda peer: not peer.serving or peer.fullness >= 1)
-
-
 class Placement:
     """Places calls on transceivers, and finds the transceiver of a call."""
 
@@ -160,42 +130,71 @@ class Placement:
         clusters.
         """
         table = config.signaling
-        self.peers = [Peer(endpoint) for endpoint in table.transceivers]
+        self.roster = roster.Roster(table.transceivers)
         self._table = table
         self._candidates = [[at.host, at.port] for at in table.relays]
         self._keyring = config.keys.load()
         self._clusters = settings.clusters(config.cluster)
-        self._owners = {
-            (peer.endpoint.address, peer.endpoint.port): peer.url for peer in self.peers
-        }
         self._counters = counters
         self._rng = rng
-        for peer in self.peers:
-            at = peer.endpoint
+        self._redis = config.redis
+        self._known: dict[endpoints.Endpoint, roster.Health] = {}  # what the log has said
+        self._unreadable = False
+        self._checks: dict[roster.Peer, asyncio.Task[None]] = {}
+        for at in table.transceivers:
             if not any(home.contains(at.address, at.port) for home in self._clusters.values()):
                 raise settings.SettingsError(
                     f"signaling.transceivers: {at} is in no cluster: its calls could not be hung up"
                 )
 
+    @property
+    def peers(self) -> list[roster.Peer]:
+        """The transceivers that are known now."""
+        return self.roster.peers
+
+    def calls_of(self, key: str) -> int:
+        """How many calls a key has: as transceivers report, placed since, and being placed."""
+        return self.roster.calls_of(key)
+
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
         """While it lasts, calls can be placed and the transceivers' load is followed."""
-        timeout = aiohttp.ClientTimeout(total=self._table.transceiver_timeout_s)
-        traced = [observer.tracing()]
-        # Sidebands last as long as calls. They have no part in the bounded pool of connections that
-        # requests share: a hundred of them would leave no connection to place a call by.
-        lasting = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=timeout, trace_configs=traced
+        session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=self._table.transceiver_timeout_s),
+            connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,  # what is bounded is what comes
+            trace_configs=[observer.tracing()],
         )
-        async with (
-            aiohttp.ClientSession(timeout=timeout, trace_configs=traced) as self._http,
-            lasting as self._lasting,
-        ):
-            watch = asyncio.create_task(self._watch())
+        # Sidebands last as long as calls. They have no part in the bounded pool of connections that
+        # requests share: so many of them would leave none to place a call by.
+        lasting = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=self._table.transceiver_timeout_s),
+            connector=aiohttp.TCPConnector(limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trace_configs=[observer.tracing()],
+        )
+        async with session as self._http, lasting as self._lasting, AsyncExitStack() as stack:
+            loops = [self._ask_for_health()]
+            if self._redis is not None:
+                client = redisclient.Client(
+                    self._redis.url,
+                    self._redis.timeout_s,
+                    log,
+                    "calls are placed by what is known of transceivers",
+                )
+                stack.push_async_callback(client.close)
+                reader = presence.Reader(client, self._clusters)
+                await self._list(reader)  # who comes first finds somebody
+                loops += [client.watch(), self._follow(client, reader)]
+            tasks = [asyncio.create_task(each) for each in loops]
             try:
                 yield
             finally:
-                watch.cancel()
+                tasks += self._checks.values()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
 
     async def place(self, order: Order) -> Placed:
         """The answer of the first transceiver that takes the call.
@@ -207,10 +206,9 @@ class Placement:
         request = orjson.dumps({**asdict(order), "candidates": self._candidates})
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
-                for peer in order_of(self.peers, self._rng):
-                    found = await self._try(peer, request)
+                for peer in self.roster.order(self._rng.shuffle):
+                    found = await self._try(peer, order.key, request)
                     if found is not None:
-                        peer.sessions += 1
                         return found
         except TimeoutError:
             pass
@@ -222,10 +220,8 @@ class Placement:
         found = hint and ufrag.parse(self._keyring, self._clusters, hint.encode())
         if not isinstance(found, ufrag.Hint):
             raise UnknownCall(call_id)
-        url = self._owners.get((found.address, found.port))
-        if url is None:
-            raise UnknownCall(call_id)
-        return url
+        at = f"[{found.address}]" if found.address.version == 6 else found.address
+        return f"http://{at}:{found.port}/v1"
 
     async def ask(
         self, call_id: str, method: str, path: str = "", body: Any = None, key: str = ""
@@ -239,12 +235,19 @@ class Placement:
         data = None if body is None else orjson.dumps(body)
         headers = {"Content-Type": "application/json", KEY_HEADER: key}
         try:
-            async with self._http.request(method, url, data=data, headers=headers) as response:
+            async with self._http.request(
+                method, url, data=data, headers=headers, allow_redirects=False
+            ) as response:
                 if response.status == 404:
                     raise EndedCall(call_id)
-                if response.status < 500:
+                if response.status < 300 or 400 <= response.status < 500:
                     return response.status, await _json_of(response)
                 log.warning("%s %s: %d", method, url, response.status)
+        except aiohttp.ClientConnectorError as error:
+            if isinstance(error.os_error, ConnectionRefusedError):
+                # Nobody is there: whatever calls the process had, they ended with it.
+                raise EndedCall(call_id) from error
+            log.warning("%s %s: out of reach: %r", method, url, error)
         except (aiohttp.ClientError, TimeoutError) as error:
             log.warning("%s %s: out of reach: %r", method, url, error)
         raise Unavailable("The transceiver of this call does not answer.")
@@ -266,20 +269,36 @@ class Placement:
             log.warning("%s: out of reach: %r", url, error)
         raise Unavailable("The transceiver of this call does not answer.")
 
-    async def _try(self, peer: Peer, request: bytes) -> Placed | None:
-        """One attempt; None if another transceiver should be asked."""
+    async def _try(self, peer: roster.Peer, key: str, request: bytes) -> Placed | None:
+        """One attempt; None if another transceiver should be asked. It counts from now on."""
+        attempt, placed = peer.attempt(key), None
+        try:
+            placed = await self._show(peer, attempt, request)
+        finally:
+            if placed is None:
+                peer.refused(attempt)
+        return placed
+
+    async def _show(
+        self, peer: roster.Peer, attempt: roster.Attempt, request: bytes
+    ) -> Placed | None:
         try:
             async with self._http.post(
-                f"{peer.url}/sessions", data=request, headers={"Content-Type": "application/json"}
+                f"{peer.url}/sessions",
+                data=request,
+                headers={"Content-Type": "application/json"},
+                allow_redirects=False,
             ) as response:
                 body = await _json_of(response)
         except (aiohttp.ClientError, TimeoutError) as error:
-            peer.serving = False
+            peer.failed()
             self._counters.values[metrics.Signaling.TRANSCEIVER_FAILED] += 1
             log.warning("transceiver %s is out of reach: %r", peer.endpoint, error)
             return None
         match response.status, body:
             case 201, {"call_id": str(call_id), "answer": str(answer)}:
+                opened = body.get("opened")
+                peer.took(attempt, opened if isinstance(opened, int) else 0)
                 etag, request_id = (str(body.get(key) or "") for key in ("etag", "request_id"))
                 return Placed(call_id, answer, etag, request_id)
             case 400, {"error": {"message": str(message), **rest}}:
@@ -290,32 +309,86 @@ class Placement:
                     str(rest.get("param") or "sdp"),
                 )
             case 503, _:
-                peer.sessions = max(peer.sessions, peer.sessions_max)  # until its next health
+                peer.full = True  # until its next report
+                self._counters.values[metrics.Signaling.TRANSCEIVER_REFUSED] += 1
             case status, _:
                 self._counters.values[metrics.Signaling.TRANSCEIVER_FAILED] += 1
                 log.error("transceiver %s answered %d to an offer", peer.endpoint, status)
         return None
 
-    async def _watch(self) -> None:
-        """Ask every transceiver for its load, for ever. One that hangs delays none of the rest."""
+    async def _follow(self, client: redisclient.Client, reader: presence.Reader) -> None:
+        """Read in Redis who is there, for ever."""
         while True:
-            await asyncio.gather(*(self._check(peer) for peer in self.peers))
+            await asyncio.sleep(presence.READ_S)
+            await self._list(reader)
+            self._counters.values[metrics.Signaling.REDIS_UP] = client.up
+
+    async def _list(self, reader: presence.Reader) -> None:
+        now = time.monotonic()
+        try:
+            reports = await reader.read(now)
+        except redisclient.Unavailable as error:
+            # The client says for itself that Redis is away.
+            if isinstance(error, presence.Unreadable) and not self._unreadable:
+                self._unreadable = True
+                log.warning("redis does not say which transceivers there are: %s", error)
+            self.roster.unlisted()
+        else:
+            if self._unreadable:
+                self._unreadable = False
+                log.info("redis says again which transceivers there are")
+            for peer in self.roster.listed(reports, now):
+                self._check(peer)  # it is gone, or Redis was emptied
+        self._tell()
+
+    async def _ask_for_health(self) -> None:
+        """Ask those transceivers for their load that nobody lists, for ever."""
+        while True:
+            for peer in self.roster.to_ask():
+                self._check(peer)
             await asyncio.sleep(HEALTH_PERIOD_S)
 
-    async def _check(self, peer: Peer) -> None:
-        before = peer.serving
+    def _check(self, peer: roster.Peer) -> None:
+        """Ask one for its load. One that hangs delays none of the rest."""
+        if peer not in self._checks:
+            task = self._checks[peer] = asyncio.create_task(self._check_now(peer))
+            task.add_done_callback(lambda _: self._checks.pop(peer))
+
+    async def _check_now(self, peer: roster.Peer) -> None:
         try:
-            async with self._http.get(f"{peer.url}/health") as response:
-                peer.heard(await _json_of(response))
+            async with self._http.get(f"{peer.url}/health", allow_redirects=False) as response:
+                peer.heard(presence.read(await _json_of(response)), time.monotonic())
         except (aiohttp.ClientError, TimeoutError):
-            peer.serving = False
-        if peer.serving != before:
-            log.info("transceiver %s %s", peer.endpoint, "serves" if peer.serving else "is away")
+            peer.failed()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Count the transceivers, and say in the log what has changed about which."""
+        peers = {peer.endpoint: peer for peer in self.roster.peers}
+        for endpoint, peer in peers.items():
+            if peer.health is not self._known.get(endpoint, roster.Health.UNKNOWN):
+                log.info("transceiver %s %s", endpoint, peer.health.value)
+        for endpoint in self._known.keys() - peers.keys():
+            log.info("transceiver %s is forgotten", endpoint)
+        self._known = {endpoint: peer.health for endpoint, peer in peers.items()}
+        values = self._counters.values
+        values[metrics.Signaling.TRANSCEIVERS] = len(peers)
+        values[metrics.Signaling.TRANSCEIVERS_SERVING] = sum(
+            not peer.last and peer.serving for peer in peers.values()
+        )
 
 
 async def _json_of(response: aiohttp.ClientResponse) -> Any:
-    """A transceiver's body; None if it is not JSON."""
+    """A transceiver's body; None if it is not JSON, or longer than anything of a transceiver's.
+
+    Raises aiohttp.ClientError, and TimeoutError.
+    """
+    body = b""
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > ANSWER_OCTETS_MAX:
+            return None
     try:
-        return orjson.loads(await response.read())
+        return orjson.loads(body)
     except orjson.JSONDecodeError:
         return None

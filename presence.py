@@ -226,6 +226,10 @@ def announcement(name: bytes, report: dict[str, Any], unix: float) -> list[redis
 # --- signaling's side -----------------------------------------------------------------------------
 
 
+class Unreadable(redisclient.Unavailable):
+    """Redis answers, and what it says is no list of transceivers; the message says why."""
+
+
 class Reader:
     """Reads who is there."""
 
@@ -236,7 +240,7 @@ class Reader:
         self._ignored: set[bytes] = set()
 
     async def read(self, now: float) -> dict[endpoints.Endpoint, Report]:
-        """Who is there, by address. Raises redisclient.Unavailable.
+        """Who is there, by address. Raises redisclient.Unavailable, and of it Unreadable.
 
         Names that have had no report for SWEEP_S are taken out on the way.
         """
@@ -279,9 +283,9 @@ def _names(listed: Any) -> list[bytes]:
     if isinstance(listed, redisclient.Unavailable):
         raise listed
     if isinstance(listed, Exception):
-        raise redisclient.Unavailable(str(listed))
+        raise Unreadable(str(listed))
     if not isinstance(listed, list):
-        raise redisclient.Unavailable("redis gave no list of transceivers")
+        raise Unreadable("it gave no list")
     names = (each for each in listed[:TRANSCEIVERS_MAX] if isinstance(each, bytes))
     return list(dict.fromkeys(each for each in names if len(each) <= NAME_OCTETS_MAX))
 

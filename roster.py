@@ -34,12 +34,13 @@ otherwise be multiplied by their number; 16 times no by chance is an honest no."
 
 
 class Health(enum.Enum):
-    """What a transceiver was last known to be."""
+    """What is known of a transceiver: one that has not been heard of is asked like one that serves.
+    AWAY is one that did not answer, or whose lease has ended."""
 
-    UNKNOWN = "never heard of: it is asked like one that serves"
-    SERVING = "takes calls"
-    DRAINING = "goes on with its calls and takes no new ones"
-    AWAY = "did not answer, or its lease has ended"
+    UNKNOWN = "has not been heard of"
+    SERVING = "serves"
+    DRAINING = "drains"
+    AWAY = "is away"
 
 
 @dataclass(slots=True, eq=False)

@@ -19,6 +19,7 @@ from aiohttp import web
 import endpoints
 import intake
 import metrics
+import presence
 import settings
 import signaling
 import ufrag
@@ -151,7 +152,8 @@ class Stage:
 
     def counted(self) -> dict[str, int]:
         counters = self.door.counters
-        return {kind.name: counters[kind] for kind in metrics.Signaling if counters[kind]}
+        kinds = [kind for kind in metrics.Signaling if not kind.gauge]
+        return {kind.name: counters[kind] for kind in kinds if counters[kind]}
 
 
 @asynccontextmanager
@@ -333,7 +335,7 @@ def test_the_next_transceiver_is_asked_when_one_cannot(tmp_path: Path, trouble: 
             # Chance decides who is asked first: in enough calls the bad one surely is.
             for _ in range(8):
                 await stage.call(**sdp())
-                peer.heard({"state": "serving", "sessions": 0, "sessions_max": 10})
+                peer.heard(presence.Report(sessions_max=10), 0.0)
             assert len(good.calls) == 8
             assert not bad.calls
 
@@ -450,7 +452,7 @@ def test_health_and_metrics_say_how_it_goes(tmp_path: Path) -> None:
                 assert response.status == 200
                 assert (await response.json())["transceivers_serving"] == 1
             assert b"earshot_signaling_answered_total 1.0" in stage.entrance.exposition()
-            stage.door.placement.peers[0].heard(None)
+            stage.door.placement.peers[0].failed()
             async with stage.http.get("/health") as response:
                 assert response.status == 503
 
