@@ -2,6 +2,7 @@
 
     bench.py relay                          every part, as tables; some ten minutes
     bench.py transceiver                    the same for the transceiver, beside stock aiortc
+    bench.py signaling                      how soon an offer is answered
     bench.py relay --json > figures.json    the same with machine, kernel, commit and command
     bench.py relay --only kill --quick      one part, in seconds: does it still work?
     bench.py relay --only latency --beside c='peer_relay 3478 9000'
@@ -9,7 +10,8 @@
 Everything runs on loopback and is started and ended here: the relay as an operator would start it
 (rig.py), and its clients and their transceiver in this process (load.py), which keeps to one CPU,
 the relay to the others where there are any. What is measured is in losses.py and costs.py, and of
-a transceiver in capacity.py, setup_times.py, passage.py, quality.py and churn.py.
+a transceiver in capacity.py, setup_times.py, passage.py, quality.py and churn.py, of signaling in
+offers.py.
 
 Rules that stay true:
 - What must hold exactly (nothing lost or twice, the law of the counters, flows unchanged) and did
@@ -40,6 +42,7 @@ import costs
 import dev
 import flood
 import losses
+import offers
 import passage
 import quality
 import setup_times
@@ -169,6 +172,16 @@ def _transceiver(
     """Measure the transceiver of this tree, beside a server on stock aiortc: what a core carries,
     set-up over a path with delay, what loss does to speech, and 10,000 short calls."""
     _report(TRANSCEIVER_PARTS, only, as_json, quick, seed, {})
+
+
+@cli.command("signaling")
+def _signaling(
+    as_json: Annotated[bool, typer.Option("--json", help="Figures as JSON.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small: does it work?")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of all random moments.")] = None,
+) -> None:
+    """Measure signaling before two transceivers: from POST to 201, and whose part it is."""
+    _report(offers.PARTS, None, as_json, quick, seed, {})
 
 
 def _report(

@@ -299,3 +299,20 @@ def test_the_layout_of_a_header_is_the_frames(load):
     header = frame.header("127.9.8.7", 5)
     at = load._CLIENT_AT
     assert header[at : at + 4] == bytes([127, 9, 8, 7])
+
+
+def test_signaling_answers_and_writes_a_line_for_each_offer():
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "bench.py", "signaling", "--quick", "--json", "--seed", "7"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    print(done.stderr)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["failures"]) == (0, [])
+    part = found["parts"]["offers"]
+    print(json.dumps(part))
+    assert part["offers"] > 30
+    assert set(part["milliseconds"]) == {"post_to_201", "own", "transceiver", "besides_transceiver"}
