@@ -395,7 +395,7 @@ def test_whatever_becomes_of_redis_calls_are_placed_by_what_was_known(
                 elif trouble == "killed":
                     await asyncio.to_thread(single.kill)
                 else:
-                    proxy.how = "hold" if trouble == "held" else b"*-7\r\n"
+                    proxy.how = "hold" if trouble == "held" else b"-ERR who is there?\r\n"
                 longest = 0.0
                 while min(each.healths for each in both) < 5:
                     began = time.monotonic()
