@@ -1,9 +1,15 @@
 // A page that speaks through OpenAI's Agents SDK, as its documentation shows it, and keeps what it
 // hears: `guest` is what a test calls and looks at.
-import { OpenAIRealtimeWebRTC, RealtimeAgent, RealtimeSession, tool } from "@openai/agents-realtime";
+import {
+  OpenAIRealtimeWebRTC,
+  OpenAIRealtimeWebSocket,
+  RealtimeAgent,
+  RealtimeSession,
+  tool,
+} from "@openai/agents-realtime";
 import { z } from "zod";
 
-const guest = { events: [], errors: [], history: [], changes: [], asked: [], session: null };
+const guest = { events: [], errors: [], history: [], changes: [], asked: [], sideband: [] };
 window.guest = guest;
 
 const weather = tool({
@@ -16,7 +22,7 @@ const weather = tool({
   },
 });
 
-// How loud the loudspeaker is, 0 to 1, since the last look.
+// How loud the loudspeaker is just now, 0 to 1.
 function listen(element) {
   const context = new AudioContext();
   const analyser = context.createAnalyser();
@@ -50,6 +56,21 @@ guest.connect = async ({ url, apiKey, insecure = false, config = {}, tools = fal
   await session.connect({ apiKey });
   listen(audioElement);
   return transport.callId;
+};
+
+// What the browser itself counts of the audio that comes.
+guest.heard = async () => {
+  const report = await guest.transport.connectionState.peerConnection.getStats();
+  const inbound = [...report.values()].find(({ type }) => type === "inbound-rtp");
+  return { packets: inbound?.packetsReceived ?? 0, energy: inbound?.totalAudioEnergy ?? 0 };
+};
+
+// The same call once more, by the SDK's WebSocket: as its server-side controls do.
+guest.attend = async ({ url, apiKey }) => {
+  const transport = new OpenAIRealtimeWebSocket({ url });
+  transport.on("*", (event) => guest.sideband.push(event));
+  await transport.connect({ apiKey, initialSessionConfig: { instructions: "Sing." } });
+  guest.attending = transport;
 };
 
 guest.types = () => guest.events.map((event) => event.type);
