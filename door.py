@@ -60,23 +60,24 @@ class Door:
         self._retry_after = {"Retry-After": str(config.signaling.retry_after_s)}
         self.stopping = asyncio.Event()
         """Set when the process is about to stop: what would go on has to end."""
-        self._reception = reception.Reception(config)
+        self.reception = reception.Reception(config)
 
     async def admit(self, request: web.Request) -> Caller:
         """Who this is. Raises Refusal: 401, 403 or 429."""
-        return self._reception.admit(request)
+        return self.reception.admit(request)
 
     def mint(self, caller: Caller, session: dict[str, Any] | None, seconds: int) -> tuple[str, int]:
         """An ephemeral key for others to call with, and when it expires in seconds since 1970.
 
         Raises Refusal: 400 for a session that it has no room for, 403, 429.
         """
-        return self._reception.mint(caller, session, seconds)
+        return self.reception.mint(caller, session, seconds)
 
     async def place(self, order: placement.Order) -> placement.Placed:
-        """Place a call. Raises Refusal: 400 with the transceiver's sentence, or 503."""
+        """Place a call. Raises Refusal: 400 with the transceiver's sentence, 429, or 503."""
         trail = observer.trail()
-        trail.key = order.key
+        key = trail.key = order.key
+        self.reception.open_call(key, self.placement.calls_of(key))
         try:
             placed = await self.placement.place(replace(order, request_id=trail.request_id))
         except placement.BadOffer as error:

@@ -71,7 +71,7 @@ class Limits(Table, frozen=True):
 
     address_per_s: PerSecond = 20.0
     """Requests of the API from one address, or one /64 of IPv6. An office shares one."""
-    failures_per_s: PerSecond = 1.0
+    failures_per_s: PerSecond = 5.0
     """Of these, such with a wrong key or none."""
     key_per_s: PerSecond = 50.0
     """Calls and ephemeral keys under one API key, unless its line says per_second=."""

@@ -154,3 +154,179 @@ def test_a_file_of_keys_that_cannot_be_used_ends_the_start(
     path = stage_of.write_settings(tmp_path, [9000], 'keys_file = "api-keys"')
     with pytest.raises(settings.SettingsError, match=sentence):
         signaling.Entrance(settings.load(path, settings.Signaling))
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def slow(name: str) -> str:
+    """Three at once and no more while a test lasts; the other limits are at their defaults."""
+    return f"[limits]\n{name} = 0.1\nburst_s = 30.0\n"
+
+
+async def too_many(stage: stage_of.Stage, *request: Any, **more: Any) -> dict[str, Any]:
+    error = await stage.error(429, *request, **more)
+    assert 1 <= int(error["headers"]["Retry-After"]) <= 10
+    assert error["code"] == "rate_limit_exceeded"
+    return error
+
+
+def test_an_address_has_its_limit(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with staged(tmp_path, slow("address_per_s")) as stage:
+            location = await stage.call(**offer(KEY))
+            for _ in range(2):
+                await stage.error(404, "DELETE", f"{CALLS}/rtc_x", **offer(KEY))
+            for request in (("POST", CALLS), ("DELETE", location), ("GET", location)):
+                await too_many(stage, *request, **offer(OTHER))
+            for path in ("/health", "/healthz", "/readyz"):
+                for _ in range(5):
+                    async with stage.http.get(path) as response:
+                        assert response.status == 200
+
+    asyncio.run(run())
+
+
+def test_wrong_keys_have_theirs_and_right_ones_no_part_in_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with staged(tmp_path, slow("failures_per_s")) as stage:
+            for token in (None, "sk_wrong", "ek_wrong"):
+                await stage.error(401, "POST", CALLS, **offer(token))
+            for token in (None, "sk_wrong", "ek_wrong"):
+                await too_many(stage, "POST", CALLS, **offer(token))
+            await stage.call(**offer(KEY))
+
+    asyncio.run(run())
+
+
+def test_a_key_has_its_limit_of_calls_and_ephemeral_keys(tmp_path: Path) -> None:
+    secrets = "/v1/realtime/client_secrets"
+
+    async def run() -> None:
+        async with staged(tmp_path, slow("key_per_s")) as stage:
+            location = await stage.call(**offer(KEY))
+            async with stage.http.post(secrets, headers=bearer(KEY)) as response:
+                ephemeral = (await response.json())["value"]
+            await stage.call(**offer(ephemeral))
+            for token in (KEY, ephemeral):
+                await too_many(stage, "POST", CALLS, **offer(token))
+            await too_many(stage, "POST", secrets, headers=bearer(KEY))
+            await stage.call(**offer(OTHER))  # another key's is another one
+            async with stage.http.delete(location, headers=bearer(KEY)) as response:
+                assert response.status == 200, "what it has it may end"
+
+    asyncio.run(run())
+
+
+def test_a_line_of_the_file_has_limits_of_its_own(tmp_path: Path) -> None:
+    text = f"{LINE} calls=2\n{OTHER_LINE} per_second=0.1\n"
+
+    async def run() -> None:
+        async with staged(tmp_path, text=text) as stage:
+            for _ in range(2):
+                await stage.call(**offer(KEY))
+            error = await stage.error(429, "POST", CALLS, **offer(KEY))
+            assert error["code"] == "concurrent_calls_exceeded"
+            assert error["message"].startswith("This key has 2 calls at once")
+            assert error["headers"]["Retry-After"] == "5"
+            await stage.call(**offer(OTHER))
+            await too_many(stage, "POST", CALLS, **offer(OTHER))
+
+    asyncio.run(run())
+
+
+def test_calls_that_are_being_placed_count_as_calls(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with staged(tmp_path, text=f"{LINE} calls=2\n") as stage:
+            (fake,) = stage.fakes
+            fake.hangs = True  # its answers to these two wait until the end
+            waiting = [asyncio.create_task(stage.call(**offer(KEY))) for _ in range(2)]
+            async with asyncio.timeout(20):
+                while len(fake.requests) < 2:
+                    await asyncio.sleep(0.01)
+            error = await stage.error(429, "POST", CALLS, **offer(KEY))
+            assert error["code"] == "concurrent_calls_exceeded"
+            fake.hangs = False
+            fake.released.set()
+            await asyncio.gather(*waiting)
+
+    asyncio.run(run())
+
+
+def test_behind_a_trusted_proxy_each_client_has_its_own(tmp_path: Path) -> None:
+    more = 'trusted_proxies = ["127.0.0.0/8"]\n' + slow("address_per_s")
+
+    async def run() -> None:
+        async with staged(tmp_path, more) as stage:
+
+            def comes_from(*addresses: str) -> dict[str, Any]:
+                return offer(KEY, **{"X-Forwarded-For": ", ".join(addresses)})
+
+            for number in range(3):
+                await stage.call(**comes_from(f"6.6.6.{number}", "203.0.113.1"))
+            await too_many(stage, "POST", CALLS, **comes_from("6.6.6.9", "203.0.113.1"))
+            await stage.call(**comes_from("203.0.113.2"))
+            for number in range(3):  # one customer's network
+                await stage.call(**comes_from(f"2001:db8:1:2::{number}"))
+            await too_many(stage, "POST", CALLS, **comes_from("2001:db8:1:2:ffff::"))
+            await stage.call(**comes_from("2001:db8:1:3::"))
+
+    asyncio.run(run())
+
+
+def test_from_anybody_else_the_header_is_not_read(tmp_path: Path) -> None:
+    more = 'trusted_proxies = ["192.0.2.0/24"]\n' + slow("address_per_s")
+
+    async def run() -> None:
+        async with staged(tmp_path, more) as stage:
+            for number in range(3):
+                await stage.call(**offer(KEY, **{"X-Forwarded-For": f"203.0.113.{number}"}))
+            await too_many(stage, "POST", CALLS, **offer(KEY, **{"X-Forwarded-For": "8.8.8.8"}))
+
+    asyncio.run(run())
+
+
+def test_without_keys_nothing_is_limited_unless_asked_for(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with stage_of.staged(tmp_path) as stage:
+            for _ in range(250):  # more than an address may have where there are keys
+                await stage.error(404, "DELETE", f"{CALLS}/rtc_x")
+        async with stage_of.staged(tmp_path, more=slow("address_per_s")) as stage:
+            for _ in range(3):
+                await stage.error(404, "DELETE", f"{CALLS}/rtc_x")
+            await too_many(stage, "DELETE", f"{CALLS}/rtc_x")
+
+    asyncio.run(run())
+
+
+def test_without_keys_no_proxy_lets_others_in(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with stage_of.staged(tmp_path) as stage:
+            for name in ("X-Forwarded-For", "Forwarded"):
+                error = await stage.error(403, "POST", CALLS, **offer(**{name: "for=192.0.2.1"}))
+                assert error["code"] == "no_api_keys" and "keys_file" in error["message"]
+            await stage.call(**offer())
+            await stage.call(**offer("whatever"))
+
+    asyncio.run(run())
+
+
+# --- reload ---------------------------------------------------------------------------------------
+
+
+def test_a_reload_takes_keys_away_and_brings_others(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with staged(tmp_path, text=LINE) as stage:
+            path, config = tmp_path / "api-keys", stage.door.config
+            await stage.call(**offer(KEY))
+            await stage.error(401, "POST", CALLS, **offer(OTHER))
+            path.write_text(OTHER_LINE)
+            stage.door.reception.reload(config)
+            await stage.error(401, "POST", CALLS, **offer(KEY))
+            await stage.call(**offer(OTHER))
+            path.write_text("nonsense")
+            with pytest.raises(settings.SettingsError):
+                stage.door.reception.reload(config)
+            await stage.call(**offer(OTHER))
+
+    asyncio.run(run())
