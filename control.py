@@ -9,6 +9,8 @@
     POST   /v1/sessions/{call_id}/ice {"ufrag", "pwd"}   an ICE restart: the client's new pair
                         200 {"ufrag", "pwd", "etag"}: ours; {"etag"} if the client's pair is
                         the one that it has already; 400; 404
+    POST   /v1/sessions/{call_id}/offer {"offer", "candidates"}   another one on its connection
+                        200 {"answer", "etag"}; 400; 404
     GET    /v1/sessions/{call_id}/events   WebSocket: the call's events (attendance.py); 404; 429
     DELETE /v1/sessions/{call_id}   200 {}; 404
     GET    /v1/health               200 {"state": "serving" or "draining", "sessions",
@@ -110,6 +112,9 @@ class Switchboard(Protocol[AnyCall]):
     def find(self, call_id: str) -> AnyCall | None:
         """A call, if it is here."""
 
+    def again(self, call: AnyCall, wanted: opening.Opening) -> str:
+        """The answer to another offer on the connection of a call. Raises sdp.OfferError."""
+
     def restart(self, call: AnyCall) -> tuple[str, str]:
         """New ICE credentials of a call: ufrag and password."""
 
@@ -167,6 +172,7 @@ def application(switchboard: Switchboard[AnyCall]) -> web.Application:
     application.router.add_post("/v1/sessions", handlers.create)
     application.router.add_get("/v1/sessions/{call_id}", handlers.show)
     application.router.add_post("/v1/sessions/{call_id}/ice", handlers.restart)
+    application.router.add_post("/v1/sessions/{call_id}/offer", handlers.again)
     application.router.add_get("/v1/sessions/{call_id}/events", handlers.events)
     application.router.add_delete("/v1/sessions/{call_id}", handlers.delete)
     application.router.add_get("/v1/health", handlers.health)
@@ -241,6 +247,16 @@ class Handlers(Generic[AnyCall]):
         _note(call, request, "is given new ICE credentials")
         name, password = self._switchboard.restart(call)
         return _json({"ufrag": name, "pwd": password, "etag": call.etag})
+
+    async def again(self, request: web.Request) -> web.Response:
+        """Answer another offer on a call's connection."""
+        wanted, call = opening.read(await request.read()), self._called(request)
+        try:
+            answer = self._switchboard.again(call, wanted)
+        except sdp.OfferError as error:
+            raise Refusal(400, str(error), "invalid_offer", "sdp") from None
+        _note(call, request, "is offered again")
+        return _json({"answer": answer, "etag": call.etag})
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Let a server of the application's attend a call."""

@@ -117,7 +117,7 @@ async def read_offer(
         )
     body = await read_body(request, octets_max)
     sdp, session = await readers[kind](request, body)
-    return _text(sdp), _settings(session)
+    return offer_text(sdp), session_object(session)
 
 
 async def _read_sdp(request: web.Request, body: bytes) -> tuple[Any, Any]:
@@ -164,8 +164,8 @@ def _parse_json(octets: bytes, what: str, param: str | None) -> Any:
         ) from error
 
 
-def _text(sdp: Any) -> str:
-    """The offer as text; it has more than white space in it."""
+def offer_text(sdp: Any) -> str:
+    """The offer as text; it has more than white space in it. Raises Refusal: 400."""
     try:
         text = sdp.decode() if isinstance(sdp, bytes) else sdp
     except UnicodeDecodeError as error:
@@ -175,7 +175,8 @@ def _text(sdp: Any) -> str:
     return text
 
 
-def _settings(session: Any) -> dict[str, Any] | None:
+def session_object(session: Any) -> dict[str, Any] | None:
+    """The settings that come with an offer, if any. Raises Refusal: 400."""
     if session is None or isinstance(session, dict):
         return session
     raise Refusal(400, "The session is not a JSON object.", code="invalid_session", param="session")

@@ -28,7 +28,7 @@ import enum
 import ipaddress
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 OFFER_CHARACTERS_MAX = 64 * 1024
 """A browser's offer with audio, two video lines and data has 6 to 8 thousand characters."""
@@ -188,6 +188,24 @@ def read_offer(text: str) -> Offer:
             channels, "max-message-size", _MESSAGE_OCTETS_DEFAULT, 0, 1 << 63
         ),
     )
+
+
+def again(before: Offer, offer: Offer) -> Offer:
+    """Another offer on a connection that there is, as it has to be answered.
+
+    Raises OfferError if it cannot be: certificate, codec and m-lines are the connection's, and so
+    is who began with DTLS, which offers leave open again (RFC 8842 section 5.5).
+    """
+    if offer.fingerprint != before.fingerprint:
+        raise OfferError("The offer's certificate is another one: that is another connection.")
+    if offer.setup not in ("actpass", before.setup) and before.setup != "actpass":
+        raise OfferError("The offer's a=setup contradicts the one before.")
+    if offer.setup == "active" and before.active:
+        raise OfferError("The offer says a=setup:active, but the server has begun with DTLS.")
+    for name in ("audio", "application", "codec", "payload_type"):
+        if getattr(offer, name) != getattr(before, name):
+            raise OfferError(f"The offer changes the connection's {name.replace('_', ' ')}.")
+    return replace(offer, setup=before.setup)
 
 
 def is_ice(text: str, characters_min: int) -> bool:

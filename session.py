@@ -17,7 +17,7 @@ Rules that stay true:
 
 It knows no socket and sets no timer: `transceiver.py` calls `flow`, `tick` and `sweep` in time.
 
-RFC 3550 section 6 https://www.rfc-editor.org/rfc/rfc3550#section-6 (reports), RFC 7675
+RFC 7675
 https://www.rfc-editor.org/rfc/rfc7675 (consent: a silent client has gone).
 """
 
@@ -42,6 +42,7 @@ import opening
 import realtime
 import receiver
 import records
+import reports
 import rtp
 import sdp
 import settings
@@ -52,10 +53,6 @@ from peer import Handler, Peer
 BACKLOG_OCTETS_MAX = 4 << 20
 """Data channel messages that a client has not taken. A long transcript is some kilobytes; a client
 that leaves this much has stopped reading."""
-
-CNAME = "earshot"
-"""In RTCP and in the answer. The same for all calls: it ties streams of one call together, and
-there is one (RFC 7022 asks that it tells nothing about the host)."""
 
 NEVER_CONNECTED = "the client never connected"
 VANISHED = "the client has vanished"
@@ -144,18 +141,16 @@ class Session:
         """What the call began with."""
         self.etag = _etag(credentials[0])
         """A name of its ICE session: another one after each restart (RFC 9725 section 4.3.1)."""
+        self.ice = credentials
+        """Our ufrag and password in it."""
         self.client_ice = (offer.ufrag, offer.password)
         """The client's ufrag and password in it."""
         self.opened_at = owner.clock()
         self.live_at: float | None = None
         """When DTLS was up; None until then."""
-        self.round_trip_s: float | None = None
-        """By the client's last report; None until it has sent one."""
-        self.fraction_lost = 0.0
-        """Of what we sent, by the client's last report."""
         self.ends_at = self.opened_at + owner.limits.session_s_max
         """The session limit, by the owner's clock."""
-        self._owner, self._offer = owner, offer
+        self._owner, self.offer = owner, offer
         self._noticed = False
         self._restarts = 0
         self._meter = meter.Meter(
@@ -171,7 +166,6 @@ class Session:
         self._decoder = speech.decoder(offer.codec, rate_hz)
         self._encoder = speech.encoder(offer.codec, rate_hz)
         self._receiver = receiver.Receiver(self._decoder)
-        self._reception: rtp.Reception | None = None
         self._playout = audio.Playout(
             self._encoder,
             ssrc=secrets.randbits(32),
@@ -183,6 +177,8 @@ class Session:
             timestamp=secrets.randbits(32),
             clock_hz=offer.codec.clock_hz,
         )
+        self.reports = reports.Reports(self._playout, offer.codec.clock_hz, self._meter)
+        """What RTCP says."""
         ruled = floor.Floor(terms, self._backend.rate_hz)
         chronicle = records.Chronicle(wanted.session, past)
         self._conversation = conversation.Conversation(
@@ -249,40 +245,27 @@ class Session:
         self._meter.set_up(Timing.SETUP_CHECK, self._peer.checked_at or now)
         self._meter.set_up(Timing.SETUP_CONNECTED, now)
         self._owner.counters.values[metrics.Transceiver.SESSIONS_CONNECTED] += 1
-        if self._offer.takes_audio and self._playout.wakes_at is None:
+        if self.offer.takes_audio and self._playout.wakes_at is None:
             self._peer.send_rtp(self._playout.silence(now))
         self.flow(now)
 
     def rtp(self, packet: bytes, now: float) -> None:
         """A packet to PCM, and that to the backend. Payloads of other types are ignored."""
         found = rtp.read(packet)
-        if found is None or found.payload_type != self._offer.payload_type or self._closed:
+        if found is None or found.payload_type != self.offer.payload_type or self._closed:
             return
-        reception = self._reception
-        if reception is None:
+        if self.reports.silent:
             self._meter.set_up(Timing.SETUP_AUDIO, now)
-        if reception is None or reception.ssrc != found.ssrc:
-            reception = self._reception = rtp.Reception(
-                found.ssrc, clock_hz=self._offer.codec.clock_hz
-            )
-        reception.received(found.sequence, found.timestamp, now)
-        if self._offer.codec is not sdp.Codec.OPUS:
-            found = speech.in_opus_clock(found, self._offer.codec)
+        self.reports.received(found, now)
+        if self.offer.codec is not sdp.Codec.OPUS:
+            found = speech.in_opus_clock(found, self.offer.codec)
         for pcm in self._receiver.receive(found, now):
             self._hear(pcm, now)
 
     def rtcp(self, packet: bytes, now: float) -> None:
         """A report: when the client sent what, and how it receives us."""
-        if self._reception is not None:
-            for sender in rtp.read_senders(packet):
-                if sender.ssrc == self._reception.ssrc:
-                    self._reception.sender_report(sender, now)
-        for block in rtp.read_reports(packet):
-            if block.ssrc == self.ssrc:
-                self.round_trip_s = rtp.round_trip_s(block, self._owner.unix())
-                self.fraction_lost = block.fraction_lost / 256
-                self._meter.received(block, self.round_trip_s)
-                self._encoder.report(block)
+        for block in self.reports.read(packet, now, self._owner.unix()):
+            self._encoder.report(block)
 
     def opened(self, now: float) -> None:
         """The data channel is open: session.created goes first."""
@@ -337,25 +320,24 @@ class Session:
         if wakes_at is not None and wakes_at <= now:
             packets = self._playout.send(now)
             self._meter.sounded(now)
-            if self._offer.takes_audio:
+            if self.offer.takes_audio:
                 for packet in packets:
                     self._peer.send_rtp(packet)
         self._conversation.playout_events(now)
-        events = self._conversation.to_client()
-        messages = self._adapter.to_client(events, now)
-        if asked := self._adapter.asked():
-            for each in asked:
-                self._conversation.client_message(each, now)
-            messages += self._adapter.to_client(self._conversation.to_client(), now)
         for event in self._conversation.to_backend():
-            self._backend.send(event, now)
-        for message in messages:
+            self._backend.send(event, now)  # which may answer at once, and so have this called
+        events = self._conversation.to_client()
+        for message in self._adapter.to_client(events, now):
             if self._peer.backlog_octets > BACKLOG_OCTETS_MAX:  # a backend may say a lot a second
                 self._owner.ended(self, STOPPED_READING)
                 break
             self._peer.send_message(message)
         for told in events:
             self._meter.told(told, self._owner.clock() - now)
+        if asked := self._adapter.asked():
+            for each in asked:
+                self._conversation.client_message(each, now)
+            self.flow(now)
         self._owner.paced(self)
 
     def tick(self, now: float) -> None:
@@ -370,6 +352,7 @@ class Session:
     def restart(self, name: str, password: bytes) -> None:
         """Answer the client's checks under new credentials too; nothing else changes."""
         self._peer.restart(name, password)
+        self.ice = name, password
         self.etag = _etag(name)
         self._restarts += 1
 
@@ -395,7 +378,10 @@ class Session:
             return VANISHED
         if self._peer.backlog_octets > BACKLOG_OCTETS_MAX:
             return STOPPED_READING
-        self._report(now)
+        self._meter.frames(self._receiver)
+        report = self.reports.write(now, self._owner.unix())
+        if report is not None:
+            self._peer.send_rtcp(report)
         return None
 
     def notice(self, ends_at: float) -> None:
@@ -495,26 +481,6 @@ class Session:
     def _unix_at(self, at: float) -> int:
         """A moment of the owner's clock in whole seconds since 1970."""
         return round(self._owner.unix() + at - self._owner.clock())
-
-    def _report(self, now: float) -> None:
-        """RFC 3550 section 6.4: a sender report once something was sent, else a receiver report."""
-        reception, blocks = self._reception, []
-        if reception is not None:
-            blocks.append(reception.report(now))
-            self._meter.reported(blocks[0], reception.packets)
-        self._meter.frames(self._receiver)
-        playout = self._playout
-        if playout.packets_sent:
-            sender = rtp.Sender(
-                ssrc=playout.ssrc,
-                ntp=rtp.ntp(self._owner.unix()),
-                timestamp=playout.timestamp_at(now),
-                packets=playout.packets_sent,
-                octets=playout.octets_sent,
-            )
-            self._peer.send_rtcp(rtp.sender_report(sender, blocks, CNAME))
-        elif blocks:
-            self._peer.send_rtcp(rtp.receiver_report(playout.ssrc, blocks, CNAME))
 
 
 def _etag(name: str) -> str:

@@ -38,6 +38,7 @@ import journal
 import metrics
 import monitor
 import observer
+import pipecat
 import settings
 import sideband
 import whip
@@ -48,10 +49,10 @@ SHUTDOWN_S = 5.0
 """Requests in hand may finish for this long after SIGTERM. Calls do not notice: they need no
 signaling once they are answered."""
 
-APIS = (calls, sideband, whip)
+APIS = (calls, sideband, whip, pipecat)
 """The ways in, each a module with `routes(door)`."""
 
-API_PREFIXES = ("/v1/", "/whip", "/api/")
+API_PREFIXES = ("/v1/", "/whip", "/api/", "/start", "/sessions/")
 """Paths that pages of other origins may ask."""
 
 CORS = {

@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import hashlib
 import itertools
 import logging
 import os
@@ -204,17 +205,30 @@ class Transceiver:
         self.counters.values[Count.SESSIONS_OPENED] += 1
         if wanted.resume is not None:
             self._resumed(session, wanted)
-        answer = sdp.answer(
-            offer,
+        return session, self._answer(session, wanted)
+
+    def again(self, call: Session, wanted: opening.Opening) -> str:
+        """The answer to another offer on the connection of a call. Raises sdp.OfferError."""
+        call.offer = sdp.again(call.offer, sdp.read_offer(wanted.offer))
+        pair = call.offer.ufrag, call.offer.password
+        if pair != call.client_ice:
+            call.client_ice = pair
+            self.restart(call)
+        return self._answer(call, wanted)
+
+    def _answer(self, call: Session, wanted: opening.Opening) -> str:
+        hint, password = call.ice
+        number = hashlib.blake2s(call.call_id.encode(), digest_size=7, person=b"sdp").digest()
+        return sdp.answer(
+            call.offer,
             hint,
             password.decode(),
-            fingerprint=session.fingerprint,
+            fingerprint=call.fingerprint,
             candidates=wanted.candidates,
-            ssrc=session.ssrc,
-            session_id=secrets.randbits(62),
-            rate_hz=session.rate_hz,
+            ssrc=call.ssrc,
+            session_id=int.from_bytes(number),
+            rate_hz=call.rate_hz,
         )
-        return session, answer
 
     def _resumed(self, session: Session, wanted: opening.Opening) -> None:
         """Say what has become of it; the conversation is nobody else's any more."""

@@ -92,11 +92,13 @@ class Shim:
 class Client:
     """A WebRTC client as users have it."""
 
-    def __init__(self, certificate: RTCCertificate | None = None) -> None:
+    def __init__(
+        self, certificate: RTCCertificate | None = None, label: str = "oai-events"
+    ) -> None:
         self.pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         if certificate is not None:
             self.pc._RTCPeerConnection__certificates = [certificate]
-        self.channel = self.pc.createDataChannel("oai-events")
+        self.channel = self.pc.createDataChannel(label)
         self.messages: list[str] = []
         self.track: Any = None
         self.channel.on("message", self.messages.append)

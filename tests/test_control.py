@@ -60,6 +60,11 @@ class Switchboard:
         call.etag = "e2"
         return "name", "password"
 
+    def again(self, call: Call, wanted: opening.Opening) -> str:
+        if wanted.offer == "no offer":
+            raise sdp.OfferError("That is none.")
+        return f"again: {wanted.offer}"
+
     def hang_up(self, call: Call) -> None:
         self.call = None
 
@@ -107,6 +112,11 @@ def test_a_call_from_its_opening_to_its_end() -> None:
         pair = {"ufrag": "abcd", "pwd": "p" * 22}
         renewed = {"ufrag": "name", "pwd": "password", "etag": "e2"}
         assert await ask("POST", "/v1/sessions/rtc_1/ice", pair) == (200, renewed)
+        again = {"offer": "offer 2", "candidates": REQUEST["candidates"]}
+        answered = {"answer": "again: offer 2", "etag": "e2"}
+        assert await ask("POST", "/v1/sessions/rtc_1/offer", again) == (200, answered)
+        status, body = await ask("POST", "/v1/sessions/rtc_1/offer", again | {"offer": "no offer"})
+        assert (status, body["error"]["code"]) == (400, "invalid_offer")
         assert await ask("DELETE", "/v1/sessions/rtc_1") == (200, {})
         assert board.call is None
         status, body = await ask("DELETE", "/v1/sessions/rtc_1")

@@ -18,6 +18,7 @@ SANS_IO = {
     "dialect",
     "adapters",
     "rtvi",
+    "reports",
     "sentences",
     "opening",
     "sealing",
@@ -74,6 +75,7 @@ IMPORTERS = {
         "signaling",
         "calls",
         "whip",
+        "pipecat",
         "door",
         "reception",
         "listener",
@@ -113,6 +115,7 @@ IMPORTERS = {
     "msgspec": {"settings", "tables", "front", "realtime", "relay"},
     "OpenSSL": {"dtls"},
     "orjson": {
+        "pipecat",
         "rtvi",
         "outbox",
         "presence",

@@ -360,3 +360,29 @@ def test_a_browsers_offer_with_anything_changed(data: st.DataObject) -> None:
     except sdp.OfferError:
         return
     answer(offer)
+
+
+def test_another_offer_on_the_same_connection_is_answered_in_the_same_role() -> None:
+    before = sdp.read_offer(
+        text([*SESSION, "a=group:BUNDLE 0", *AUDIO]).replace("actpass", "active")
+    )
+    assert not before.active
+    offer = sdp.read_offer(text([*SESSION, "a=group:BUNDLE 0", *AUDIO]))
+    assert not sdp.again(before, offer).active
+    assert sdp.again(offer, offer) == offer
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wrong"),
+    [
+        (FINGERPRINT[:6], "00:00:", "certificate"),
+        ("a=setup:actpass", "a=setup:active", "setup"),
+        ("111", "112", "payload type"),
+    ],
+)
+def test_an_offer_of_another_connection_is_none_on_this_one(old: str, new: str, wrong: str) -> None:
+    described = text([*SESSION, "a=group:BUNDLE 0", *AUDIO])
+    before = sdp.read_offer(described)
+    assert old in described
+    with pytest.raises(sdp.OfferError, match=wrong):
+        sdp.again(before, sdp.read_offer(described.replace(old, new, 10)))

@@ -300,8 +300,8 @@ def test_the_clients_report_tells_round_trip_and_loss(call: Call) -> None:
     middle = rtp.ntp(call.unix() - 0.25) >> 16 & 0xFFFF_FFFF
     block = rtp.Block(call.session.ssrc, 64, 3, 100, 0, middle, 65536 // 10)
     call.session.rtcp(rtp.receiver_report(5, [block], "client"), call.now)
-    assert call.session.round_trip_s == pytest.approx(0.15, abs=0.001)
-    assert call.session.fraction_lost == 0.25
+    assert call.session.reports.round_trip_s == pytest.approx(0.15, abs=0.001)
+    assert call.session.reports.fraction_lost == 0.25
     call.session.rtcp(b"\x80\xc9", call.now)
 
 

@@ -193,7 +193,7 @@ def test_a_call(tmp_path: Path) -> None:
         assert [name for name in types(client) if name in order] == order
 
         # What getStats() of a browser shows too: round trip and loss, by RTCP both ways.
-        await shim.until(lambda: sessions(on)[0].round_trip_s is not None)
+        await shim.until(lambda: sessions(on)[0].reports.round_trip_s is not None)
         stats = {}
         while "remote-inbound-rtp" not in stats:
             await asyncio.sleep(0.05)
