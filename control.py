@@ -12,7 +12,7 @@
     POST   /v1/sessions/{call_id}/offer {"offer", "candidates"}   another one on its connection
                         200 {"answer", "etag"}; 400; 404
     GET    /v1/sessions/{call_id}/events   WebSocket: the call's events (attendance.py); 404; 429
-    DELETE /v1/sessions/{call_id}   200 {}; 404
+    DELETE /v1/sessions/{call_id}   200 {}; 404; ?resumed if the conversation goes on elsewhere
     GET    /v1/health               200 {"state": "serving" or "draining", "sessions",
                                     "sessions_max", "load": 1 is where calls are refused, and of
                                     what it is made: "cpu", a share of one, and "lag_s"}
@@ -121,8 +121,8 @@ class Switchboard(Protocol[AnyCall]):
     def attended(self, call: AnyCall, message: str | bytes, attendant: Attendant) -> None:
         """An event of one that attends the call. Raises nothing."""
 
-    def hang_up(self, call: AnyCall) -> None:
-        """End a call by request."""
+    def hang_up(self, call: AnyCall, *, resumed: bool = False) -> None:
+        """End a call by request; or because its conversation goes on at another transceiver."""
 
     def health(self) -> dict[str, Any]:
         """How the process is, for whoever places calls."""
@@ -271,7 +271,7 @@ class Handlers(Generic[AnyCall]):
         """End a call."""
         call = self._called(request)
         _note(call, request, "is hung up")
-        self._switchboard.hang_up(call)
+        self._switchboard.hang_up(call, resumed="resumed" in request.query)
         return _json({})
 
     async def health(self, _: web.Request) -> web.Response:

@@ -77,7 +77,9 @@ class Door:
         """Place a call. Raises Refusal: 400 with the transceiver's sentence, 429, or 503."""
         trail = observer.trail()
         key = trail.key = order.key
-        self.reception.open_call(key, self.placement.calls_of(key))
+        # One that goes on with another takes its place.
+        replaced = order.resume is not None
+        self.reception.open_call(key, max(0, self.placement.calls_of(key) - replaced))
         try:
             placed = await self.placement.place(replace(order, request_id=trail.request_id))
         except placement.BadOffer as error:

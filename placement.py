@@ -24,7 +24,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,6 +47,10 @@ log = logging.getLogger("placement")
 
 CALL_DEADLINE_S = 8.0
 """All attempts to place a call. Clients give up after about ten seconds: better a 503 they see."""
+
+RESUME_S = 0.75
+"""What the transceiver of a call that is to be gone on with may take of it. If its host is dead,
+nothing answers at all: its client has waited for a second and more by then, in mid-sentence."""
 
 KEY_HEADER = "X-Earshot-Key"
 """Names the key of whoever asks something of a call, to the transceiver that has it."""
@@ -141,6 +145,7 @@ class Placement:
         self._known: dict[endpoints.Endpoint, roster.Health] = {}  # what the log has said
         self._unreadable = False
         self._checks: dict[roster.Peer, asyncio.Task[None]] = {}
+        self._parting: set[asyncio.Task[None]] = set()
         for at in table.transceivers:
             if not any(home.contains(at.address, at.port) for home in self._clusters.values()):
                 raise settings.SettingsError(
@@ -191,7 +196,7 @@ class Placement:
             try:
                 yield
             finally:
-                tasks += self._checks.values()
+                tasks += [*self._checks.values(), *self._parting]
                 for task in tasks:
                     task.cancel()
                 await asyncio.wait(tasks)
@@ -206,19 +211,52 @@ class Placement:
         request = orjson.dumps({**asdict(order), "candidates": self._candidates})
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
-                for peer in self.roster.order(self._rng.shuffle):
-                    found = await self._try(peer, order.key, request)
+                for peer, most_s in self._in_order(order.resume):
+                    found = None
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(most_s):
+                            found = await self._try(peer, order.key, request)
                     if found is not None:
+                        if order.resume is not None and not self._has(peer, order.resume):
+                            self._part(order.resume, order.key)
                         return found
         except TimeoutError:
             pass
         raise Unavailable("No transceiver can take this call now.")
 
-    def owner(self, call_id: str) -> str:
-        """The control API of the transceiver that has a call. Raises UnknownCall."""
+    def _in_order(self, resume: str | None) -> list[tuple[roster.Peer, float | None]]:
+        """Whom to ask, and how long each may take if less than the settings say: first of all who
+        has the conversation, if the call is to go on with one."""
+        peers = self.roster.order(self._rng.shuffle)
+        first = [p for p in self.peers if resume and p.serving and self._has(p, resume)]
+        rest = [peer for peer in peers if peer not in first]
+        return [(peer, RESUME_S) for peer in first] + [(peer, None) for peer in rest]
+
+    def _has(self, peer: roster.Peer, call_id: str) -> bool:
+        at, found = peer.endpoint, self._hint(call_id)
+        return found is not None and (found.address, found.port) == (at.address, at.port)
+
+    def _part(self, call_id: str, key: str) -> None:
+        """End a call whose conversation goes on elsewhere. If it cannot be told, it ends when its
+        client has been silent for long enough."""
+
+        async def part() -> None:
+            with suppress(UnknownCall, Unavailable):
+                await self.ask(call_id, "DELETE", "?resumed", key=key)
+
+        task = asyncio.create_task(part())
+        self._parting.add(task)
+        task.add_done_callback(self._parting.discard)
+
+    def _hint(self, call_id: str) -> ufrag.Hint | None:
         hint = ufrag.from_call_id(call_id)
         found = hint and ufrag.parse(self._keyring, self._clusters, hint.encode())
-        if not isinstance(found, ufrag.Hint):
+        return found if isinstance(found, ufrag.Hint) else None
+
+    def owner(self, call_id: str) -> str:
+        """The control API of the transceiver that has a call. Raises UnknownCall."""
+        found = self._hint(call_id)
+        if found is None:
             raise UnknownCall(call_id)
         at = f"[{found.address}]" if found.address.version == 6 else found.address
         return f"http://{at}:{found.port}/v1"

@@ -273,10 +273,10 @@ class Transceiver:
         log.info("%s restarts ICE", call, extra=told)
         return hint, password.decode()
 
-    def hang_up(self, call: Session) -> None:
-        """End a call by request."""
+    def hang_up(self, call: Session, *, resumed: bool = False) -> None:
+        """End a call by request; or because its conversation goes on at another transceiver."""
         call.farewell()
-        self.ended(call, HUNG_UP)
+        self.ended(call, RESUMED if resumed else HUNG_UP)
 
     def attended(self, call: Session, message: str | bytes, attendant: Attendant) -> None:
         """An event of a call's attendant."""

@@ -65,7 +65,7 @@ class Switchboard:
             raise sdp.OfferError("That is none.")
         return f"again: {wanted.offer}"
 
-    def hang_up(self, call: Call) -> None:
+    def hang_up(self, call: Call, *, resumed: bool = False) -> None:
         self.call = None
 
     def health(self) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from metrics import Transceiver as Count
 
 from . import servers, shim
 from .test_model_calls import BACKEND
+from .test_signaling import CALLS, OFFER, Stage, mint, staged, unused_port
 from .test_transceiver import ROOT, House, configure, house, types
 
+SDP = {"Content-Type": "application/sdp"}
 STRANGER = ufrag.call_id("APeT9ekG4r6OlO9+HGsokz4")
 
 
@@ -221,3 +223,59 @@ def test_a_model_server_is_told_of_everything_before_anything_new(tmp_path: Path
                 await on.stop()
 
     asyncio.run(both())
+
+
+# --- who is asked --------------------------------------------------------------------------------
+
+
+def test_who_has_the_conversation_is_asked_first(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with staged(tmp_path, fakes=4) as stage:
+            for owner in stage.fakes * 3:
+                old = mint(owner.port, 77)
+                owner.calls.add(old)
+                await resume(stage, old)
+                assert owner.requests[-1]["resume"] == old
+                assert old in owner.calls  # a real one has ended it by itself
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("bad_day", ["full", "hangs", "dead"])
+def test_another_one_goes_on_when_the_owner_cannot(tmp_path: Path, bad_day: str) -> None:
+    async def run() -> None:
+        async with staged(tmp_path, fakes=2) as stage:
+            owner, other = stage.fakes
+            old = mint(unused_port() if bad_day == "dead" else owner.port, 77)
+            owner.calls.add(old)
+            full = {"error": {"message": "Full.", "code": "overloaded"}}
+            if bad_day != "hangs":
+                owner.refusal = 503, full
+            owner.hangs = bad_day == "hangs"
+            await resume(stage, old)
+            assert other.requests[-1]["resume"] == old
+            if bad_day != "dead":
+                await shim.until(lambda: old not in owner.calls)
+
+    asyncio.run(run())
+
+
+def test_what_is_no_call_id_is_refused_and_what_looks_like_one_is_not(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with staged(tmp_path) as stage:
+            for bad in ("x", "", "rtc_x", "../etc", STRANGER + "A", "é" * 30):
+                error = await stage.error(
+                    400, "POST", CALLS, params={"resume": bad}, data=OFFER, headers=SDP
+                )
+                assert (error["param"], error["code"]) == ("resume", "invalid_value")
+            assert not stage.fakes[0].requests
+            await resume(stage, STRANGER)
+            assert stage.fakes[0].requests[-1]["resume"] == STRANGER
+
+    asyncio.run(run())
+
+
+async def resume(stage: Stage, call_id: str) -> None:
+    params = {"resume": call_id}
+    async with stage.http.post(CALLS, params=params, data=OFFER, headers=SDP) as response:
+        assert response.status == 201, await response.text()
