@@ -109,8 +109,8 @@ class Offer:
     """What the server needs to know of an offer."""
 
     lines: tuple[Line, ...]
-    audio: int | None
-    """Index of the audio line that is used; None if there is none."""
+    audio: int
+    """Index of the audio line that is used."""
     application: int | None
     """Index of the data channels' line; None if there is none."""
     bundle: tuple[str, ...]
@@ -159,16 +159,16 @@ def read_offer(text: str) -> Offer:
     lines = tuple(_line(section, number, group, mids) for number, section in enumerate(sections))
     audio, codec, payload_type = _audible(sections, lines)
     application = _first(lines, "application", lambda _: True)
-    if audio is None and application is None:
+    if audio is None:  # a data channel alone is no call: text goes beside speech
         raise OfferError(_nothing_to_do(lines))
     taken = {line.mid: at for at, line in enumerate(lines) if line.bundled}
     if group is None and sum(line.bundled for line in lines) > 1:
         raise OfferError("The offer has several m-lines and no a=group:BUNDLE: bundle them.")
-    if audio is not None and "rtcp-mux" not in sections[audio].attributes:
+    if "rtcp-mux" not in sections[audio].attributes:
         raise OfferError("The offer's audio has no a=rtcp-mux: RTCP must share the one port.")
     bundle = [mid for mid in dict.fromkeys(group or ()) if mid in taken]
     tagged = sections[taken[bundle[0]] if bundle else next(iter(taken.values()))]
-    direction = "inactive" if audio is None else lines[audio].direction
+    direction = lines[audio].direction
     channels = _Section() if application is None else sections[application]
     return Offer(
         lines=lines,
@@ -425,7 +425,7 @@ def _nothing_to_do(lines: Sequence[Line]) -> str:
         return "The offer's audio has none of opus/48000/2, PCMU/8000 and PCMA/8000 (a=rtpmap)."
     if audio:
         return "The offer's audio is switched off, outside the BUNDLE group, or not DTLS-SRTP."
-    return "The offer has neither audio nor a data channel."
+    return "The offer has no audio: there is nothing to hear and nothing to say."
 
 
 def _inherited(section: _Section, session: _Section, name: str) -> list[str]:

@@ -223,12 +223,6 @@ def test_bundle_only_lines_are_not_off() -> None:
     assert sdp.read_offer(text([*SESSION, *BUNDLE, *AUDIO, *video, *DATA])).lines[1].bundled
 
 
-def test_data_only() -> None:
-    offer = sdp.read_offer(text([*SESSION, *DATA]))
-    assert offer.audio is None
-    assert not offer.sends_audio
-
-
 def test_other_fingerprints_are_left_aside() -> None:
     more = ["a=fingerprint:sha-512 00:11", "a=fingerprint:SHA-256 " + FINGERPRINT.lower()]
     assert sdp.read_offer(text([*SESSION, *AUDIO, *more])).fingerprint == FINGERPRINT
@@ -284,7 +278,15 @@ ONE = [*SESSION, *AUDIO]
         ),
         (
             [*SESSION, *VIDEO],
-            "The offer has neither audio nor a data channel.",
+            "The offer has no audio: there is nothing to hear and nothing to say.",
+        ),
+        (
+            [*SESSION, *DATA],
+            "The offer has no audio: there is nothing to hear and nothing to say.",
+        ),
+        (
+            changed(BROWSER, "m=audio", "m=audio 9 UDP/TLS/RTP/SAVPF 96"),
+            "The offer's audio has none of opus/48000/2, PCMU/8000 and PCMA/8000 (a=rtpmap).",
         ),
         (
             [*SESSION, *AUDIO, *DATA],
@@ -303,11 +305,11 @@ ONE = [*SESSION, *AUDIO]
             "The offer's m-line 2 has an a=mid that is malformed or not its own.",
         ),
         (
-            changed([*SESSION, *DATA], "a=sctp-port", "a=sctp-port:99999"),
+            changed(BROWSER, "a=sctp-port", "a=sctp-port:99999"),
             "The offer's a=sctp-port is not between 1 and 65535.",
         ),
         (
-            changed([*SESSION, *DATA], "a=max-message-size", "a=max-message-size:lots"),
+            changed(BROWSER, "a=max-message-size", "a=max-message-size:lots"),
             "The offer's a=max-message-size is not a number.",
         ),
         (
