@@ -104,7 +104,7 @@ class _Written:
 
 
 class Archive:
-    """The records of one process. `run` has to run beside whatever else is called."""
+    """The records of one process."""
 
     def __init__(
         self,
@@ -123,6 +123,7 @@ class Archive:
         self._waiting: dict[bytes, bytes] = {}  # by name; nothing is what is to be deleted
         self._waiting_octets = 0
         self._wake = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
         self._was_up = True
         self._refusal = ""
 
@@ -190,22 +191,35 @@ class Archive:
 
     # --- to Redis ----------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Write what there is, as it comes; for ever."""
-        while True:
-            await self._wake.wait()
-            await asyncio.sleep(GATHER_S)
-            if not await self._write():
-                await asyncio.sleep(RETRY_S)
+    def start(self) -> None:
+        """Write what there is, as it comes, from now on."""
+        if self._redis is not None:
+            self._running = asyncio.create_task(self._run())
 
-    async def close(self) -> None:
-        """Write what is left, as far as time allows."""
+    async def stop(self) -> None:
+        """Write what is left, as far as time allows, and nothing after that."""
+        if self._running is None:
+            return
+        self._running.cancel()
+        await asyncio.wait([self._running])
         try:
             async with asyncio.timeout(CLOSE_S):
                 while self._waiting and await self._write():
                     pass
         except TimeoutError:
             pass
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(GATHER_S)
+            try:
+                taken = await self._write()
+            except Exception:
+                log.exception("records met a fault")
+                taken = False
+            if not taken:
+                await asyncio.sleep(RETRY_S)
 
     async def _write(self) -> bool:
         """One message of what waits. False if Redis takes nothing at present."""

@@ -154,7 +154,8 @@ def test_hung_up_is_deleted_and_lost_is_kept() -> None:
         assert await elsewhere.found() is None
         bench.archive.forget(CALL)
         assert await bench.found() is None
-        await bench.archive.close()
+        bench.archive.start()
+        await bench.archive.stop()
         assert bench.redis.stored == {}
 
     asyncio.run(scene())
@@ -211,10 +212,10 @@ def test_calls_share_a_message_and_the_newest_of_each_counts() -> None:
         for call in calls:
             call.revision = 1
             bench.archive.look(call, 2.0)
-        running = asyncio.create_task(bench.archive.run())
+        bench.archive.start()
         while bench.archive._waiting:
             await asyncio.sleep(0.01)
-        running.cancel()
+        await bench.archive.stop()
         assert bench.redis.batches == 1
         assert len(bench.redis.stored) == len(bench.redis.commands) == 100
         assert await bench.found("rtc_42") == "1"
@@ -269,7 +270,8 @@ def test_what_waits_is_bounded() -> None:
         assert sum(map(len, waiting.values())) == bench.archive._waiting_octets
         assert bench.archive._waiting_octets <= archive.WAITING_OCTETS_MAX
         assert records.name_of("rtc_99") in waiting
-        await bench.archive.close()  # does not hang
+        bench.archive.start()
+        await bench.archive.stop()  # does not hang
 
     asyncio.run(scene())
 
