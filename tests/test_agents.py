@@ -1,8 +1,13 @@
 """OpenAI's Agents SDK in a browser, unmodified from npm, on a page of another origin."""
 
+import asyncio
+import contextlib
 import json
+import queue
+import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -16,8 +21,9 @@ import pytest
 
 import keys
 
-from . import guests, test_browser
+from . import guests, servers, test_browser
 from .test_browser import LEAD_S, SENTENCE, TAIL_S, in_order, read, silence, written
+from .test_transceiver import free_port
 
 system = test_browser.system
 launch = test_browser.launch
@@ -28,11 +34,34 @@ CALLS = "v1/realtime/calls"
 SECRETS = "v1/realtime/client_secrets"
 
 KEY, LINE = keys.make("shop", bytes(32))
+START_S_MAX = 20.0
+
+
+@contextlib.contextmanager
+def started(folder: Path, program: str, name: str, text: str) -> Iterator[Path]:
+    """One more program of the system, by a file of its own; its log, in which it is ready."""
+    config, log = folder / f"{name}.toml", folder / f"{name}.log"
+    config.write_text(text)
+    argv = [Path(sys.executable).with_name(program), "run", "--config", config]
+    with log.open("w") as said, subprocess.Popen(argv, stderr=said) as running:
+        try:
+            deadline = time.monotonic() + START_S_MAX
+            while " ready" not in log.read_text():
+                assert running.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.02)
+            yield log
+        finally:
+            running.terminate()
+
+
+def url_of(log: Path) -> str:
+    """Where a signaling says that it is."""
+    return next(word for word in log.read_text().split() if word.startswith("http://"))
 
 
 @pytest.fixture(scope="module")
-def keyed(system: dict[str, Any]) -> Iterator[str]:
-    """URL of a second signaling before the same transceivers, one that asks for keys."""
+def keyed_log(system: dict[str, Any]) -> Iterator[Path]:
+    """The log of a second signaling before the same transceivers, one that asks for keys."""
     folder = Path(system["state_dir"])
     path = folder / "api-keys"
     path.touch(mode=0o600)
@@ -40,19 +69,110 @@ def keyed(system: dict[str, Any]) -> Iterator[str]:
     text = (folder / "signaling.toml").read_text()
     listen = f'listen = "{urllib.parse.urlsplit(system["page"]).netloc}"'
     assert listen in text
-    path = folder / "signaling-keyed.toml"
-    path.write_text(text.replace(listen, 'listen = "127.0.0.1:0"\nkeys_file = "api-keys"'))
-    argv = [Path(sys.executable).with_name("signaling"), "run", "--config", path]
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
-        try:
-            said = ""
-            while "is ready" not in (line := running.stderr.readline()):
-                said += line
-                assert line, said
-            yield next(word for word in line.split() if word.startswith("http://"))
-        finally:
-            running.terminate()
+    text = text.replace(listen, 'listen = "127.0.0.1:0"\nkeys_file = "api-keys"')
+    with started(folder, "signaling", "signaling-keyed", text) as log:
+        yield log
+
+
+@pytest.fixture(scope="module")
+def keyed(keyed_log: Path) -> str:
+    """Its URL."""
+    return url_of(keyed_log)
+
+
+@pytest.fixture(scope="module")
+def modelled(system: dict[str, Any]) -> Iterator[str]:
+    """URL of a third signaling, before a transceiver whose model server asks for a tool."""
+    folder, listen = Path(system["state_dir"]), f"127.0.0.1:{free_port()}"
+    urls: queue.Queue[str] = queue.Queue()
+    loop = asyncio.new_event_loop()
+    stop = asyncio.Event()
+
+    async def model() -> None:
+        async with servers.scripted(asks_for_a_tool) as server:
+            urls.put(server.url)
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(model(),), name="model")
+    thread.start()
+    try:
+        backend = f'kind = "realtime"\nurl = "{urls.get(timeout=START_S_MAX)}"'
+        text = (folder / "transceiver-1.toml").read_text()
+        text = text.replace(system["transceivers"][0], listen)
+        text = text.replace('kind = "parrot"', backend)
+        before = (folder / "signaling.toml").read_text()
+        before = before.replace(urllib.parse.urlsplit(system["page"]).netloc, "127.0.0.1:0")
+        before = re.sub("transceivers = .*", f'transceivers = ["{listen}"]', before)
+        before = re.sub(r"\[redis\]\n.*\n", "", before)  # or it would know the others, too
+        with (
+            started(folder, "transceiver", "transceiver-modelled", text),
+            started(folder, "signaling", "signaling-modelled", before) as log,
+        ):
+            yield url_of(log)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()
+
+
+async def asks_for_a_tool(line: servers.Line) -> None:
+    """A model server that wants to know the weather before it says anything."""
+    await line.greet()
+    call = {
+        "id": "item_call",
+        "type": "function_call",
+        "call_id": "call_1",
+        "name": "weather",
+        "arguments": '{"city": "Bergen"}',
+        "status": "completed",
+    }
+    about = {"response_id": "resp_1", "output_index": 0, "item_id": call["id"]}
+    while True:
+        event = json.loads(await line.socket.receive_str())
+        line.heard.append(event)
+        if event["type"] == "session.update":
+            await line.say({"type": "session.updated", "session": event["session"]})
+        if event["type"] != "response.create":
+            continue
+        outputs = [
+            event["item"]["output"]
+            for event in line.heard
+            if event.get("item", {}).get("type") == "function_call_output"
+        ]
+        if outputs:
+            break
+        response = {"id": "resp_1", "object": "realtime.response", "output": []}
+        await line.say(
+            {"type": "response.created", "response": response | {"status": "in_progress"}},
+            {
+                "type": "response.output_item.added",
+                **about,
+                "item": call | {"status": "in_progress"},
+            },
+            {"type": "response.function_call_arguments.delta", **about, "delta": call["arguments"]},
+            {
+                "type": "response.function_call_arguments.done",
+                **about,
+                "name": "weather",
+                "call_id": "call_1",
+                "arguments": call["arguments"],
+            },
+            {"type": "response.output_item.done", **about, "item": call},
+            {
+                "type": "response.done",
+                "response": response | {"status": "completed", "output": [call]},
+            },
+        )
+    content = [{"type": "output_text", "text": outputs[0]}]
+    item = {"id": "item_told", "type": "message", "role": "assistant", "content": content}
+    response = {"id": "resp_2", "object": "realtime.response", "output": []}
+    await line.say(
+        {"type": "response.created", "response": response | {"status": "in_progress"}},
+        {"type": "conversation.item.added", "item": item | {"status": "in_progress"}},
+        {"type": "conversation.item.done", "item": item | {"status": "completed"}},
+        {"type": "response.done", "response": response | {"status": "completed"}},
+    )
+    await line.listen()
 
 
 def ask(method: str, url: str, key: str | None = KEY, body: Any = None) -> tuple[int, Any]:
@@ -251,6 +371,31 @@ def test_the_sideband_of_the_sdk_with_the_pages_own_key(
     assert status == 200
     until(page, "guest.attending.status === 'disconnected'")
     until(page, "guest.transport.status === 'disconnected'")
+
+
+def test_a_tool_of_the_pages_is_asked_and_answers(page: Page, modelled: str) -> None:
+    connect(page, modelled, secret(modelled, None), tools=True)
+    page.evaluate("guest.session.sendMessage('What is the weather in Bergen?')")
+    until(page, "guest.history.some((item) => item.itemId === 'item_told')")
+    assert page.evaluate("guest.asked") == ["Bergen"]
+    call, told = page.evaluate("guest.history")
+    assert (call["type"], call["output"]) == ("function_call", "Sunny in Bergen.")
+    assert told["content"][0]["text"] == "Sunny in Bergen."
+    assert page.evaluate("guest.errors") == []
+
+
+def test_only_the_first_call_costs_a_preflight(page: Page, keyed: str, keyed_log: Path) -> None:
+    """Later ones are a round trip shorter, as long as the browser remembers it."""
+    said = len(keyed_log.read_text())
+    for _ in range(2):
+        call_id = connect(page, keyed, secret(keyed, KEY), config={"audio": PRESS})
+        page.evaluate("guest.session.close()")
+    # What is written of a call comes after what was written of its preflight.
+    assert ask("GET", f"{keyed}{CALLS}/{call_id}")[0] in {200, 404}
+    lines = keyed_log.read_text()[said:].splitlines()
+    asked = [line for line in lines if f"OPTIONS /{CALLS} 204" in line]
+    placed = [line for line in lines if f"POST /{CALLS} 201" in line]
+    assert (len(asked), len(placed)) == (1, 2), lines
 
 
 def test_a_refusal_reaches_the_program_in_words(page: Page, keyed: str) -> None:

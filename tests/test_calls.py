@@ -10,6 +10,8 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import calls
 from intake import Refusal
@@ -221,6 +223,36 @@ def test_without_keys_a_secret_can_be_had_all_the_same() -> None:
     assert set(shown) == OF_A_SESSION
     with pytest.raises(Refusal):
         calls.effective({"model": None, "type": 3})
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["type", "model", "audio", "output_modalities", "id", "tools"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+            lambda inner: (
+                st.lists(inner)
+                | st.dictionaries(
+                    st.sampled_from(["input", "output", "turn_detection", "format", "type", "x"]),
+                    inner,
+                )
+            ),
+            max_leaves=12,
+        ),
+    )
+)
+def test_any_session_is_shown_or_refused_by_its_field(session: dict[str, Any]) -> None:
+    shown, refused = None, None
+    try:
+        shown = calls.effective(session)
+    except Refusal as refusal:
+        refused = refusal
+    if shown is not None:
+        assert set(shown) >= OF_A_SESSION
+        assert orjson.dumps(shown)
+    else:
+        assert refused is not None and refused.status == 400
+        assert refused.param is not None and refused.param.startswith("session")
 
 
 def test_telephone_calls_are_refused_in_words(tmp_path: Path) -> None:

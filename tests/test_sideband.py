@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import WSMsgType, web
+from aiortc.contrib.media import MediaPlayer
 from aiortc.mediastreams import AudioStreamTrack
 
 import attendants
@@ -17,10 +18,11 @@ import settings
 import sideband
 import signaling
 import transceiver
+import whip
 
 from . import shim
 from .test_reception import KEY, LINE, OTHER, OTHER_LINE, bearer
-from .test_transceiver import configure, types
+from .test_transceiver import ROOT, configure, types
 
 Socket = aiohttp.ClientWebSocketResponse
 
@@ -194,6 +196,43 @@ def test_a_page_sends_its_ephemeral_key_in_a_subprotocol(tmp_path: Path) -> None
         async with attending(on, call_id) as socket:
             assert (await told(socket))["type"] == "session.created"
         assert (await on.error(404, f"{sideband.PATH}?call_id={call_id}", bearer(OTHER)))["code"]
+
+    at_site(tmp_path, scenario)
+
+
+def test_an_encoders_call_is_led_by_it_alone(tmp_path: Path) -> None:
+    """By WHIP there is no data channel: who else would hear what is said in the call?"""
+
+    async def scenario(on: Site) -> None:
+        pc = shim.RTCPeerConnection(shim.RTCConfiguration(iceServers=[]))
+        player = MediaPlayer(str(ROOT / "tests/data/sentence.wav"))
+        pc.addTransceiver(player.audio, direction="sendonly")
+        await pc.setLocalDescription(await pc.createOffer())
+        headers = bearer(KEY) | {"Content-Type": "application/sdp"}
+        text = pc.localDescription.sdp
+        async with on.at[0].post(whip.PATH, data=text, headers=headers) as response:
+            assert response.status == 201, await response.text()
+            answer = await response.text()
+            call_id = response.headers["Location"].rpartition("/")[2]
+        async with attending(on, call_id) as socket:
+            assert (await told(socket))["type"] == "session.created"
+            quiet = {"turn_detection": {"type": "server_vad", "create_response": False}}
+            update = {"type": "session.update", "session": {"audio": {"input": quiet}}}
+            await socket.send_str(json.dumps(update))
+            assert (await told(socket))["type"] == "session.updated"
+            await pc.setRemoteDescription(shim.RTCSessionDescription(answer, "answer"))
+            seen = ""
+            while seen != "conversation.item.done":
+                seen = (await told(socket))["type"]
+            await socket.send_str('{"type": "response.create"}')
+            while seen != "output_audio_buffer.started":
+                seen = (await told(socket))["type"]
+            await socket.send_str('{"type": "output_audio_buffer.clear"}')
+            while seen != "output_audio_buffer.cleared":
+                seen = (await told(socket))["type"]
+            await pc.close()
+            code, reason = await end(socket)
+            assert (code, bool(reason)) == (1000, True)
 
     at_site(tmp_path, scenario)
 
