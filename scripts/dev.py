@@ -3,7 +3,8 @@
 Started by `scripts/dev.sh`, which sets up the virtual environment first. It writes keys and one
 configuration file a process into a state folder, starts the programs as an operator would (their
 console scripts, `run --config FILE`), waits until each says that it is ready, and ends everything
-it started when it is told to, when one of them dies, or when the check is done.
+it started when it is told to, when one of them dies (transceivers are started again: calls go on
+without them), or when the check is done.
 
 Nothing here is needed in production: `config/` has the files and units for that.
 """
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import typer
 
@@ -30,6 +31,9 @@ BIN = Path(sys.executable).parent
 START_SECONDS_MAX = 30.0
 """A cold start on a slow disk takes five; beyond this something is wrong."""
 STOP_SECONDS_MAX = 5.0
+
+FALLS_MAX, FALLS_SECONDS = 5, 30.0
+"""Transceivers that die are started again, so often in so long: one that cannot stand ends all."""
 
 CLUSTER = """
 [keys]
@@ -86,28 +90,46 @@ class System:
     def __init__(self, state_dir: Path) -> None:
         self.state_dir = state_dir
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self._falls: list[float] = []
 
     def start(self, name: str, *argv: str | Path, ready: str | None = " ready") -> None:
         """Start a program and wait until its log has `ready`. Raises StartError with the log."""
         path = self.state_dir / f"{name}.log"
-        # A group of its own: Ctrl-C reaches this script alone, which then ends all in order.
-        with path.open("wb") as log:
-            process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        self.running[name] = process
+        path.unlink(missing_ok=True)
+        process = self._launch(name, argv)
         deadline = time.monotonic() + START_SECONDS_MAX
         while ready and ready not in path.read_text(errors="replace"):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise StartError(f"{name} did not start; {self.log_tail(name)}")
             time.sleep(0.02)
 
+    def _launch(self, name: str, argv: Any) -> subprocess.Popen[bytes]:
+        # A group of its own: Ctrl-C reaches this script alone, which then ends all in order.
+        with (self.state_dir / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self.running[name] = process
+        return process
+
     def watch(self) -> None:
-        """Return never; raises StartError with the end of its log when a program has ended."""
-        while all(process.poll() is None for process in self.running.values()):
+        """Return never; raises StartError with the end of its log when a program has ended.
+
+        A transceiver is started again, as systemd would.
+        """
+        while True:
+            for name, process in list(self.running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                now = time.monotonic()
+                self._falls = [at for at in self._falls if now - at < FALLS_SECONDS] + [now]
+                if not name.startswith("transceiver") or len(self._falls) > FALLS_MAX:
+                    raise StartError(f"{name} ended by itself; {self.log_tail(name)}")
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+                print(f"{name} {how}: it is started again", file=sys.stderr, flush=True)
+                self._launch(name, process.args)
             time.sleep(0.2)
-        ended = next(name for name, process in self.running.items() if process.poll() is not None)
-        raise StartError(f"{ended} ended by itself; {self.log_tail(ended)}")
 
     def log_tail(self, name: str) -> str:
         """The last lines that a program said, for an error message."""
@@ -211,21 +233,23 @@ def bring_up(system: System, free: bool, advertise: str, websocket: bool) -> Abo
         return path
 
     redis = start_redis(system, redis_port)
+    shared = REDIS.format(redis=redis) if redis else ""
     backend = PARROT
     if websocket:
         backend = MODEL_SERVER.format(listen=f"127.0.0.1:{model_port}")
         system.start("parrot", BIN / "parrot", "serve", "--listen", f"127.0.0.1:{model_port}")
     for number, listen in enumerate(transceivers, 1):
-        path = configure(f"transceiver-{number}", TRANSCEIVER.format(listen=listen) + backend)
+        text = TRANSCEIVER.format(listen=listen) + backend + shared
+        path = configure(f"transceiver-{number}", text)
         system.start(path.stem, BIN / "transceiver", "run", "--config", path)
     metrics = f"127.0.0.1:{metrics_port}"
     text = RELAY.format(relay=relay, internal=internal, metrics=metrics)
-    path = configure("relay", text + (REDIS.format(redis=redis) if redis else ""))
+    path = configure("relay", text + shared)
     system.start("relay", BIN / "relay", "run", "--config", path)
     named = ", ".join(f'"{listen}"' for listen in transceivers)
     path = configure(
         "signaling",
-        SIGNALING.format(listen=page, relay=relay, transceivers=named, web=ROOT / "web"),
+        SIGNALING.format(listen=page, relay=relay, transceivers=named, web=ROOT / "web") + shared,
     )
     system.start("signaling", BIN / "signaling", "run", "--config", path)
     return {

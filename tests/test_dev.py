@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -65,6 +67,34 @@ def test_interrupting_ends_everything_that_was_started(tmp_path: Path) -> None:
     host, _, port = about["relay"].partition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
         again.bind((host, int(port)))
+
+
+def test_a_transceiver_that_dies_is_started_again(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*DEV, "--free-ports", "--json", "--state-dir", str(tmp_path / "state")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    about = json.loads(process.stdout.readline())
+    children = psutil.Process(process.pid).children(recursive=True)
+    victim = next(c for c in children if "transceiver-1.toml" in " ".join(c.cmdline()))
+    os.kill(victim.pid, signal.SIGKILL)
+    line = process.stderr.readline()
+    assert line == "transceiver-1 was killed by signal 9: it is started again\n"
+    health = f"http://{about['transceivers'][0]}/v1/health"
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            with urllib.request.urlopen(health) as told:
+                assert json.loads(told.read())["state"] == "serving"
+            break
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
 
 
 def test_a_program_that_dies_is_named_and_ends_the_rest(tmp_path: Path) -> None:
