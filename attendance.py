@@ -25,7 +25,9 @@ from typing import Protocol
 
 from aiohttp import WSMsgType, web
 
-from attendants import Attendant
+import ledger
+import metrics
+from attendants import TOO_SLOW, Attendant
 
 HEARTBEAT_S = 20.0
 """A ping so often: an attendant whose machine has gone is noticed, and proxies in between see that
@@ -45,6 +47,9 @@ REASON_OCTETS_MAX = 123
 """A control frame has room for so many, besides the code (RFC 6455 section 5.5)."""
 
 
+Count = metrics.Transceiver
+
+
 class Attended(Protocol):
     """A call, as far as this needs it."""
 
@@ -59,7 +64,9 @@ Hear = Callable[[str | bytes, Attendant], None]
 """Takes an event of an attendant's, and raises nothing."""
 
 
-async def serve(request: web.Request, call: Attended, hear: Hear) -> web.StreamResponse:
+async def serve(
+    request: web.Request, call: Attended, hear: Hear, counters: ledger.Counters
+) -> web.StreamResponse:
     """Let whoever asks attend the call, until one of them has gone. Raises attendants.Crowded."""
     news = asyncio.Event()
     attendant = Attendant(news.set)
@@ -68,6 +75,7 @@ async def serve(request: web.Request, call: Attended, hear: Hear) -> web.StreamR
         heartbeat=HEARTBEAT_S, timeout=CLOSE_S, compress=False, max_msg_size=MESSAGE_OCTETS_MAX
     )
     call.attend(attendant)
+    counters.values[Count.SIDEBANDS] += 1
     try:
         await socket.prepare(request)
         writing = asyncio.create_task(_write(socket, attendant, news))
@@ -79,6 +87,9 @@ async def serve(request: web.Request, call: Attended, hear: Hear) -> web.StreamR
                 await writing
     finally:
         call.unattend(attendant)
+        counters.values[Count.SIDEBANDS] -= 1
+        if attendant.over is not None and attendant.over[0] == TOO_SLOW:
+            counters.values[Count.SIDEBANDS_DROPPED] += 1
     return socket
 
 

@@ -91,6 +91,11 @@ class Channel:
             self._created = self.message(event)
             self._go_live()
 
+    def create_again(self, event: Event) -> None:
+        """Say `session.created` to a client that has opened another channel; nobody else hears."""
+        if not self._closed:
+            self._out.append(self.message(event))
+
     def say(self, event: Event) -> None:
         """Tell the client, after all that was said before."""
         message = self.message(event)

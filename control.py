@@ -263,7 +263,7 @@ class Handlers(Generic[AnyCall]):
         call = self._called(request)
         hear = functools.partial(self._switchboard.attended, call)
         try:
-            return await attendance.serve(request, call, hear)
+            return await attendance.serve(request, call, hear, self._switchboard.counters)
         except Crowded as crowded:
             raise Refusal(429, str(crowded), "too_many_sidebands", "call_id") from None
 

@@ -85,7 +85,7 @@ class Conversation:
         again = self._channel.live
         self._channel.open()
         if again:
-            self._channel.overtake({"type": "session.created", "session": self._shown})
+            self._channel.create_again({"type": "session.created", "session": self._shown})
 
     def closed(self) -> None:
         """The session has ended: nothing more comes out, and what was remembered is freed."""

@@ -117,6 +117,12 @@ class Transceiver(ledger.Kinds):
         "Of those opened, ones that asked for a conversation that is not known, or not to them.",
         "Clients come back too late, or Redis has lost records, or did not answer.",
     )
+    SIDEBANDS = "connections", "Attending a call now.", "", True
+    SIDEBANDS_DROPPED = (
+        "connections",
+        "Sidebands that were let go because they did not read what they were told.",
+        "An application's server that hangs, or a network that loses much. Its call goes on.",
+    )
     REFUSED_DRAINING = (
         "offers",
         "Refused because the process drains.",

@@ -15,6 +15,7 @@ from aiortc.mediastreams import AudioStreamTrack
 
 import attendance
 import attendants
+from metrics import Transceiver as Count
 
 from . import shim
 from .test_transceiver import House, house, sessions, types
@@ -144,6 +145,10 @@ def test_one_that_does_not_read_is_dropped_and_told_why(tmp_path: Path) -> None:
                 assert (await told(quick))["type"] == said["type"]
             assert attended(on) == 1
             assert await end(slow) == (attendants.TOO_SLOW, "This sideband reads too slowly.")
+            await shim.until(lambda: on.transceiver.counters[Count.SIDEBANDS] == 1)
+            assert on.transceiver.counters[Count.SIDEBANDS_DROPPED] == 1
+        await shim.until(lambda: on.transceiver.counters[Count.SIDEBANDS] == 0)
+        assert on.transceiver.counters[Count.SIDEBANDS_DROPPED] == 1
 
     house(tmp_path, scenario)
 

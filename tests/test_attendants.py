@@ -119,6 +119,17 @@ def test_a_backend_sees_ids_of_ours_which_are_bounded() -> None:
     assert refusal(line.take())["event_id"] is None
 
 
+def test_a_client_that_opens_another_channel_is_greeted_alone() -> None:
+    line = ParrotLine()
+    line.take()
+    server = Server(line)
+    server.take()
+    line.conversation.opened(line.now)
+    line.flow()
+    assert kinds(line.take()) == ["session.created"]
+    assert server.take() == []
+
+
 def test_one_that_leaves_is_forgotten() -> None:
     line = Line()
     server = Server(line)
