@@ -6,8 +6,8 @@ nothing else, whatever the text.
 
 Rules that stay true:
 - Every m-line of the offer is answered, in its order (RFC 9429 section 5.3.1). One audio line and
-  one application line are taken; more audio, and video, is answered `inactive`; what cannot be
-  bundled (another protocol, no codec that we know) is rejected with port 0.
+  one application line are taken; more audio, and video, is answered `inactive`; a second line of
+  channels, and what cannot be bundled (another protocol), is rejected with port 0.
 - All lines share one transport: credentials, fingerprint and DTLS role are read from the line that
   the BUNDLE group names first among those taken (RFC 8843 section 7.3.1).
 - The answer names only what the server does: one codec, one sha-256 fingerprint, all candidates
@@ -156,7 +156,11 @@ def read_offer(text: str) -> Offer:
         raise OfferError("The offer says a=ice-lite: the client must send the connectivity checks.")
     group = _bundle(session)
     mids: set[str] = set()
-    lines = tuple(_line(section, number, group, mids) for number, section in enumerate(sections))
+    direction = _direction(session, "sendrecv")
+    lines = [
+        _line(section, number, group, mids, direction) for number, section in enumerate(sections)
+    ]
+    _reject_more_channels(lines)
     audio, codec, payload_type = _audible(sections, lines)
     application = _first(lines, "application", lambda _: True)
     if audio is None:  # a data channel alone is no call: text goes beside speech
@@ -171,7 +175,7 @@ def read_offer(text: str) -> Offer:
     direction = lines[audio].direction
     channels = _Section() if application is None else sections[application]
     return Offer(
-        lines=lines,
+        lines=tuple(lines),
         audio=audio,
         application=application,
         bundle=tuple(bundle),
@@ -347,8 +351,10 @@ def _bundle(session: _Section) -> list[str] | None:
     return None
 
 
-def _line(section: _Section, number: int, group: list[str] | None, mids: set[str]) -> Line:
-    """One m-line, checked for all that the answer repeats of it."""
+def _line(
+    section: _Section, number: int, group: list[str] | None, mids: set[str], direction: str
+) -> Line:
+    """One m-line, checked for all that the answer repeats of it. `direction` is the session's."""
     where = f"m-line {number + 1}"
     words = section.media.split()
     if len(words) < 4 or not _PORT.fullmatch(words[1]):
@@ -373,11 +379,22 @@ def _line(section: _Section, number: int, group: list[str] | None, mids: set[str
         protocol=protocol,
         formats=tuple(formats),
         mid=mid,
-        direction=next((d for d in _DIRECTIONS if d in section.attributes), "sendrecv"),
+        direction=_direction(section, direction),
         bundled=bool(media or channels) and wanted and (group is None or mid in group),
         mapping=mapping if _TOKEN.fullmatch(mapping) else "",
         reduced_size_rtcp="rtcp-rsize" in section.attributes,
     )
+
+
+def _direction(section: _Section, default: str) -> str:
+    return next((each for each in _DIRECTIONS if each in section.attributes), default)
+
+
+def _reject_more_channels(lines: list[Line]) -> None:
+    """There is one SCTP association on a transport (RFC 8841 section 8): the first line's."""
+    channels = [at for at, line in enumerate(lines) if line.kind == "application" and line.bundled]
+    for at in channels[1:]:
+        lines[at] = replace(lines[at], bundled=False)
 
 
 def _mapping(section: _Section, payload_type: str) -> str:
