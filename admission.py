@@ -98,6 +98,11 @@ class Load:
         """How near the process is to its limits: 1 is where it refuses calls."""
         return max(self.share / self._limits.load_max, self.lag_s / self._limits.lag_s_max)
 
+    def told(self) -> dict[str, float]:
+        """The figure and of what it is made, as the health of the process has it."""
+        figures = {"load": self.figure, "cpu": self.share, "lag_s": self.lag_s}
+        return {name: round(value, 4) for name, value in figures.items()}
+
     def lag(self, late_s: float) -> None:
         """Note how late the event loop was, some times a second."""
         self._lags.append(late_s)

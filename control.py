@@ -4,7 +4,8 @@
                         opening.py says "key", "dialect", "resume", "request_id"}
                         201 {"call_id", "answer", "etag", "request_id": under which it is known
                         to logs and relays; another than asked for, if that is no 8 hexadecimal
-                        digits or some other call's}; 400; 503 with Retry-After
+                        digits or some other call's; "opened": which of the process's calls it
+                        is}; 400; 503 with Retry-After
     GET    /v1/sessions/{call_id}   200 {"state", "etag", "request_id"}; 404
     POST   /v1/sessions/{call_id}/ice {"ufrag", "pwd"}   an ICE restart: the client's new pair
                         200 {"ufrag", "pwd", "etag"}: ours; {"etag"} if the client's pair is
@@ -13,9 +14,9 @@
                         200 {"answer", "etag"}; 400; 404
     GET    /v1/sessions/{call_id}/events   WebSocket: the call's events (attendance.py); 404; 429
     DELETE /v1/sessions/{call_id}   200 {}; 404; ?resumed if the conversation goes on elsewhere
-    GET    /v1/health               200 {"state": "serving" or "draining", "sessions",
-                                    "sessions_max", "load": 1 is where calls are refused, and of
-                                    what it is made: "cpu", a share of one, and "lag_s"}
+    GET    /v1/health               200 {"state": "serving" or "draining", what else a report has
+                                    (presence.Report), and of what its "load" is made: "cpu",
+                                    a share of one, and "lag_s"}
     GET    /metrics                 200, Prometheus' text
     GET    /healthz                 200 while the process lives
     GET    /readyz                  200 while a call would be taken, else 503 {"ready", "why"}
@@ -229,7 +230,8 @@ class Handlers(Generic[AnyCall]):
         except sdp.OfferError as error:
             raise Refusal(400, str(error), "invalid_offer", "sdp") from None
         named = {"call_id": call.call_id, "request_id": call.opening.request_id}
-        return _json({**named, "answer": answer, "etag": call.etag}, 201)
+        opened = self._switchboard.counters[metrics.Transceiver.SESSIONS_OPENED]
+        return _json({**named, "answer": answer, "etag": call.etag, "opened": opened}, 201)
 
     async def show(self, request: web.Request) -> web.Response:
         """Say how a call is."""

@@ -12,6 +12,7 @@ Rules that stay true:
 
 import ipaddress
 import urllib.parse
+from collections.abc import Callable, Iterable
 
 
 class Endpoint:
@@ -90,6 +91,12 @@ class Prefix:
 
     def __repr__(self) -> str:
         return f"Prefix({str(self.network)!r})"
+
+
+def inside(prefixes: Iterable[Prefix]) -> Callable[[str], bool]:
+    """Whether an address is in any of them."""
+    known = tuple(prefixes)
+    return lambda host: any(host in prefix for prefix in known)
 
 
 class ModelUrl:

@@ -29,6 +29,7 @@ import socket
 from collections.abc import Callable
 from functools import lru_cache
 
+import endpoints
 import frame
 import ice
 import ledger
@@ -266,3 +267,18 @@ _VERDICTS = {
     ice.Verdict.FORGED: Count.DROPPED_BAD_INTEGRITY,
     ice.Verdict.REPLAYED: Count.DROPPED_STUN_REPLAYED,
 }
+
+
+def media_socket(at: endpoints.Endpoint, receive_buffer_octets: int) -> socket.socket:
+    """The bound, non-blocking UDP socket. Raises OSError."""
+    family = socket.AF_INET6 if at.address.version == 6 else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        # socket(7): the kernel gives at most net.core.rmem_max without privileges.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_octets)
+        sock.bind((at.host, at.port))
+    except OSError:
+        sock.close()
+        raise
+    return sock

@@ -157,6 +157,10 @@ class Placement:
         """The transceivers that are known now."""
         return self.roster.peers
 
+    def reload(self, config: settings.Signaling) -> None:
+        """Read the key file again. Raises SettingsError, and then nothing has changed."""
+        self._keyring = config.keys.load()
+
     def calls_of(self, key: str) -> int:
         """How many calls a key has: as transceivers report, placed since, and being placed."""
         return self.roster.calls_of(key)
@@ -181,13 +185,8 @@ class Placement:
         )
         async with session as self._http, lasting as self._lasting, AsyncExitStack() as stack:
             loops = [self._ask_for_health()]
-            if self._redis is not None:
-                client = redisclient.Client(
-                    self._redis.url,
-                    self._redis.timeout_s,
-                    log,
-                    "calls are placed by what is known of transceivers",
-                )
+            client = redisclient.configured(self._redis, log, "calls are placed by what is known")
+            if client is not None:
                 stack.push_async_callback(client.close)
                 reader = presence.Reader(client, self._clusters)
                 await self._list(reader)  # who comes first finds somebody

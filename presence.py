@@ -21,8 +21,10 @@ A Redis user needs SET, DEL, ZADD and ZREM (transceivers), ZRANGE, GETRANGE and 
 """
 
 import asyncio
+import collections
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,11 +149,11 @@ def _calls(found: Any) -> dict[str, int]:
     }
 
 
-def bounded(calls: Mapping[str, int]) -> dict[str, int]:
-    """The calls of those keys that a report has room for: most calls first."""
-    most = sorted(calls.items(), key=lambda each: each[1], reverse=True)[:KEYS_MAX]
+def counted(keys: Iterable[str]) -> dict[str, int]:
+    """How many calls each key has, from the key of each call, if it has one; those with the most,
+    as far as a report has room."""
     left, kept = REPORT_OCTETS_MAX // 2, {}
-    for key, count in most:
+    for key, count in collections.Counter(filter(None, keys)).most_common(KEYS_MAX):
         left -= 6 * len(key) + 24  # an octet takes at most six in JSON
         if left < 0:
             break
@@ -163,46 +165,58 @@ def bounded(calls: Mapping[str, int]) -> dict[str, int]:
 
 
 class Announcer:
-    """Announces one transceiver, for as long as it runs."""
+    """Announces one transceiver, for as long as it runs; without a Redis it does nothing."""
 
     def __init__(
         self,
-        client: redisclient.Client,
+        client: redisclient.Client | None,
         at: endpoints.Endpoint,
         report: Callable[[], dict[str, Any]],
-        unix: Callable[[], float],
+        unix: Callable[[], float] = time.time,
     ) -> None:
         """`report` says how the transceiver is, with `calls_by_key` bounded."""
         self._client, self._report, self._unix = client, report, unix
         self._name = str(at).encode()
         self._changed = asyncio.Event()
         self._refused = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Announce it from now on, and look after the client."""
+        if self._client is not None:
+            loops = self.run(self._client), self._client.watch()
+            self._tasks = [asyncio.create_task(each) for each in loops]
+
+    async def stop(self) -> None:
+        """Announce it no more, and say so."""
+        if self._client is None:
+            return
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+        try:
+            await self._client.run([(b"DEL", PREFIX + self._name), (b"ZREM", NAMES, self._name)])
+        except redisclient.Unavailable:
+            pass  # then the lease says it
 
     def changed(self) -> None:
         """Announce it now, and not only with the next beat."""
         self._changed.set()
 
-    async def run(self) -> None:
+    async def run(self, client: redisclient.Client) -> None:
         """Announce it, for ever."""
         while True:
             self._changed.clear()
-            await self._announce()
+            await self._announce(client)
             try:
                 async with asyncio.timeout(BEAT_S):
                     await self._changed.wait()
             except TimeoutError:
                 pass
 
-    async def leave(self) -> None:
-        """Say that it is gone. `run` has to have ended."""
+    async def _announce(self, client: redisclient.Client) -> None:
         try:
-            await self._client.run([(b"DEL", PREFIX + self._name), (b"ZREM", NAMES, self._name)])
-        except redisclient.Unavailable:
-            pass  # then the lease says it
-
-    async def _announce(self) -> None:
-        try:
-            replies = await self._client.run(announcement(self._name, self._report(), self._unix()))
+            replies = await client.run(announcement(self._name, self._report(), self._unix()))
         except redisclient.Unavailable:
             return  # the client says it, once
         refusal = next((each for each in replies if isinstance(each, Exception)), None)

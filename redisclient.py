@@ -22,6 +22,7 @@ https://redis.io/docs/latest/develop/reference/protocol-spec/
 """
 
 import asyncio
+import functools
 import logging
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 import endpoints
+import settings
 
 PROBE_S = 1.0
 """Between two probes: how long a Redis that is back goes unnoticed."""
@@ -88,12 +90,16 @@ class Client:
         log: logging.Logger,
         meanwhile: str = "calls go on",
     ) -> None:
-        """Connects with the first call. `meanwhile` says in the log what goes on without Redis."""
+        """Opens nothing; connects with the first call. `meanwhile` says in the log what goes on
+        without Redis."""
         self.url, self.timeout_s = url, timeout_s
         self._log, self._meanwhile = log, meanwhile
-        self._client = _client(url, timeout_s)
         self._late = 0
         self.up = True
+
+    @functools.cached_property
+    def _client(self) -> "_Server | _Cluster":
+        return _client(self.url, self.timeout_s)
 
     @property
     def sharded(self) -> bool:
@@ -284,6 +290,19 @@ class _Cluster:
     async def close(self) -> None:
         for each in "nodes_cache", "startup_nodes":
             await self._nodes.aclose(each)
+
+
+def configured(
+    found: settings.SharedRedis | None, log: logging.Logger, meanwhile: str = "calls go on"
+) -> Client | None:
+    """A client as the settings have it, if they have any."""
+    return None if found is None else Client(found.url, found.timeout_s, log, meanwhile)
+
+
+async def closed(client: Client | None) -> None:
+    """End its connections, if there is one."""
+    if client is not None:
+        await client.close()
 
 
 def _client(url: endpoints.RedisUrl, timeout_s: float) -> _Server | _Cluster:

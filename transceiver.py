@@ -31,9 +31,8 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,12 +48,14 @@ import journal
 import ledger
 import metrics
 import opening
+import presence
 import realtime
+import redisclient
 import sdp
 import settings
 import ufrag
 from attendants import Attendant
-from mux import Mux
+from mux import Mux, media_socket
 from pacer import Pacer
 from session import ENDINGS, FAULT, LEFT, Session, State
 
@@ -119,7 +120,10 @@ class Transceiver:
         self._collecting_since = 0.0
         self._ticking: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
-        self._archive = archive.Archive(self._keyring, self.limits.resume_s, unix)
+        self._redis = redisclient.configured(config.redis, log)
+        self._announcer = presence.Announcer(self._redis, self.limits.listen, self.health, unix)
+        self._started, self._beats = unix(), itertools.count(1)
+        self._archive = archive.Archive(self._keyring, self.limits.resume_s, unix, self._redis)
         self._backends = backend.Backends(
             config.backend, config.model, self.counters, clock, self.timings
         )
@@ -128,8 +132,10 @@ class Transceiver:
         """Serve from the running loop. Raises OSError if the address is not to be had."""
         loop = asyncio.get_running_loop()
         at = self.limits.listen
-        sock = _media_socket(at, self.limits.receive_buffer_octets)
-        self._mux = Mux(sock, _inside(self.limits.relay_prefixes), self.counters, self.clock)
+        sock = media_socket(at, self.limits.receive_buffer_octets)
+        self._mux = Mux(
+            sock, endpoints.inside(self.limits.relay_prefixes), self.counters, self.clock
+        )
         self._pacer = Pacer(loop, self.clock, self._play, self.counters, self.timings)
         self._http = web.AppRunner(control.application(self), access_log=None)
         try:
@@ -139,6 +145,8 @@ class Transceiver:
             self._mux.close()
             await self._http.cleanup()
             raise
+        self._announcer.start()
+        self._archive.start()
         gc.callbacks.append(self._collected)
         self._load.sample(self.clock(), self._cpu(), self._calls())
         self._tick_due = loop.time() + STEP_S
@@ -152,6 +160,7 @@ class Transceiver:
         self.draining = True
         self._drains_until = now + self.limits.drain_s
         log.info("draining %d sessions for %g s", len(self.sessions), self.limits.drain_s)
+        self._announcer.changed()
         for session in list(self.sessions.values()):
             self._guarded(session, session.notice, self._drains_until)
         self._look_whether_drained(now)
@@ -163,6 +172,7 @@ class Transceiver:
         self._ticking.cancel()
         self._ticking = None
         self.draining = True
+        self._later(self._announcer.stop())
         gc.callbacks.remove(self._collected)
         for session in list(self.sessions.values()):
             self._guarded(session, session.goodbye, self.clock())
@@ -170,6 +180,8 @@ class Transceiver:
         if self._closing:
             await asyncio.wait(self._closing, timeout=STOP_S)
         await self._backends.close()
+        await self._archive.stop()
+        await redisclient.closed(self._redis)
         self._pacer.stop()
         await self._http.cleanup()
         self._mux.close()
@@ -283,15 +295,20 @@ class Transceiver:
         self._guarded(call, functools.partial(call.attended, message, attendant), self.clock())
 
     def health(self) -> dict[str, Any]:
-        """How the process is, for whoever places calls."""
-        self.book()
+        """A report for whoever places calls (presence.Report), and of what the load is made."""
+        keys = (session.opening.key for session in self.sessions.values())
         return {
             "state": "draining" if self.draining else "serving",
+            "cluster": self._cluster.id,
             "sessions": len(self.sessions),
             "sessions_max": self.limits.sessions_max,
-            "load": round(self._load.figure, 3),
-            "cpu": round(self._load.share, 3),
-            "lag_s": round(self._load.lag_s, 4),
+            "connecting": self._calls().connecting,
+            "connecting_max": self.limits.connecting_max,
+            **self._load.told(),
+            "opened": self.counters[Count.SESSIONS_OPENED],
+            "started": self._started,
+            "beat": next(self._beats),
+            "calls_by_key": presence.counted(keys),
         }
 
     def ailments(self) -> list[str]:
@@ -326,7 +343,10 @@ class Transceiver:
         self.counters.values[Count.SESSIONS_CLOSED] += 1
         if (counted := ENDINGS.get(reason)) is not None:
             self.counters.values[counted] += 1
-        task = asyncio.get_running_loop().create_task(self._close(session, reason))
+        self._later(self._close(session, reason))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -403,25 +423,6 @@ class Transceiver:
         except Exception:
             log.exception("%s met a fault", session)
             self.ended(session, FAULT)
-
-
-def _media_socket(at: endpoints.Endpoint, receive_buffer_octets: int) -> socket.socket:
-    """The bound, non-blocking UDP socket. Raises OSError."""
-    family = socket.AF_INET6 if at.address.version == 6 else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_DGRAM)
-    try:
-        sock.setblocking(False)
-        # socket(7): the kernel gives at most net.core.rmem_max without privileges.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_octets)
-        sock.bind((at.host, at.port))
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _inside(prefixes: tuple[endpoints.Prefix, ...]) -> Callable[[str], bool]:
-    return lambda host: any(host in prefix for prefix in prefixes)
 
 
 # --- the command line -------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def test_a_call_from_its_opening_to_its_end() -> None:
 
     async def run(ask: Client) -> None:
         opened = {"call_id": "rtc_1", "request_id": "r1", "answer": "answer", "etag": "e1"}
+        opened["opened"] = 0  # the fake counts none
         assert await ask("POST", "/v1/sessions", REQUEST) == (201, opened)
         shown = {"state": "live", "request_id": "r1", "etag": "e1"}
         assert await ask("GET", "/v1/sessions/rtc_1") == (200, shown)

@@ -358,7 +358,7 @@ def test_stopping_says_goodbye(tmp_path: Path) -> None:
 
 
 SO_TIMESTAMPNS = 35  # Linux's number; Python's socket module does not have it
-OPEN = transceiver._media_socket
+OPEN = transceiver.media_socket
 
 
 class Stamped(socket.socket):
@@ -415,7 +415,7 @@ def test_how_soon_pcm_reaches_the_backend(
     """
     watch = Stopwatch()
     monkeypatch.setattr(backend.Backends, "connect", lambda *_: watch)
-    monkeypatch.setattr(transceiver, "_media_socket", watch.listen)
+    monkeypatch.setattr(transceiver, "media_socket", watch.listen)
 
     async def scenario(on: House) -> None:
         gc.collect()
