@@ -198,7 +198,11 @@ async def _headers_of_every_response(request: web.Request, response: web.StreamR
 
 @web.middleware
 async def _errors_have_bodies(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answers preflights, and gives whatever went wrong its body."""
+    """Answers preflights, and gives whatever went wrong its body.
+
+    A path that leads nowhere gets its preflight, too: or a page of another origin would read of a
+    network error, and not that it has mistaken the path.
+    """
     handled = request.match_info.http_exception is None  # some APIs have more to say than CORS
     if request.method == "OPTIONS" and request.path.startswith(API_PREFIXES) and not handled:
         return web.Response(status=204)

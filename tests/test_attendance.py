@@ -3,8 +3,10 @@
 import asyncio
 import functools
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,29 @@ def test_one_that_does_not_read_is_dropped_and_told_why(tmp_path: Path) -> None:
             assert on.transceiver.counters[Count.SIDEBANDS_DROPPED] == 1
         await shim.until(lambda: on.transceiver.counters[Count.SIDEBANDS] == 0)
         assert on.transceiver.counters[Count.SIDEBANDS_DROPPED] == 1
+
+    house(tmp_path, scenario)
+
+
+def test_one_that_says_a_lot_leaves_most_of_the_time_to_the_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(on: House) -> None:
+        call_id = await offered(on)
+        (call,) = sessions(on)
+        handled: list[float] = []
+
+        def handle(*_: Any) -> None:
+            time.sleep(0.005)
+            handled.append(time.monotonic())
+
+        monkeypatch.setattr(call._conversation, "client_message", handle)
+        async with attending(on, call_id) as socket:
+            for _ in range(10):
+                await socket.send_str("{}")
+            await shim.until(lambda: len(handled) == 10)
+        pauses = [after - before for before, after in pairwise(handled)]
+        assert min(pauses) >= 0.005 * (1 + attendance.SHARE)
 
     house(tmp_path, scenario)
 

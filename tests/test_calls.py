@@ -255,6 +255,21 @@ def test_any_session_is_shown_or_refused_by_its_field(session: dict[str, Any]) -
         assert refused.param is not None and refused.param.startswith("session")
 
 
+def test_a_preflight_needs_no_key_and_no_path_that_exists(tmp_path: Path) -> None:
+    """Browsers send none with it; and a page learns of a wrong path only if this one is right."""
+
+    async def scenario(stage: Stage) -> None:
+        asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+        for path in (CALLS, SECRETS, f"{CALLS}/rtc_x/hangup", "/v1/realtime", "/v1/realtime/cals"):
+            async with stage.http.options(path, headers=asked) as response:
+                assert response.status == 204
+                assert response.headers["Access-Control-Allow-Origin"] == "*"
+        async with stage.http.options("/", headers=asked) as response:
+            assert "Access-Control-Allow-Origin" not in response.headers
+
+    on_stage(tmp_path, scenario)
+
+
 def test_telephone_calls_are_refused_in_words(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         for verb in ("accept", "reject", "refer"):
