@@ -351,23 +351,18 @@ def test_one_whose_lease_ends_is_gone_and_forgotten(tmp_path, single, monkeypatc
 
     async def story():
         async with fakes(1) as (lasting,):
-            async with Fake().running() as fake:
-                for each in (lasting, fake):
-                    each.announce(single)
-                    single.do("PERSIST", presence.PREFIX + each.name.encode())
-                placed = placing(tmp_path, redis=single.url)
-                found = await placed.__aenter__()
-                try:
-                    assert len(found.peers) == 2
-                    gone = fake.name
-                finally:
-                    pass
-            single.do("DEL", presence.PREFIX + gone.encode())
-            await until(lambda: known(found).get(gone) is not Health.SERVING)
-            assert known(found)[lasting.name] is Health.SERVING
-            await until(lambda: gone not in known(found))
-            await found.place(Order("v=0"))
-            await placed.__aexit__(None, None, None)
+            gone = Fake()
+            gone.port = unused_port()
+            for each in (lasting, gone):
+                each.announce(single)
+                single.do("PERSIST", presence.PREFIX + each.name.encode())
+            async with placing(tmp_path, redis=single.url) as found:
+                assert set(known(found)) == {lasting.name, gone.name}
+                single.do("DEL", presence.PREFIX + gone.name.encode())
+                await until(lambda: known(found).get(gone.name) is not Health.SERVING)
+                await until(lambda: gone.name not in known(found))
+                assert known(found) == {lasting.name: Health.SERVING}
+                await found.place(Order("v=0"))
 
     asyncio.run(story())
 
