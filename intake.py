@@ -66,19 +66,26 @@ class Refusal(Exception):
 
 
 async def read_body(request: web.Request, octets_max: int) -> bytes:
-    """The request's body. Raises Refusal: 408 (too slow) or 413 (too large, also without a
-    Content-Length)."""
+    """The request's body. Raises Refusal: 400 (broken), 408 (slow), 413 (too large, also without
+    a Content-Length) or 415 (compressed)."""
     too_large = Refusal(
         413, f"The request is larger than {octets_max} octets.", code="request_too_large"
     )
     if (request.content_length or 0) > octets_max:
         raise too_large
+    coding = request.headers.get("Content-Encoding", "identity")
+    if coding != "identity":
+        message = "Send the body as it is: nothing that is compressed is read here."
+        raise Refusal(415, message, code="unsupported_content_encoding")
     try:
         with observer.reading():
             async with asyncio.timeout(BODY_DEADLINE_S):
                 return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise too_large from None
+    except web.RequestPayloadError:
+        message = "The request's body is broken: its chunks make no sense."
+        raise Refusal(400, message, code="invalid_body") from None
     except TimeoutError:
         raise Refusal(408, "The request's body came too slowly.", code="timeout") from None
 

@@ -167,6 +167,7 @@ class Connection(web.RequestHandler):
             keepalive_timeout=2 * KEEP_ALIVE_S,  # the timer here comes first
             lingering_time=intake.BODY_DEADLINE_S,
             max_headers=HEADERS_MAX,
+            auto_decompress=False,  # a kilooctet can be a megaoctet of work
         )
         self._place = place
         self._timer: asyncio.TimerHandle | None = None
@@ -219,7 +220,7 @@ class Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         """The answer to what is no HTTP. A stranger's octets are no fault of ours: nothing is
         logged of them."""
-        if status >= 500:
+        if status >= 500 and not isinstance(exc, ConnectionError):
             log.error("a request met a fault", exc_info=exc)
         response = web.Response(
             status=status, body=_error(message or "The request is not HTTP."), content_type=JSON

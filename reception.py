@@ -54,15 +54,21 @@ class Reception:
         self._failures = limits.Buckets()
         self._spent = limits.Buckets(KEYS_MAX)
         self._said_at = -SAID_EVERY_S
-        self.reload(config)
+        self._retry_after = str(config.signaling.retry_after_s)
+        self._use(config, _load(config))
 
     def reload(self, config: settings.Signaling) -> None:
         """From now on by these settings. Raises SettingsError, and then nothing has changed."""
-        self._keys = _load(config)
-        self._table = config.signaling
+        found = _load(config)
+        if self._keys.required and not found.required:
+            # The process may listen where others reach it: with keys it was allowed to.
+            raise settings.SettingsError("signaling.keys_file: only a restart can do without keys")
+        self._use(config, found)
+
+    def _use(self, config: settings.Signaling, found: keys.Keys) -> None:
+        self._keys, self._table = found, config.signaling
         with_keys = front.Limits() if self._keys.required else None
         self._limits = config.limits or with_keys
-        self._retry_after = str(config.signaling.retry_after_s)
 
     @property
     def keys_count(self) -> int | None:

@@ -9,9 +9,11 @@ Rules that stay true:
   origin's page carries the CORS headers, errors too: without them a page learns nothing.
 - Whatever a client sends is bounded in octets and in time before it is looked at (intake.py).
 
-Each API is a module with `routes`: adding one is one file and one entry in APIS. It asks for no key
-yet. It speaks plain HTTP: a TLS terminator stands in front, which also bounds the time that a
-request's header may take.
+- SIGHUP reads the settings, the keys, the secrets and the certificate again, each for itself: what
+  cannot be used changes nothing, and keeps nothing else from changing.
+
+Each API is a module with `routes`: adding one is one file and one entry in APIS. Who may ask, and
+how often, is reception.py's; connections and TLS are listener.py's.
 
 HTTP: https://www.rfc-editor.org/rfc/rfc9110
 multipart/form-data: https://www.rfc-editor.org/rfc/rfc7578
@@ -22,6 +24,7 @@ import asyncio
 import logging
 import os
 import random
+import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -32,9 +35,10 @@ from aiohttp import web
 
 import calls
 import door
-import endpoints
 import intake
 import journal
+import keys
+import listener
 import metrics
 import monitor
 import observer
@@ -48,6 +52,15 @@ log = logging.getLogger("signaling")
 SHUTDOWN_S = 5.0
 """Requests in hand may finish for this long after SIGTERM. Calls do not notice: they need no
 signaling once they are answered."""
+
+RELOADED = {"signaling", "keys", "limits"}
+"""Tables that SIGHUP reads again."""
+
+RELOADED_KEYS = {
+    *("keys_file", "trusted_proxies", "client_address_header", "tls_certificate", "tls_key"),
+    *("connections_max", "connections_per_address_max"),
+}
+"""Of `[signaling]`."""
 
 APIS = (calls, sideband, whip, pipecat)
 """The ways in, each a module with `routes(door)`."""
@@ -220,40 +233,96 @@ async def _errors_have_bodies(request: web.Request, handler: Handler) -> web.Str
         }.get(error.status, error.reason)
         code = error.reason.lower().replace(" ", "_")
         return intake.Refusal(error.status, message, code=code, headers=allow).response()
+    except ConnectionError:
+        raise  # the client has gone: there is nobody to answer, and no fault of ours
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return intake.Refusal(500, "Something went wrong here.", code="internal_error").response()
 
 
-async def serve(config: settings.Signaling) -> None:
-    """Serve until SIGTERM or SIGINT. Raises SettingsError, and OSError if it cannot listen."""
-    stop = asyncio.Event()
+async def serve(config: settings.Signaling, path: Path) -> None:
+    """Serve until SIGTERM or SIGINT; `path` is where SIGHUP finds the settings.
+
+    Raises SettingsError, and OSError if it cannot listen.
+    """
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.set)
     entrance = Entrance(config)
-    runner = web.AppRunner(
-        entrance.application(),
-        access_log=None,  # observer.py writes them
-        shutdown_timeout=SHUTDOWN_S,
-        lingering_time=intake.BODY_DEADLINE_S,
-    )
+    runner = web.AppRunner(entrance.application(), shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     watched = asyncio.create_task(
         monitor.serve(entrance.monitoring(), config.signaling.metrics, log)
     )
+    listening = listener.Listener(runner, config, entrance.door.counters)
     try:
-        listen = config.signaling.listen
-        await web.TCPSite(runner, listen.host, listen.port, backlog=1024).start()
-        port = runner.addresses[0][1]  # what the kernel chose, if the setting says 0
-        where = endpoints.Endpoint(str(listen).rpartition(":")[0] + f":{port}")
-        log.info("http://%s/ is ready, transceivers: %d", where, len(config.signaling.transceivers))
+        where = f"{listening.scheme}://{await listening.start()}/"
+        loop.add_signal_handler(signal.SIGHUP, _reload, path, config, entrance, listening)
+        _say_who_may_call(entrance, where)
+        log.info("%s is ready, transceivers: %d", where, len(config.signaling.transceivers))
         await stop.wait()
         log.info("stopping")
     finally:
         entrance.stopping = True
+        await listening.stop()
         await runner.cleanup()
         watched.cancel()
         await asyncio.wait([watched])
+
+
+def _say_who_may_call(entrance: Entrance, where: str) -> None:
+    keys_count = entrance.door.reception.keys_count
+    if keys_count is None:
+        log.warning(
+            "NO API KEYS: whoever reaches %s may call. This is for development alone;"
+            " signaling.keys_file is the setting, and `signaling key` makes one.",
+            where,
+        )
+    elif keys_count == 0:
+        log.warning("there is no key in signaling.keys_file: nobody may call")
+
+
+def _reload(
+    path: Path,
+    config: settings.Signaling,
+    entrance: Entrance,
+    listening: listener.Listener,
+) -> None:
+    """SIGHUP. `config` is what the process was started with."""
+    try:
+        fresh = settings.load(path, settings.Signaling)
+    except settings.SettingsError as error:
+        log.warning("going on with the configuration from before: %s", error)
+        return
+    door = entrance.door
+    for what, reload in (
+        ("API keys and limits", door.reception.reload),
+        ("secrets", door.placement.reload),
+        ("certificate and connections", listening.reload),
+    ):
+        try:
+            reload(fresh)
+        except settings.SettingsError as error:
+            log.warning("%s: going on with those from before: %s", what, error)
+    for key in _fixed(config, fresh):
+        log.warning("%s is changed by a restart, and not by a reload", key)
+    log.info("reloaded, API keys: %s", door.reception.keys_count)
+
+
+def _fixed(config: settings.Signaling, fresh: settings.Signaling) -> list[str]:
+    """Settings that are not what the process was started with, and that a reload leaves alone."""
+    tables = [
+        name
+        for name in config.__struct_fields__
+        if name not in RELOADED and getattr(config, name) != getattr(fresh, name)
+    ]
+    keys = [
+        f"signaling.{name}"
+        for name in config.signaling.__struct_fields__
+        if name not in RELOADED_KEYS
+        and getattr(config.signaling, name) != getattr(fresh.signaling, name)
+    ]
+    return keys + [f"[{name}]" for name in tables]
 
 
 # --- the command line -------------------------------------------------------------------------
@@ -272,6 +341,7 @@ def _load(path: Path) -> settings.Signaling:
     try:
         config = settings.load(path, settings.Signaling)
         Entrance(config).application()
+        listener.tls(config.signaling)
     except settings.SettingsError as error:
         typer.echo(f"signaling: {error}", err=True)
         raise typer.Exit(os.EX_CONFIG) from error
@@ -291,10 +361,34 @@ def run(config: _Config, log_format: _LogFormat = "text") -> None:
     journal.configure(log_format)
     found = _load(config)
     try:
-        asyncio.run(serve(found))
+        asyncio.run(serve(found, config))
     except OSError as error:
         typer.echo(f"signaling: cannot serve at {found.signaling.listen}: {error}", err=True)
         raise typer.Exit(os.EX_UNAVAILABLE) from error
+
+
+@cli.command()
+def key(
+    name: Annotated[str, typer.Argument(help="What logs and limits know it by, such as a site's.")],
+    calls: Annotated[
+        int | None, typer.Option(min=1, max=keys.CALLS_LAST, help="Calls at once at most.")
+    ] = None,
+    per_second: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=keys.PER_SECOND_LAST, help="Calls a second at most."),
+    ] = None,
+) -> None:
+    """Make an API key: print its line for the file of keys and, beside it, once, the key.
+
+    `signaling key NAME >> api-keys` appends the line, and shows the key.
+    """
+    try:
+        limits = keys.Limits(calls, per_second)
+        made, line = keys.make(name, secrets.token_bytes(keys.KEY_OCTETS), limits)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(line)
+    typer.echo(f"The key, which nobody can show you again: {made}", err=True)
 
 
 if __name__ == "__main__":

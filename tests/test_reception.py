@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 
@@ -328,5 +329,9 @@ def test_a_reload_takes_keys_away_and_brings_others(tmp_path: Path) -> None:
             with pytest.raises(settings.SettingsError):
                 stage.door.reception.reload(config)
             await stage.call(**offer(OTHER))
+            without = msgspec.structs.replace(config.signaling, keys_file=None)
+            with pytest.raises(settings.SettingsError, match="only a restart can do without keys"):
+                stage.door.reception.reload(msgspec.structs.replace(config, signaling=without))
+            await stage.error(401, "POST", CALLS, **offer())
 
     asyncio.run(run())
