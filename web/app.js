@@ -1,6 +1,6 @@
 // The page's story: buttons to a call, the call's events to what is seen.
 //
-//   call.js          the connection and its errors
+//   call.js          the connection and its errors; lifeline.js: whether the server is still there
 //   sound.js         levels of both sounds on one clock (levels.js runs on the audio thread)
 //   turns.js         turns and their waits, from events and levels; conversation.js shows them
 //   tape.js          the picture of both sounds
@@ -15,6 +15,8 @@
 //              far as they have happened (`audio` is its first packet); and `reply`, the first
 //              sound of a reply, since Start was pressed
 //   counters   {sent, received, turns, interruptions, errors, packetsIn, packetsOut}
+//   resumptions  [{noticed, resumed}]: the line was lost and found again, each in milliseconds since
+//              the last packet from before
 //   turns      the turns, oldest first: {status, heard, said, replyAfterMs, audibleAfterMs,
 //              interruptedBy, silentAfterMs}; the last is from the press or the first sound of the
 //              speech that interrupted the reply to the end of the reply's own sound
@@ -77,6 +79,7 @@ const page = {
   firstReplyMs: null,
   posted: 0, // performance.now() when the call began
   timers: [],
+  stats: null,
   muted: false,
   hushTimer: 0,
   press: null, // {at, released}: the talk button is down, or its last word is still on its way
@@ -105,30 +108,42 @@ function startCall() {
   call.addEventListener("state", ({ detail }) => stateChanged(call, ears, detail));
   call.addEventListener("message", ({ detail }) => message(detail));
   call.addEventListener("reply", ({ detail }) => hearReply(ears, detail.stream));
-  call.start({ session: session(), processing: $("processing").checked });
+  call.addEventListener("lost", lineLost);
+  call.addEventListener("resumed", lineResumed);
+  call.start({ session, processing: $("processing").checked });
 }
 
 function stateChanged(call, ears, { state, error }) {
   if (state === "offering") {
     gateMicrophone();
-    ears.listen(call.microphone, (level) => {
+    ears.listen("you", call.microphone, (level) => {
       page.levels.microphone = level.rms;
       page.sounds.you.heard(level);
       tape.heard("you", level);
     });
   }
   if (state === "live" && page.timers.length === 0) {
-    const stats = new Stats();
-    page.timers = [
-      setInterval(() => showStats(call, stats), STATS_PERIOD_MS),
-      setInterval(showClock, 500),
-    ];
-    showStats(call, stats);
+    page.stats = new Stats();
+    page.timers = [setInterval(showStats, STATS_PERIOD_MS, call), setInterval(showClock, 500)];
+    showStats(call);
     showClock();
   }
   if (state === "ended" || state === "failed") endOf(ears);
   if (error) showNotice(error);
   showState(state);
+}
+
+function lineLost() {
+  page.turns.lost(page.ears.now);
+  endPress();
+  hush(false);
+  page.levels.reply = 0;
+  showNotice({ title: "The line was lost", message: "Looking for another one…" });
+}
+
+function lineResumed() {
+  page.stats = new Stats();
+  showNotice({ title: "The line was lost", message: "Reconnected: the conversation goes on." });
 }
 
 function endOf(ears) {
@@ -144,7 +159,7 @@ function endOf(ears) {
 
 function hearReply(ears, stream) {
   $("speaker").srcObject = stream;
-  ears.listen(stream, (level) => {
+  ears.listen("reply", stream, (level) => {
     page.levels.reply = level.rms;
     page.sounds.reply.heard(level);
     tape.heard("reply", level);
@@ -164,6 +179,10 @@ function message({ direction, event }) {
   if (direction === "sent") return;
   page.turns.event(event, now);
   if (event.type === "error") page.counters.errors += 1;
+  if (event.error?.code === "resume_unavailable") {
+    const lost = "Reconnected, but what was said before is not known any more.";
+    showNotice({ title: "The line was lost", message: lost });
+  }
   if (event.type === "input_audio_buffer.speech_started") $("hint").textContent = "";
   if (event.type === "session.updated") sessionUpdated(event.session);
   if (event.type === "output_audio_buffer.started") hush(false);
@@ -322,8 +341,9 @@ function showClock() {
   $("clock").textContent = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
 }
 
-async function showStats(call, stats) {
-  if (call.state !== "live" && call.state !== "reconnecting") return;
+async function showStats(call) {
+  if (call.state !== "live") return;
+  const stats = page.stats;
   const read = stats.read(await call.getStats());
   page.counters.packetsIn = read.packetsIn;
   page.counters.packetsOut = read.packetsOut;
@@ -421,6 +441,9 @@ Object.defineProperty(window, "earshot", {
         interruptedBy: turn.interruptedBy,
         silentAfterMs: between(turn.interruptedFrom, turn.silentAt),
       }));
+    },
+    get resumptions() {
+      return structuredClone(page.call?.resumptions ?? []);
     },
     get events() {
       return structuredClone(page.events);

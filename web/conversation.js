@@ -11,6 +11,7 @@ const STATUS = {
   interrupted: "Interrupted",
   silent: "No reply",
   failed: "The reply failed",
+  lost: "The line was lost here",
 };
 
 export class ConversationView {

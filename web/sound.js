@@ -6,7 +6,7 @@
 export class Ears {
   #context;
   #ready;
-  #nodes = [];
+  #nodes = new Map(); // by whose sound it is: [source, levels]
 
   // To be made in a click handler: browsers start audio only after a gesture.
   constructor() {
@@ -23,23 +23,29 @@ export class Ears {
     return this.#context.currentTime;
   }
 
-  // Call `heard({at, rms, peak})` for every 10 ms of a stream, until `close`.
-  async listen(stream, heard) {
+  // Call `heard({at, rms, peak})` for every 10 ms of a stream, until `close`, or until there is
+  // another stream of the same `name`.
+  async listen(name, stream, heard) {
     if (!(await this.#ready) || this.#context.state === "closed") return;
+    this.#drop(name);
     const source = this.#context.createMediaStreamSource(stream);
     const node = new AudioWorkletNode(this.#context, "levels", { channelCount: 1 });
     // Chromium runs only what leads to the destination; the node's output is silence.
     source.connect(node).connect(this.#context.destination);
     node.port.onmessage = ({ data }) => heard(data);
-    this.#nodes.push(source, node);
+    this.#nodes.set(name, [source, node]);
   }
 
   close() {
-    for (const node of this.#nodes) {
+    for (const name of [...this.#nodes.keys()]) this.#drop(name);
+    if (this.#context.state !== "closed") this.#context.close();
+  }
+
+  #drop(name) {
+    for (const node of this.#nodes.get(name) ?? []) {
       node.disconnect();
       if (node.port) node.port.onmessage = null; // levels on their way would come after the end
     }
-    this.#nodes = [];
-    if (this.#context.state !== "closed") this.#context.close();
+    this.#nodes.delete(name);
   }
 }

@@ -74,7 +74,7 @@ export class Turns {
       responseId: null,
       heard: "",
       said: "",
-      status: "listening", // then: thinking or aside, replying, done, interrupted, silent, failed
+      status: "listening", // then: thinking or aside, replying, done, interrupted, silent, failed, lost
     });
     if (this.list.length > TURNS_MAX) this.list.shift();
     this.#changed(this.last);
@@ -104,6 +104,16 @@ export class Turns {
     const turn = this.list.pop();
     turn.status = "dropped";
     this.#changed(turn);
+  }
+
+  // The line is lost: what was under way will not be finished.
+  lost(now) {
+    for (const turn of this.list) {
+      if (!["listening", "thinking", "replying"].includes(turn.status)) continue;
+      if (turn.status === "replying") turn.replyEnd = now;
+      turn.status = "lost";
+      this.#changed(turn);
+    }
   }
 
   // Levels of the reply have come in: was it the first sound of a reply, or the last of one?
