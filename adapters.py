@@ -24,7 +24,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import realtime
 import rtvi
+from realtime import Event
 
 
 class Adapter(Protocol):
@@ -84,22 +86,32 @@ class Dialect:
     conversation began in another call."""
     labels: frozenset[str]
     """Of the data channels that its clients open for it."""
+    repeats: bool = False
+    """Its clients send their first settings with every offer, also when they come back: what has
+    been set in the conversation since is newer."""
 
 
 DIALECTS = {
     "realtime": Dialect(Realtime, frozenset(("oai-events",))),
-    "rtvi": Dialect(rtvi.Rtvi, frozenset(("chat", "rtvi-ai", "oai-events"))),
+    "rtvi": Dialect(rtvi.Rtvi, frozenset(("chat", "rtvi-ai", "oai-events")), repeats=True),
 }
 """By the name under which signaling opens a call. Another name is `realtime`."""
 
 
-def labels(dialect: str) -> frozenset[str]:
-    """The labels that a call's events may have; a channel with another one waits for these."""
-    return DIALECTS.get(dialect, DIALECTS["realtime"]).labels
+def known(dialect: str) -> Dialect:
+    """What a call was opened for."""
+    return DIALECTS.get(dialect, DIALECTS["realtime"])
+
+
+def settings(dialect: str, before: Event, offered: Event) -> Event:
+    """What a conversation goes on with: what was set `before`, and what comes with the offer."""
+    if known(dialect).repeats:
+        before, offered = offered, before
+    return realtime.merged(before, offered)
 
 
 def of(dialect: str, label: str, unix_offset_s: float, *, resumed: bool) -> Adapter:
     """An adapter for the client of a call that was opened for a dialect, on a channel so named."""
     if label in DIALECTS["realtime"].labels:
         dialect = "realtime"
-    return DIALECTS.get(dialect, DIALECTS["realtime"]).adapter(unix_offset_s, resumed)
+    return known(dialect).adapter(unix_offset_s, resumed)

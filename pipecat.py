@@ -32,6 +32,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+import realtime
 import sealing
 import settings
 from door import MODEL_CHARACTERS_MAX, Caller, Door
@@ -53,6 +54,13 @@ PATCH_OCTETS_MAX = 65_536
 DATA_OCTETS_MAX = 4_096
 """Of what /start is told to be kept in a `sessionId`, which becomes a part of a URL: servers take
 8,190 octets. More has its place in the offer's `requestData`."""
+
+
+SETTINGS: dict[str, Any] = {
+    "audio": {"input": {"transcription": {"model": "gpt-4o-mini-transcribe"}}}
+}
+"""What is set unless the application says otherwise: its pages expect to be told what the user has
+said. The model is the one that OpenAI's own SDK asks for, so that model servers are used to it."""
 
 
 def routes(door: Door) -> list[web.RouteDef]:
@@ -90,7 +98,7 @@ class _Handlers:
                 return await self._again(pc_id, sdp, caller)
             order = Order(
                 sdp,
-                session or caller.session,
+                realtime.merged(SETTINGS, session or caller.session or {}),
                 model,
                 caller.key,
                 dialect="rtvi",

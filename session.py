@@ -189,7 +189,7 @@ class Session:
         self._conversation.expires_at = self._unix_at(self.ends_at)
         self._adapter = adapters.of(wanted.dialect, "", 0.0, resumed=False)
         self._peer = mux.open(offer, *credentials, self)
-        self._peer.carrier.labels = adapters.labels(wanted.dialect)
+        self._peer.carrier.labels = adapters.known(wanted.dialect).labels
         early, self._early = self._early, None
         for event in early or ():
             self._emitted(event)

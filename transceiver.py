@@ -39,6 +39,7 @@ from typing import Annotated, Any
 import typer
 from aiohttp import web
 
+import adapters
 import admission
 import archive
 import backend
@@ -49,7 +50,6 @@ import ledger
 import metrics
 import opening
 import presence
-import realtime
 import redisclient
 import sdp
 import settings
@@ -197,7 +197,7 @@ class Transceiver:
         record = await self._archive.find(wanted.resume) if here is None else here.record()
         if record is None or record.key != wanted.key:
             return wanted
-        session = realtime.merged(record.session, wanted.session or {})
+        session = adapters.settings(wanted.dialect, record.session, wanted.session or {})
         return dataclasses.replace(wanted, session=session or None, past=record.items)
 
     def open(self, wanted: opening.Opening) -> tuple[Session, str]:
@@ -287,7 +287,8 @@ class Transceiver:
 
     def hang_up(self, call: Session, *, resumed: bool = False) -> None:
         """End a call by request; or because its conversation goes on at another transceiver."""
-        call.farewell()
+        if not resumed:  # else its client is there, too
+            call.farewell()
         self.ended(call, RESUMED if resumed else HUNG_UP)
 
     def attended(self, call: Session, message: str | bytes, attendant: Attendant) -> None:

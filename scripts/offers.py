@@ -83,7 +83,14 @@ def _system(setting: Setting) -> Iterator[tuple[int, Path]]:
         for number, (program, text) in enumerate(programs):
             path, log = folder / f"{number}.toml", folder / f"{number}.log"
             path.write_text(text + dev.CLUSTER)
-            argv: list[str | Path] = [dev.BIN / program, "run", "--config", path, "--log-format", "json"]
+            argv: list[str | Path] = [
+                dev.BIN / program,
+                "run",
+                "--config",
+                path,
+                "--log-format",
+                "json",
+            ]
             started.append(spawn(argv, everywhere, log))
             deadline = time.monotonic() + PATIENCE_S
             while " ready" not in log.read_text():

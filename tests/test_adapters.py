@@ -19,14 +19,22 @@ def test_realtime_changes_nothing() -> None:
 @pytest.mark.parametrize("dialect", ["", "realtime", "yet to be invented"])
 def test_what_is_unknown_is_realtime(dialect: str) -> None:
     assert isinstance(adapters.of(dialect, "chat", 0.0, resumed=False), adapters.Realtime)
-    assert adapters.labels(dialect) == {"oai-events"}
+    assert adapters.known(dialect).labels == {"oai-events"}
 
 
 def test_the_door_decides_unless_the_channel_says_otherwise() -> None:
     assert isinstance(adapters.of("rtvi", "chat", 0.0, resumed=False), rtvi.Rtvi)
     assert isinstance(adapters.of("rtvi", "anything", 0.0, resumed=False), rtvi.Rtvi)
     assert isinstance(adapters.of("rtvi", "oai-events", 0.0, resumed=False), adapters.Realtime)
-    assert "chat" in adapters.labels("rtvi")
+    assert "chat" in adapters.known("rtvi").labels
+
+
+def test_in_a_resumed_conversation_what_is_newer_counts() -> None:
+    before, offered = {"instructions": "Changed.", "tools": []}, {"instructions": "First.", "x": 1}
+    settings = adapters.settings("realtime", before, offered)
+    assert settings == {"instructions": "First.", "tools": [], "x": 1}
+    settings = adapters.settings("rtvi", before, offered)
+    assert settings == {"instructions": "Changed.", "tools": [], "x": 1}
 
 
 def test_realtime_costs_nothing() -> None:

@@ -179,7 +179,9 @@ def test_settings_come_with_the_applications_data(tmp_path: Path, name: str) -> 
         data = {"session": session, "model": "parrot", "favourite": "colour"}
         await ask(site, "POST", pipecat.OFFER, body(**{name: data}))
         (call,) = site.transceiver.sessions.values()
-        assert call.opening.session == {"instructions": "Be brief.", "model": "parrot"}
+        asked = call.opening.session or {}
+        assert (asked["instructions"], asked["model"]) == ("Be brief.", "parrot")
+        assert asked["audio"]["input"]["transcription"]
 
     at_site(tmp_path, scenario)
 
@@ -197,7 +199,7 @@ def test_a_client_that_asks_first_where_to_offer(tmp_path: Path) -> None:
         path = f"/sessions/{started['sessionId']}/api/offer"
         answer = await ask(site, "POST", path, body())
         (call,) = site.transceiver.sessions.values()
-        assert call.opening.session == {"instructions": "Be brief."}
+        assert (call.opening.session or {})["instructions"] == "Be brief."
         sent = {"pc_id": answer["pc_id"], "candidates": []}
         assert await ask(site, "PATCH", path, sent) == {"status": "success"}
         await ask(site, "POST", "/sessions/none/api/offer", body(), 404)

@@ -1,0 +1,200 @@
+"""Pipecat's client and its small WebRTC transport in a browser, unmodified from npm, on a page of
+another origin."""
+
+import json
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pipecat
+import rtvi
+
+from . import guests, test_browser
+from .test_browser import LEAD_S, SENTENCE, TAIL_S, in_order, read, silence, written
+
+system = test_browser.system
+launch = test_browser.launch
+
+Page = Any
+
+PAUSE_S = 1.2
+"""Between two sentences: the first one's turn ends, and its reply is being spoken."""
+
+TURN = (
+    "onConnected",
+    "onBotConnected",
+    "onBotReady",
+    "onUserStartedSpeaking",
+    "onUserStoppedSpeaking",
+    "onUserTranscript",
+    "onBotLlmStarted",
+    "onBotStartedSpeaking",
+    "onBotTtsText",
+    "onBotOutput",
+    "onBotStoppedSpeaking",
+)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of the page."""
+    with guests.site(guests.bundled("pipecat.js", tmp_path_factory.mktemp("pipecat"))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def said_once(launch: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A browser whose microphone hears silence, the sentence, silence."""
+    said = np.concatenate([silence(LEAD_S), read(SENTENCE), silence(TAIL_S)])
+    return launch(written(said, tmp_path_factory.mktemp("microphone") / "once.wav"))
+
+
+@pytest.fixture(scope="module")
+def said_twice(launch: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A browser whose microphone hears the sentence, a pause, and the sentence again."""
+    sentence = read(SENTENCE)
+    said = [silence(LEAD_S), sentence, silence(PAUSE_S), sentence, silence(TAIL_S)]
+    return launch(written(np.concatenate(said), tmp_path_factory.mktemp("microphone") / "2.wav"))
+
+
+def opened(browser: Any, url: str) -> Iterator[Page]:
+    """A page that has not called yet; it must have had nothing to complain about in the end."""
+    context = browser.new_context()
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
+    page.goto(url)
+    yield page
+    page.evaluate("guest.client?.disconnect()")
+    context.close()
+    assert complaints == []
+
+
+@pytest.fixture
+def page(said_once: Any, stranger: str) -> Iterator[Page]:
+    yield from opened(said_once, stranger)
+
+
+@pytest.fixture
+def interrupter(said_twice: Any, stranger: str) -> Iterator[Page]:
+    yield from opened(said_twice, stranger)
+
+
+def connect(page: Page, system: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """What `connect()` resolves with: the data of bot-ready."""
+    options = {"url": system["page"].rstrip("/") + pipecat.OFFER, **options}
+    ready: dict[str, Any] = page.evaluate("(options) => guest.connect(options)", options)
+    return ready
+
+
+def until(page: Page, condition: str, seconds: float = 20.0) -> None:
+    """Wait until a JavaScript expression holds; fails with what the page knows if it does not."""
+    held = page.evaluate(
+        f"""async (seconds) => {{
+          const deadline = performance.now() + seconds * 1000;
+          while (!({condition}) && performance.now() < deadline) {{
+            await new Promise((resolve) => setTimeout(resolve, 10));
+          }}
+          return Boolean({condition});
+        }}""",
+        seconds,
+    )
+    if not held:
+        known = page.evaluate("[guest.states, guest.errors, guest.heard]")
+        pytest.fail(f"not within {seconds} s: {condition}; the page knows {json.dumps(known)}")
+
+
+def sessions(system: dict[str, Any]) -> int:
+    """Calls at the transceivers."""
+    found = 0
+    for at in system["transceivers"]:
+        with urllib.request.urlopen(f"http://{at}/v1/health", timeout=20) as response:
+            found += json.load(response)["sessions"]
+    return found
+
+
+def until_gone(system: dict[str, Any]) -> None:
+    """The call is over at its transceiver: by the browser's goodbye, not by a deadline."""
+    deadline = time.monotonic() + 10
+    while sessions(system):
+        assert time.monotonic() < deadline, "the call has not ended"
+        time.sleep(0.05)
+
+
+def test_a_spoken_turn(page: Page, system: dict[str, Any]) -> None:
+    ready = connect(page, system)
+    assert ready["version"] == rtvi.VERSION
+    assert page.evaluate("guest.client.state") == "ready"
+    until(page, "guest.loudness() > 0.02")
+    until(page, "guest.names().includes('onBotStoppedSpeaking')")
+    names = page.evaluate("guest.names()")
+    assert in_order(TURN, names), names
+    (transcript,) = page.evaluate("guest.all('onUserTranscript')")
+    assert transcript["final"]
+    assert transcript["text"]
+    said = page.evaluate("guest.all('onBotOutput')")
+    assert [each["spoken_status"] for each in said if each["segment_id"] == 1] == [
+        "new",
+        "completed",
+    ]
+    assert sessions(system) == 1
+    page.evaluate("guest.client.disconnect()")
+    until(page, "guest.client.state === 'disconnected'")
+    until_gone(system)
+    assert page.evaluate("guest.errors") == []
+
+
+def test_an_interruption(interrupter: Page, system: dict[str, Any]) -> None:
+    connect(interrupter, system)
+    until(interrupter, "guest.all('onBotStoppedSpeaking').length === 2", 30)
+    names = [
+        name
+        for name in interrupter.evaluate("guest.names()")
+        if name in ("onUserStartedSpeaking", "onBotStartedSpeaking", "onBotStoppedSpeaking")
+    ]
+    # The bot is silent because the user speaks, while he does.
+    first = names.index("onBotStartedSpeaking")
+    assert names[first : first + 3] == [
+        "onBotStartedSpeaking",
+        "onUserStartedSpeaking",
+        "onBotStoppedSpeaking",
+    ]
+    statuses = interrupter.evaluate("guest.all('onBotOutput').map((o) => o.spoken_status)")
+    assert statuses.count("completed") == 1, "the second reply"
+    assert interrupter.evaluate("guest.errors") == []
+
+
+def test_text_and_what_the_other_api_has(page: Page, system: dict[str, Any]) -> None:
+    """Text, settings in the request's data, a request, one that is refused, the bot's farewell."""
+    connect(page, system, data={"session": {"instructions": "Be brief."}})
+    page.evaluate("guest.client.sendText('How are you?')")
+    until(page, "guest.names().includes('onBotLlmStopped')")
+    assert page.evaluate("guest.all('onUserLlmText')") == [{"text": "How are you?"}]
+    assert "12 characters" in page.evaluate("guest.all('onBotOutput')[0].text")
+    asked = "guest.client.sendClientRequest('session.update', { session: { type: 'realtime' } })"
+    answer = page.evaluate(asked)
+    assert answer["session"]["instructions"] == "Be brief."
+    refused = page.evaluate(
+        "guest.client.sendClientRequest('favourite-colour', {}).catch((error) => error)"
+    )
+    assert "favourite-colour" in refused["data"]["error"]
+    page.evaluate("guest.client.disconnectBot()")
+    until(page, "guest.names().includes('onBotDisconnected')")
+    until(page, "guest.client.state === 'disconnected'")
+    until_gone(system)
+    assert len(page.evaluate("guest.errors")) == 1, "the refusal alone"
+
+
+def test_a_client_that_asks_first_where_to_offer(page: Page, system: dict[str, Any]) -> None:
+    start = system["page"].rstrip("/") + pipecat.START
+    connect(page, system, start=start, data={"session": {"instructions": "Be brief."}})
+    answer = page.evaluate("guest.client.sendClientRequest('session.update', { session: {} })")
+    assert answer["session"]["instructions"] == "Be brief."
+    page.evaluate("guest.client.disconnect()")
+    until_gone(system)
