@@ -25,7 +25,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import hashlib
 import itertools
 import logging
 import os
@@ -230,7 +229,6 @@ class Transceiver:
 
     def _answer(self, call: Session, wanted: opening.Opening) -> str:
         hint, password = call.ice
-        number = hashlib.blake2s(call.call_id.encode(), digest_size=7, person=b"sdp").digest()
         return sdp.answer(
             call.offer,
             hint,
@@ -238,7 +236,7 @@ class Transceiver:
             fingerprint=call.fingerprint,
             candidates=wanted.candidates,
             ssrc=call.ssrc,
-            session_id=int.from_bytes(number),
+            session_id=call.number,
             rate_hz=call.rate_hz,
         )
 
