@@ -201,6 +201,7 @@ class About(TypedDict):
     page: str
     relay: str
     transceivers: list[str]
+    found_by: str
     redis: str | None
     metrics: str
     state_dir: str
@@ -246,7 +247,8 @@ def bring_up(system: System, free: bool, advertise: str, websocket: bool) -> Abo
     text = RELAY.format(relay=relay, internal=internal, metrics=metrics)
     path = configure("relay", text + shared)
     system.start("relay", BIN / "relay", "run", "--config", path)
-    named = ", ".join(f'"{listen}"' for listen in transceivers)
+    # With Redis it finds them there; else it needs to be told.
+    named = "" if redis else ", ".join(f'"{listen}"' for listen in transceivers)
     path = configure(
         "signaling",
         SIGNALING.format(listen=page, relay=relay, transceivers=named, web=ROOT / "web") + shared,
@@ -256,6 +258,7 @@ def bring_up(system: System, free: bool, advertise: str, websocket: bool) -> Abo
         "page": f"http://{page}/",
         "relay": relay,
         "transceivers": transceivers,
+        "found_by": "Redis" if redis else "signaling's file",
         "redis": redis,
         "metrics": f"http://{metrics}/metrics",
         "state_dir": str(state_dir),
@@ -332,7 +335,7 @@ def tell(about: About, as_json: bool) -> None:
     print(f"Earshot is up. Open {about['page']} and speak.\n")
     print(f"  relay         {about['relay']}/udp, 2 workers")
     for listen in about["transceivers"]:
-        print(f"  transceiver   {listen}")
+        print(f"  transceiver   {listen}, known to signaling by {about['found_by']}")
     without = "none: install redis-server, or flows do not outlive their relay"
     print(f"  Redis         {about['redis'] or without}")
     print(f"  metrics       {about['metrics']}")

@@ -61,6 +61,11 @@ def test_interrupting_ends_everything_that_was_started(tmp_path: Path) -> None:
     assert 'earshot_relay_inbound_received_total{worker="1"} 0.0' in seen
     assert f"earshot_relay_keeper_redis_up {float(bool(about['redis']))}" in seen
     assert (tmp_path / "state" / "keys").stat().st_mode & 0o077 == 0
+    # Signaling knows both transceivers, and needs no list where there is a Redis.
+    with urllib.request.urlopen(about["page"] + "health") as told:
+        assert json.loads(told.read())["transceivers_serving"] == 2
+    listed = "transceivers = []" in (tmp_path / "state" / "signaling.toml").read_text()
+    assert listed == (about["found_by"] == "Redis") == bool(about["redis"])
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
     assert not psutil.wait_procs(children, timeout=10)[1]
