@@ -139,6 +139,8 @@ class Session:
         self.call_id = ufrag.call_id(credentials[0])
         self.opening = wanted
         """What the call began with."""
+        self.number = secrets.randbits(62)
+        """Of its description, which is the same in all answers."""
         self.etag = _etag(credentials[0])
         """A name of its ICE session: another one after each restart (RFC 9725 section 4.3.1)."""
         self.ice = credentials
