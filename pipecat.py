@@ -180,8 +180,8 @@ async def _read(request: web.Request, octets_max: int) -> dict[str, Any]:
 
 def _pc_id(found: dict[str, Any]) -> str | None:
     """The call that a request is about. Raises Refusal."""
-    pc_id = found.get("pc_id") or None
-    if pc_id is None:
+    pc_id = found.get("pc_id")
+    if pc_id is None or pc_id == "":
         return None
     if isinstance(pc_id, str) and len(pc_id) <= PC_ID_CHARACTERS_MAX and pc_id.isprintable():
         return pc_id

@@ -42,6 +42,7 @@ import listener
 import metrics
 import monitor
 import observer
+import openapi
 import pipecat
 import settings
 import sideband
@@ -133,6 +134,7 @@ class Entrance:
         app.router.add_get("/health", self.health)
         app.router.add_get("/healthz", monitor.alive)
         app.router.add_get("/readyz", self.ready)
+        app.router.add_get(openapi.PATH, _openapi)
         for path in page_files(self._web_dir):
             app.router.add_get(f"/{path.name}", _page(path))
             if path.name == "index.html":
@@ -178,6 +180,11 @@ class Entrance:
     async def _connected(self, app: web.Application) -> AsyncIterator[None]:
         async with self.door.placement.connected():
             yield
+
+
+async def _openapi(_: web.Request) -> web.Response:
+    """GET /openapi.json: what this API is."""
+    return web.json_response(openapi.document(), headers=CORS)
 
 
 def page_files(web_dir: Path | None) -> list[Path]:
