@@ -29,6 +29,7 @@ import ssl
 import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from pathlib import Path
 
 import orjson
@@ -61,7 +62,11 @@ SHUTDOWN_S = 2.0
 """For a client's part in the end of TLS, which many never send."""
 
 HEADERS_MAX = 64
-"""A browser sends 25, proxies add ten. With aiohttp's 8 KiB each, half a megaoctet a connection."""
+"""A browser sends 25, proxies add ten."""
+
+HEAD_OCTETS_MAX = 32_768
+"""Of a head, all headers together: four times what the largest ephemeral key takes. aiohttp bounds
+each header by 8 KiB; 64 of those in thousands of connections would be gigaoctets."""
 
 PAUSE_S = 0.2
 """After an accept that failed: out of descriptors, mostly, and then soon again."""
@@ -157,7 +162,7 @@ class Place:
 class Connection(web.RequestHandler):
     """aiohttp's, with a timer that closes it when a head, or the taking of an answer, is slow."""
 
-    __slots__ = ("_answered", "_in_hand", "_place", "_started", "_timer")
+    __slots__ = ("_answered", "_heeded", "_in_hand", "_octets", "_place", "_tail", "_timer")
 
     def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop, place: Place) -> None:
         super().__init__(
@@ -171,10 +176,12 @@ class Connection(web.RequestHandler):
         )
         self._place = place
         self._timer: asyncio.TimerHandle | None = None
-        self._in_hand = False
-        """There is a request, and its answer is not ready."""
-        self._started = self._answered = False
-        """Octets of the head that is waited for have come; there was an answer before it."""
+        self._in_hand = self._answered = False
+        """There is a request, and its answer is not ready; there was one before."""
+        self._octets, self._tail = 0, b""
+        """Of the head that is waited for: how many have come, and the last three of them."""
+        self._heeded = True
+        """What comes belongs to a head that is not complete."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The handshake is over."""
@@ -192,22 +199,34 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Octets of a head, or of a body."""
-        if not (self._in_hand or self._started):
-            self._started = True
-            if self._answered:
-                self._set_timer(HEAD_S)
+        if self._heeded and not self._heed(data):
+            self._refuse(431, "The head of the request is too large.", "request_head_too_large")
+            return
         super().data_received(data)
+
+    def _heed(self, data: bytes) -> bool:
+        """Count the octets of a head; False if there are too many."""
+        if not self._octets:
+            data = data.lstrip(b"\r\n")  # as every parser does, before a request
+            if data and self._answered:
+                self._set_timer(HEAD_S)
+        known = self._tail + data
+        end = known.find(b"\r\n\r\n")
+        self._heeded = end < 0
+        self._octets += len(data) if self._heeded else end
+        self._tail = known[-3:]
+        return self._octets <= HEAD_OCTETS_MAX
 
     def begin(self) -> None:
         """A head is complete. What handles the request has its own deadlines."""
-        self._in_hand = True
+        self._in_hand, self._heeded = True, False
         self._set_timer(None)
         self._place.wait(False)
 
-    def end(self) -> None:
-        """The answer is ready to be sent."""
-        self._in_hand = self._started = False
-        self._answered = True
+    def end(self, last: bool) -> None:
+        """The answer is ready to be sent; `last`: and then the connection ends."""
+        self._in_hand, self._answered = False, True
+        self._heeded, self._octets, self._tail = not last, 0, b""
         self._set_timer(KEEP_ALIVE_S)
         self._place.wait(True)
 
@@ -242,15 +261,25 @@ class Connection(web.RequestHandler):
         transport = self._place.transport
         if transport is None or transport.is_closing() or self._in_hand:
             return
-        if self._started or not self._answered:
+        if self._octets or not self._answered:
             self._place.slow()
-        if self._started:
-            body = _error("The head of the request came too slowly.", "timeout")
-            transport.write(
-                b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n"
-                b"Content-Type: %s\r\nContent-Length: %d\r\n\r\n%s"
-                % (JSON.encode(), len(body), body)
-            )
+        if self._octets:
+            self._refuse(408, "The head of the request came too slowly.", "timeout")
+        elif transport.get_write_buffer_size():
+            transport.abort()  # it does not take its answer
+        else:
+            self.force_close()
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        """Answer what is no request yet, and end the connection."""
+        transport = self._place.transport
+        assert transport is not None
+        body = _error(message, code)
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
+            f"Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        transport.write(head.encode() + body)
         if transport.get_write_buffer_size():
             transport.abort()  # it takes no answer either
         else:
@@ -396,10 +425,16 @@ def _timed(handler: Handler) -> Handler:
         connection = request.protocol
         assert isinstance(connection, Connection)
         connection.begin()
+        last = True
         try:
-            return await handler(request)
+            response = await handler(request)
+            # A client that is refused before it has sent all may send the rest, but no more.
+            last = not request.content.is_eof()
+            if last:
+                response.force_close()
+            return response
         finally:
-            connection.end()
+            connection.end(last)
 
     return handle
 

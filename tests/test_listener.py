@@ -218,6 +218,54 @@ def test_after_an_answer_a_connection_ends_in_time(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("before", [b"", b"\r\n\r\n", GET], ids=["first", "after lines", "second"])
+@pytest.mark.parametrize("step", [100, 7_000, 100_000])
+def test_a_head_has_so_many_octets(tmp_path: Path, before: bytes, step: int) -> None:
+    """However it is cut into segments, and whatever stands before it."""
+    head = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(
+        b"X-%d: %s\r\n" % (number, b"y" * 8_000) for number in range(60)
+    )
+
+    async def run() -> None:
+        async with staged(tmp_path) as stage:
+            for count, status in ((31_900, b"200"), (len(head), b"431")):
+                reader, writer = await stage.open()
+                if before:
+                    writer.write(before)
+                    await writer.drain()
+                if before == GET:
+                    await reader.readuntil(b"hello")
+                text = head[:count].rpartition(b"\r\n")[0] + b"\r\n\r\n"
+                sent = 0
+                for at in range(0, len(text), step):
+                    with contextlib.suppress(ConnectionError):
+                        writer.write(text[at : at + step])
+                        await writer.drain()
+                    sent += step
+                    if status == b"431" and sent > 3 * listener.HEAD_OCTETS_MAX:
+                        break
+                assert (await reader.readline()).split()[1] == status
+                writer.close()
+
+    asyncio.run(run())
+
+
+def test_who_is_refused_in_the_middle_of_a_body_still_gets_the_answer(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with staged(tmp_path) as stage:
+            reader, writer = await stage.open()
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+            answer = await reader.readuntil(b"hello")
+            assert b"Connection: close" in answer
+            for _ in range(100):
+                writer.write(bytes(10_000))
+                await writer.drain()
+            assert await ended(reader) == b""
+            writer.close()
+
+    asyncio.run(run())
+
+
 def test_what_is_no_http_gets_a_body_and_no_traceback(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -228,7 +276,7 @@ def test_what_is_no_http_gets_a_body_and_no_traceback(
                 b"GET / HTTP/9.9\r\n\r\n",
                 b"GET / HTTP/1.1\r\nA b\r\n\r\n",
                 b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 100 + b"\r\n",
-                b"GET / HTTP/1.1\r\nA: " + bytes([65]) * 20_000 + b"\r\n\r\n",
+                b"GET / HTTP/1.1\r\nA: " + b"b" * 20_000 + b"\r\n\r\n",
                 b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
             ):
                 reader, writer = await stage.open()
