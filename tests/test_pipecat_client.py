@@ -2,6 +2,7 @@
 another origin."""
 
 import json
+import signal
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 import pipecat
@@ -110,19 +112,27 @@ def until(page: Page, condition: str, seconds: float = 20.0) -> None:
         pytest.fail(f"not within {seconds} s: {condition}; the page knows {json.dumps(known)}")
 
 
-def sessions(system: dict[str, Any]) -> int:
-    """Calls at the transceivers."""
-    found = 0
+def sessions(system: dict[str, Any]) -> list[int]:
+    """Calls at each transceiver."""
+    found = []
     for at in system["transceivers"]:
         with urllib.request.urlopen(f"http://{at}/v1/health", timeout=20) as response:
-            found += json.load(response)["sessions"]
+            found.append(json.load(response)["sessions"])
     return found
+
+
+def owner(system: dict[str, Any]) -> psutil.Process:
+    """The transceiver that has the only call."""
+    number = 1 + sessions(system).index(1)
+    config = str(Path(system["state_dir"]) / f"transceiver-{number}.toml")
+    running = psutil.process_iter(["cmdline"])
+    return next(each for each in running if config in (each.info["cmdline"] or ()))
 
 
 def until_gone(system: dict[str, Any]) -> None:
     """The call is over at its transceiver: by the browser's goodbye, not by a deadline."""
     deadline = time.monotonic() + 10
-    while sessions(system):
+    while any(sessions(system)):
         assert time.monotonic() < deadline, "the call has not ended"
         time.sleep(0.05)
 
@@ -143,7 +153,7 @@ def test_a_spoken_turn(page: Page, system: dict[str, Any]) -> None:
         "new",
         "completed",
     ]
-    assert sessions(system) == 1
+    assert sum(sessions(system)) == 1
     page.evaluate("guest.client.disconnect()")
     until(page, "guest.client.state === 'disconnected'")
     until_gone(system)
@@ -198,3 +208,61 @@ def test_a_client_that_asks_first_where_to_offer(page: Page, system: dict[str, A
     assert answer["session"]["instructions"] == "Be brief."
     page.evaluate("guest.client.disconnect()")
     until_gone(system)
+
+
+def test_another_offer_on_the_same_connection(page: Page, system: dict[str, Any]) -> None:
+    """As the transport sends it when it has waited for candidates; and one that restarts ICE."""
+    connect(page, system, transport={"waitForICEGathering": True})
+    pair = "guest.peers[0].remoteDescription.sdp.match(/a=ice-ufrag:(.*)/)[1]"
+    first = page.evaluate(pair)
+    page.evaluate("guest.client.transport.negotiate()")
+    assert page.evaluate(pair) == first
+    page.evaluate("guest.peers[0].restartIce()")
+    page.evaluate("guest.client.transport.negotiate()")
+    assert page.evaluate(pair) != first
+    page.evaluate("guest.client.sendText('Are you still there?')")
+    until(page, "guest.names().includes('onBotLlmStopped')")
+    until(page, "guest.peers[0].iceConnectionState === 'connected'")
+    assert page.evaluate("guest.peers.length") == 1
+    assert sum(sessions(system)) == 1
+    page.evaluate("guest.client.disconnect()")
+    until_gone(system)
+
+
+def test_its_transceiver_dies_and_it_comes_back_by_itself(
+    page: Page, system: dict[str, Any]
+) -> None:
+    """The client notices after some ten seconds: `restart_pc`, with the id of the dead call.
+
+    (With its old connection it then stops the microphone that the new one sends: a page has to hand
+    the transport another track.)
+    """
+    connect(page, system)
+    item = {"id": "item_ada", "type": "message", "role": "user"}
+    item |= {"content": [{"type": "input_text", "text": "My name is Ada."}]}
+    ask = "([kind, data]) => guest.client.sendClientRequest(kind, data)"
+    page.evaluate(ask, ["conversation.item.create", {"item": item}])
+    page.evaluate(ask, ["session.update", {"session": {"instructions": "Be brief."}}])
+    time.sleep(1.5)  # so that a record of it is written
+    victim = owner(system)
+    killed = time.monotonic()
+    victim.send_signal(signal.SIGKILL)
+    victim.wait(10)
+    until(page, "guest.peers.length === 2", 40)
+    asked_s = time.monotonic() - killed
+    until(page, "guest.peers[1].connectionState === 'connected'")
+    until(page, "guest.peers[0].connectionState === 'closed'")
+    back_s = time.monotonic() - killed
+    print(f"a new offer after {asked_s:.1f} s, connected after {back_s:.1f} s")
+    until(page, "guest.client.transport.dc.readyState === 'open'")
+    found = page.evaluate(ask, ["conversation.item.retrieve", {"item_id": "item_ada"}])
+    assert found["item"]["content"][0]["text"] == "My name is Ada."
+    found = page.evaluate(ask, ["session.update", {"session": {}}])
+    assert found["session"]["instructions"] == "Be brief."
+    assert page.evaluate("guest.client.state") == "ready"
+    assert not page.evaluate("guest.names().includes('onDisconnected')")
+    page.evaluate("guest.client.sendText('And now?')")
+    until(page, "guest.names().includes('onBotLlmStopped')")
+    page.evaluate("guest.client.disconnect()")
+    until_gone(system)
+    assert page.evaluate("guest.errors") == []
