@@ -2,16 +2,22 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import archive
+import endpoints
 import opening
+import realtime
 import records
 import redisclient
 import ufrag
+
+from . import redises
 
 RING = ufrag.Keyring.parse("0 " + "ab" * 32)
 CALL, NEXT = "rtc_AAAAAAAAAAAAAAAAAAAAAAA", "rtc_AAAAAAAAAAAAAAAAAAAAAAg"
@@ -308,3 +314,112 @@ def test_a_fault_costs_the_record_and_not_the_call(caplog: pytest.LogCaptureFixt
 
     asyncio.run(scene())
     assert "cannot be recorded" in caplog.text
+
+
+# --- with a real one -----------------------------------------------------------------------------
+
+CALLS = 50
+STEP_S = 0.05
+TALK_S = 16
+"""Two turns of eight seconds in each call: three of speech, one of thought, four of reply."""
+
+
+class Talk(Call):
+    """A call in which people talk as they do: 20 items are there, and turns follow."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"rtc_{number}")
+        self.number, self.turn = number, 0
+        self.chronicle = records.Chronicle({"instructions": "Be kind. " * 400, "tools": []})
+        for _ in range(10):
+            self.say()
+            self.reply("done")
+
+    def say(self) -> None:
+        self.turn += 1
+        words = {"type": "input_audio", "transcript": "What was said in this turn, in words. " * 3}
+        self.note("done", realtime.message(f"u{self.turn}", "user", "completed", words))
+
+    def reply(self, how: str) -> None:
+        words = {"type": "output_audio", "transcript": "What is answered, which is longer. " * 8}
+        self.note(how, realtime.message(f"a{self.turn}", "assistant", "completed", words))
+
+    def note(self, how: str, item: dict[str, Any]) -> None:
+        kind = f"conversation.item.{how}"
+        self.chronicle.memory.note({"item": item}, kind)
+        self.revision = self.chronicle.revision
+
+    def pass_to(self, step: int) -> None:
+        """Let time pass, in steps of STEP_S."""
+        at = (step + 7 * self.number) % round(8 / STEP_S)
+        self.replies = 80 <= at < 160
+        if at == 60:
+            self.say()
+        elif at == 80:
+            self.reply("added")
+        elif 80 < at < 110 and at % 3 == 0:
+            kind = "response.output_audio_transcript.delta"
+            delta = {"item_id": f"a{self.turn}", "delta": "which is longer "}
+            self.chronicle.memory.note(delta, kind)
+            self.revision = self.chronicle.revision
+        elif at == 110:
+            self.reply("done")
+
+    def record(self) -> records.Record:
+        shares = {f"a{self.turn}": 0.5} if self.replies else {}
+        return self.chronicle.record(shares, "one", "realtime")
+
+
+def test_what_it_costs_and_that_it_is_there(tmp_path: Path) -> None:
+    """Fifty calls, sixteen seconds of talk as fast as it goes; the figure is of this process."""
+    server = redises.Server(tmp_path).start()
+    url = endpoints.RedisUrl(f"redis://127.0.0.1:{server.port}/0")
+    log = logging.getLogger("test")
+
+    async def scene() -> None:
+        client = redisclient.Client(url, 0.25, log)
+        kept = archive.Archive(RING, 300.0, time.time, client)
+        talks = [Talk(number) for number in range(CALLS)]
+        steps = round(TALK_S / STEP_S)
+        written = 0
+        began, looked = time.process_time(), 0.0
+        for step in range(steps):
+            for talk in talks:
+                talk.pass_to(step)
+            before = time.process_time()
+            for talk in talks:
+                kept.look(talk, step * STEP_S)
+            looked += time.process_time() - before
+            if step % 2:
+                before = time.process_time()
+                written += len(kept._waiting)
+                while kept._waiting:
+                    assert await kept._write()
+                looked += time.process_time() - before
+        seconds = CALLS * TALK_S
+        octets = server.do("STRLEN", records.name_of("rtc_7"))
+        print(
+            f"records: {1e6 * looked / seconds:.0f} us of CPU a session-second, {octets} octets,"
+            f" {written / seconds:.2f} written a second"
+        )
+        assert looked <= time.process_time() - began
+        assert server.do("DBSIZE") == CALLS
+        assert 290_000 < server.do("PTTL", records.name_of("rtc_7")) <= 300_000
+        elsewhere = archive.Archive(RING, 300.0, time.time, client)
+        found = await elsewhere.find("rtc_7")
+        assert found is not None and found.key == "one"
+        assert [item["id"] for item in found.items][:3] == ["u1", "a1", "u2"]
+        assert b"What was said" not in server.do("GET", records.name_of("rtc_7"))
+        elsewhere.forget("rtc_7")
+        assert await elsewhere._write()
+        assert server.do("DBSIZE") == CALLS - 1
+        server.kill()
+        began = time.monotonic()
+        assert await elsewhere.find("rtc_8") is None
+        assert time.monotonic() - began < 5  # its deadline is a quarter of a second
+        await client.close()
+
+    try:
+        asyncio.run(scene())
+    finally:
+        server.close()
