@@ -196,7 +196,7 @@ class Keys:
         body = b"" if session is None else orjson.dumps(session)
         form = _AS_IT_IS
         if len(body) > _CONTENT_OCTETS_MAX:
-            form, body = _COMPRESSED, zlib.compress(body, 9)
+            form, body = _COMPRESSED, zlib.compress(body)
             if len(body) > _CONTENT_OCTETS_MAX:
                 raise TooLarge(
                     f"The session has {len(body)} octets when compressed, and an ephemeral key has"

@@ -365,6 +365,8 @@ def check(config: _Config) -> None:
 @cli.command()
 def run(config: _Config, log_format: _LogFormat = "text") -> None:
     """Serve until SIGTERM."""
+    # One that comes before the settings can be read again ends nothing.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     journal.configure(log_format)
     found = _load(config)
     try:

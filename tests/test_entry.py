@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from . import servers
 from . import test_signaling as stage_of
@@ -239,6 +240,54 @@ def test_calls_over_https_and_a_certificate_that_is_renewed(tmp_path: Path) -> N
                 async with aiohttp.ClientSession() as plain:
                     with pytest.raises(aiohttp.ClientError):
                         await plain.get(f"http://127.0.0.1:{program.port}/healthz")
+
+    asyncio.run(run())
+
+
+class Attended(stage_of.FakeTransceiver):
+    """A transceiver whose calls can be attended: it says back what it is told."""
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        channel = web.WebSocketResponse()
+        await channel.prepare(request)
+        async for message in channel:
+            await channel.send_str(message.data)
+        return channel
+
+    def routes(self) -> list[web.RouteDef]:
+        return [*super().routes(), web.get("/v1/sessions/{id}/events", self.events)]
+
+
+def test_a_page_attends_a_call_over_wss_with_an_ephemeral_key(tmp_path: Path) -> None:
+    """The key is in a subprotocol, since browsers let a WebSocket set no header."""
+    certificate, key_file = servers.certify(tmp_path)
+    key_file.chmod(0o600)
+    trust = ssl.create_default_context(cafile=str(certificate))
+    line, key = made("shop")
+    private(tmp_path / "api-keys", line)
+    more = 'keys_file = "api-keys"\ntls_certificate = "server.pem"\ntls_key = "server.key"\n'
+
+    async def run() -> None:
+        async with Attended().running() as fake:
+            with running(tmp_path, write(tmp_path, fake.port, more)) as program:
+                async with client(program, trust) as http:
+                    secrets = "/v1/realtime/client_secrets"
+                    async with http.post(
+                        secrets, headers=offer(key)["headers"], data=""
+                    ) as response:
+                        ephemeral = (await response.json())["value"]
+                    async with http.post(CALLS, **offer(ephemeral)) as response:
+                        call_id = response.headers["Location"].rpartition("/")[2]
+                    url = f"/v1/realtime?call_id={call_id}"
+                    offered = ("realtime", f"openai-insecure-api-key.{ephemeral}")
+                    async with http.ws_connect(url, protocols=offered) as channel:
+                        assert channel.protocol == "realtime"
+                        await channel.send_str("hello")
+                        assert await channel.receive_str(timeout=PATIENCE_S) == "hello"
+                    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                        await http.ws_connect(url, protocols=("realtime", offered[1][:-1]))
+                    assert caught.value.status == 401
+                assert ephemeral not in program.log
 
     asyncio.run(run())
 

@@ -70,12 +70,17 @@ class FakeTransceiver:
             {"state": "serving", "sessions": len(self.calls), "sessions_max": 10}
         )
 
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/v1/sessions", self.create),
+            web.delete("/v1/sessions/{id}", self.delete),
+            web.get("/v1/health", self.health),
+        ]
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator["FakeTransceiver"]:
         app = web.Application()
-        app.router.add_post("/v1/sessions", self.create)
-        app.router.add_delete("/v1/sessions/{id}", self.delete)
-        app.router.add_get("/v1/health", self.health)
+        app.router.add_routes(self.routes())
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -405,6 +405,15 @@ def test_the_relay_stops_in_two_ways():
     assert shlex.split(unit["ExecReload"][0])[1] == "check"
 
 
+def test_signaling_is_told_to_read_again_what_has_been_checked():
+    unit = parsed("earshot-signaling.service")["Service"]
+    checked, told = unit["ExecReload"]
+    assert told == "kill -HUP $MAINPID"
+    assert shlex.split(checked) == [
+        "check" if word == "run" else word for word in shlex.split(*unit["ExecStart"])
+    ]
+
+
 def test_the_relay_notifies_and_is_given_time():
     unit = parsed("earshot-relay.service")["Service"]
     assert unit["Type"] == ["notify"] and unit["NotifyAccess"] == ["main"]
