@@ -141,6 +141,8 @@ def _retold(item: Event) -> Event | None:
     """An item as a client would create it; None if there are no words for it."""
     kind = item.get("type")
     if kind in _CALLS:
+        if item.get("status") == "in_progress":  # what it is called with is still to come
+            return None
         return {name: item[name] for name in _CALL_FIELDS if name in item}
     content = item.get("content")
     if kind != "message" or not isinstance(content, list):

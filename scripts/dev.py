@@ -33,7 +33,7 @@ START_SECONDS_MAX = 30.0
 STOP_SECONDS_MAX = 5.0
 
 FALLS_MAX, FALLS_SECONDS = 5, 30.0
-"""Transceivers that die are started again, so often in so long: one that cannot stand ends all."""
+"""A transceiver that dies is started again, so often in so long: one that cannot stand ends all."""
 
 CLUSTER = """
 [keys]
@@ -90,7 +90,7 @@ class System:
     def __init__(self, state_dir: Path) -> None:
         self.state_dir = state_dir
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self._falls: list[float] = []
+        self._falls: dict[str, list[float]] = {}
 
     def start(self, name: str, *argv: str | Path, ready: str | None = " ready") -> None:
         """Start a program and wait until its log has `ready`. Raises StartError with the log."""
@@ -123,8 +123,9 @@ class System:
                 if code is None:
                     continue
                 now = time.monotonic()
-                self._falls = [at for at in self._falls if now - at < FALLS_SECONDS] + [now]
-                if not name.startswith("transceiver") or len(self._falls) > FALLS_MAX:
+                lately = [at for at in self._falls.get(name, []) if now - at < FALLS_SECONDS]
+                self._falls[name] = [*lately, now]
+                if not name.startswith("transceiver") or len(lately) >= FALLS_MAX:
                     raise StartError(f"{name} ended by itself; {self.log_tail(name)}")
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
                 print(f"{name} {how}: it is started again", file=sys.stderr, flush=True)

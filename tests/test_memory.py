@@ -139,3 +139,12 @@ def test_objects_of_other_shapes_do_no_harm() -> None:
             memory.note({"item": strange, "item_id": "i", "delta": strange}, kind)
         memory.interrupted()
         memory.tell()
+
+
+def test_a_function_call_that_is_not_done_is_not_told() -> None:
+    call = {"id": "f", "type": "function_call", "call_id": "c", "name": "n", "arguments": ""}
+    memory = remembered(added(call | {"status": "in_progress"}))
+    assert (memory.tell(), memory.kept({})) == (([], 1), [])
+    done = call | {"status": "completed", "arguments": "{}"}
+    memory.note({"item": done}, "conversation.item.done")
+    assert memory.kept({}) == [call | {"arguments": "{}"}]

@@ -14,8 +14,8 @@ const LOOK_MS = 150;
 const SILENT_MS_MAX = 1300;
 const SILENT_MS_MAX_SOUNDING = 400;
 
-// Silence after which the connection is given up although the call is there: its path has broken,
-// and ICE, which looks for another one meanwhile, has not found any.
+// Silence after which the connection is given up although the call is there, if the browser doubts
+// it, too: the path has broken, and ICE, which looks for another one meanwhile, has not found any.
 const PATH_MS_MAX = 5000;
 
 // Between two questions, and how long one may take.
@@ -69,7 +69,8 @@ export class Lifeline {
     this.#askAt = performance.now() + ASK_MS;
     if (this.#timer === null || this.heardAt !== heardAt) return;
     const silent = performance.now() - heardAt;
-    if (answer === "gone" || (answer === "there" && silent > PATH_MS_MAX)) this.#call.lost();
+    const broken = silent > PATH_MS_MAX && this.#peer.connectionState !== "connected";
+    if (answer === "gone" || (answer === "there" && broken)) this.#call.lost();
     else if (silent > SILENT_MS_MAX) this.#call.silent();
   }
 }
@@ -84,11 +85,11 @@ async function status(location) {
   }
 }
 
-// All that has come, STUN included, as far as this browser counts it.
+// Grows with all that comes, reports and STUN included, as far as this browser counts it.
 function packets(report) {
   let sum = 0;
   for (const entry of report.values()) {
-    sum += entry.packetsReceived ?? 0;
+    sum += (entry.packetsReceived ?? 0) + (entry.roundTripTimeMeasurements ?? 0);
     if (entry.type === "candidate-pair") {
       sum += (entry.responsesReceived ?? 0) + (entry.bytesReceived ?? 0);
     }
