@@ -147,6 +147,11 @@ class Place:
         elif self.task is not None:
             self.task.cancel()
 
+    def received(self, _: object) -> None:
+        """The task is done: there is a connection now, whose end releases the place, or none."""
+        if self.transport is None:
+            self.release()
+
     def release(self) -> None:
         """The connection has ended. May be called again."""
         if self._listener is not None:
@@ -323,6 +328,17 @@ class Listener:
         port = self._socket.getsockname()[1]  # what the kernel chose, if the setting says 0
         return endpoints.Endpoint(str(listen).rpartition(":")[0] + f":{port}")
 
+    async def until(self, stop: asyncio.Event) -> None:
+        """Return when `stop` is set. Raises what ended the accepting before that: a fault."""
+        assert self._accepting is not None
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((stopping, self._accepting), return_when=asyncio.FIRST_COMPLETED)
+            if self._accepting.done():
+                self._accepting.result()
+        finally:
+            stopping.cancel()
+
     async def stop(self) -> None:
         """Accept no more. Connections that are here are the runner's to end."""
         if self._accepting is not None:
@@ -337,21 +353,25 @@ class Listener:
         return "https" if self._tls else "http"
 
     async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+        loop, failing = asyncio.get_running_loop(), False
         while True:
             try:
                 found, address = await loop.sock_accept(listening)
             except ConnectionError:
                 continue  # gone before it was accepted
             except OSError as error:
-                log.warning("cannot accept a connection: %s", error)
+                if not failing:
+                    log.warning("cannot accept connections: %s", error)
+                failing = True
                 await asyncio.sleep(PAUSE_S)
                 continue
+            failing = False
             place = self._place(address[0])
             if place is None:
                 found.close()
             else:
                 place.task = asyncio.create_task(self._receive(found, place))
+                place.task.add_done_callback(place.received)
             # sock_accept does not let go of the loop while connections wait.
             await asyncio.sleep(0)
 
@@ -391,9 +411,6 @@ class Listener:
         except (OSError, TimeoutError):
             # Scanners, clients that do not trust us or speak no TLS, and who says nothing at all.
             self.count(Count.HANDSHAKES_FAILED)
-        finally:
-            if place.transport is None:  # otherwise its end releases it
-                place.release()
 
     def waits(self, place: Place, waiting: bool) -> None:
         """A connection has no request in hand now, or has one."""

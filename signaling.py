@@ -267,7 +267,7 @@ async def serve(config: settings.Signaling, path: Path) -> None:
         loop.add_signal_handler(signal.SIGHUP, _reload, path, config, entrance, listening)
         _say_who_may_call(entrance, where)
         log.info("%s is ready, transceivers: %d", where, len(config.signaling.transceivers))
-        await stop.wait()
+        await listening.until(stop)
         log.info("stopping")
     finally:
         entrance.stopping = True

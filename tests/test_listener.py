@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import resource
 import socket
 import ssl
@@ -397,6 +398,50 @@ def test_there_are_no_more_places_than_descriptors(
     assert not caplog.records
     assert listener._places(4_096) == 2_048 - listener.DESCRIPTORS_BESIDE
     assert "connections_max: 1792, since" in caplog.text
+
+
+def test_accepting_goes_on_after_the_kernel_has_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Out of descriptors: said once, tried again, and whoever waited is served."""
+    monkeypatch.setattr(listener, "PAUSE_S", 0.01)
+
+    async def run() -> None:
+        async with staged(tmp_path) as stage:
+            loop = asyncio.get_running_loop()
+            accept, left = loop.sock_accept, [5]
+
+            async def refused(listening: socket.socket) -> Any:
+                if left[0]:
+                    left[0] -= 1
+                    raise OSError(errno.EMFILE, "Too many open files")
+                return await accept(listening)
+
+            monkeypatch.setattr(loop, "sock_accept", refused)
+            assert await answered(stage)  # the one that was being waited for
+            assert await answered(stage) and not left[0]
+
+    asyncio.run(run())
+    assert caplog.text.count("cannot accept connections: [Errno 24] Too many open files") == 1
+
+
+def test_a_fault_in_accepting_is_no_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: listener.Listener, host: str) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(listener.Listener, "_place", broken)
+
+    async def run() -> None:
+        async with staged(tmp_path) as stage:
+            _, writer = await stage.open()
+            with pytest.raises(ZeroDivisionError):
+                async with asyncio.timeout(PATIENCE_S):
+                    await stage.listener.until(asyncio.Event())
+            writer.close()
+
+    asyncio.run(run())
 
 
 # --- TLS ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import keys
 import reception
 import settings
 import signaling
+import ufrag
 
 from . import test_signaling as stage_of
 
@@ -333,5 +334,46 @@ def test_a_reload_takes_keys_away_and_brings_others(tmp_path: Path) -> None:
             with pytest.raises(settings.SettingsError, match="only a restart can do without keys"):
                 stage.door.reception.reload(msgspec.structs.replace(config, signaling=without))
             await stage.error(401, "POST", CALLS, **offer())
+
+    asyncio.run(run())
+
+
+def test_secrets_rotate_without_a_restart(tmp_path: Path) -> None:
+    """The new line first, then the old one away: ephemeral keys and call ids follow."""
+    old, new = stage_of.KEY + "\n", "3 " + "33" * 32 + "\n"
+    rings = [ufrag.Keyring.parse(text) for text in (old, new)]
+
+    async def run() -> None:
+        async with staged(tmp_path) as stage:
+            (fake,) = stage.fakes
+            path, config, door = tmp_path / "keys", stage.door.config, stage.door
+
+            def reload(text: str) -> None:
+                path.write_text(text)
+                door.reception.reload(config)
+                door.placement.reload(config)
+
+            async def secret() -> str:
+                url = "/v1/realtime/client_secrets"
+                async with stage.http.post(url, headers=bearer(KEY)) as response:
+                    return str((await response.json())["value"])
+
+            async def hung_up(nonce: int, ring: ufrag.Keyring) -> int:
+                call_id = stage_of.mint(fake.port, nonce, ring)
+                fake.calls.add(call_id)
+                async with stage.http.delete(f"{CALLS}/{call_id}", headers=bearer(KEY)) as response:
+                    return response.status
+
+            first = await secret()
+            assert await hung_up(101, rings[0]) == 200 and await hung_up(102, rings[1]) == 404
+            reload(old + new)
+            second = await secret()
+            for token in (first, second):
+                await stage.call(**offer(token))
+            assert await hung_up(103, rings[0]) == 200 and await hung_up(104, rings[1]) == 200
+            reload(new)
+            await stage.error(401, "POST", CALLS, **offer(first))
+            await stage.call(**offer(second))
+            assert await hung_up(105, rings[0]) == 404 and await hung_up(106, rings[1]) == 200
 
     asyncio.run(run())
