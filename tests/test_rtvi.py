@@ -1,5 +1,6 @@
 """RTVI in front of a conversation: what each side hears of what the other one says."""
 
+import dataclasses
 import time
 from typing import Any
 
@@ -11,6 +12,11 @@ from hypothesis import strategies as st
 import adapters
 import realtime
 import rtvi
+import session
+from turns import MS_OCTETS
+
+from . import test_interruption
+from .line import SPEECH
 
 NOON = 1_700_000_000.0  # 2023-11-14T22:13:20Z
 
@@ -463,3 +469,54 @@ def test_what_a_reply_costs() -> None:
     talk.reply(*["word, "] * deltas)
     print(f"{1e6 * (time.perf_counter() - began) / deltas:.1f} us a piece of a reply")
     assert talk.only("bot-llm-text")
+
+
+# --- over a real session --------------------------------------------------------------------------
+
+
+class Pipecat(test_interruption.Talk):
+    """A client of Pipecat's that speaks with the parrot."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch)
+        self.session.opening = dataclasses.replace(self.session.opening, dialect="rtvi")
+        self.session.opened(self.now)
+
+    def message(self, kind: str, **data: Any) -> None:
+        self.send(label="rtvi-ai", type=kind, id="m1", data=data)
+
+    def replying(self) -> None:
+        self.say(bytes(400 * MS_OCTETS) + SPEECH + bytes(520 * MS_OCTETS))
+        self.say(bytes(500 * MS_OCTETS))
+        assert self.told[-1][1] == "bot-tts-text"
+
+
+def test_text_cuts_off_a_reply_and_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Pipecat(monkeypatch)
+    talk.message("client-ready", version="2.1.0")
+    assert talk.told[-1][1] == "bot-ready"
+    talk.replying()
+    sent, told = len(talk.peer.sent), len(talk.told)
+    talk.message("send-text", content="Stop!", options={"audio_response": False})
+    talk.pass_time(0.2)
+    kinds = [
+        kind for _, kind in talk.told[told:] if kind not in ("bot-transcription", "bot-output")
+    ]
+    assert kinds == [
+        "user-llm-text",
+        "bot-interrupted",
+        "bot-stopped-speaking",
+        "bot-tts-stopped",
+        "bot-llm-stopped",
+        "bot-llm-started",
+        "bot-llm-text",
+        "bot-llm-stopped",
+    ]
+    test_interruption.check_silence_after(talk, sent)
+
+
+def test_a_client_that_sends_the_bot_away_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Pipecat(monkeypatch)
+    talk.message("disconnect-bot")
+    assert talk.endings == [session.LEFT]
+    assert talk.peer.messages[-1] == {"type": "signalling", "message": {"type": "peerLeft"}}
