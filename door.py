@@ -64,7 +64,9 @@ class Door:
 
     async def admit(self, request: web.Request) -> Caller:
         """Who this is. Raises Refusal: 401, 403 or 429."""
-        return self.reception.admit(request)
+        caller = self.reception.admit(request)
+        observer.trail().key = caller.key
+        return caller
 
     def mint(self, caller: Caller, session: dict[str, Any] | None, seconds: int) -> tuple[str, int]:
         """An ephemeral key for others to call with, and when it expires in seconds since 1970.
@@ -75,8 +77,7 @@ class Door:
 
     async def place(self, order: placement.Order) -> placement.Placed:
         """Place a call. Raises Refusal: 400 with the transceiver's sentence, 429, or 503."""
-        trail = observer.trail()
-        key = trail.key = order.key
+        trail, key = observer.trail(), order.key
         # One that goes on with another takes its place.
         replaced = order.resume is not None
         self.reception.open_call(key, max(0, self.placement.calls_of(key) - replaced))

@@ -140,11 +140,17 @@ def tracing() -> aiohttp.TraceConfig:
 class Observer:
     """Looks on while signaling handles its requests."""
 
-    def __init__(self, apis: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
-        """For these APIs, named as the modules of their handlers; `other` is what is left."""
+    def __init__(
+        self,
+        apis: Sequence[str],
+        client_of: Callable[[web.Request], str | None] = lambda request: request.remote,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """For these APIs, named as the modules of their handlers; `other` is what is left.
+        `client_of` knows whose address is a client's where proxies stand in front."""
         self.counters = {name: ledger.Counters(Api) for name in (*apis, "other")}
         self.timings = ledger.Histograms(Timing)
-        self._clock = clock
+        self._clock, self._client_of = clock, client_of
         self._lines, self._filled_at = float(REFUSED_LINES_PER_S), clock()
         self._unwritten = 0
 
@@ -191,7 +197,7 @@ class Observer:
             self.timings.observe(Timing.TRANSCEIVER, found.asking_s)
         if not self._is_written(status, now):
             return
-        route = _route(request)
+        route = route_of(request)
         log.info(
             "%s %s %s",
             request.method,
@@ -208,7 +214,7 @@ class Observer:
                 own_ms=round(1e3 * own_s, 2),
                 transceiver_ms=round(1e3 * found.asking_s, 2) if found.asking_s else None,
                 body_ms=round(1e3 * found.reading_s, 2) if found.reading_s >= 1e-3 else None,
-                client=journal.masked(request.remote),
+                client=journal.masked(self._client_of(request)),
                 key=found.key or None,
                 call=found.call or None,
                 unwritten=self._unwritten or None,
@@ -250,7 +256,7 @@ def _ending(found: Trail, status: int | None) -> Api:
     return _ENDINGS.get(status, Api.REFUSED_REQUEST if status < 500 else Api.FAULTS)
 
 
-def _route(request: web.Request) -> str:
+def route_of(request: web.Request) -> str:
     """The path with names for its parts: an id in it is nobody's to read. A path that leads nowhere
     is a stranger's text, of which its beginning says enough."""
     resource = request.match_info.route.resource

@@ -116,7 +116,8 @@ class Entrance:
     def __init__(self, config: settings.Signaling, rng: random.Random | None = None) -> None:
         """Raises SettingsError for a key file or a folder of the page that cannot be used."""
         self.door = door.Door(config, rng)
-        self.observer = observer.Observer([api.__name__ for api in APIS])
+        names = [api.__name__ for api in APIS]
+        self.observer = observer.Observer(names, self.door.reception.client_of)
         self.stopping = False
         """True once signaling was told to stop: what is in hand is finished."""
         self._web_dir = config.signaling.web_dir
@@ -161,7 +162,7 @@ class Entrance:
     def ailments(self) -> list[str]:
         """Why this instance should get no offers."""
         found = ["it stops"] if self.stopping else []
-        if not any(peer.serving and peer.fullness < 1 for peer in self.door.placement.peers):
+        if all(peer.last for peer in self.door.placement.peers):
             found.append("no transceiver would take a call")
         return found
 
@@ -243,7 +244,8 @@ async def _errors_have_bodies(request: web.Request, handler: Handler) -> web.Str
     except ConnectionError:
         raise  # the client has gone: there is nobody to answer, and no fault of ours
     except Exception:
-        log.exception("%s %s failed", request.method, request.path)
+        told = journal.fields(request_id=observer.trail().request_id)
+        log.exception("%s %s failed", request.method, observer.route_of(request), extra=told)
         return intake.Refusal(500, "Something went wrong here.", code="internal_error").response()
 
 

@@ -76,6 +76,7 @@ SIGNALING = """[signaling]
 listen = "{listen}"
 relays = ["{relay}"]
 transceivers = [{transceivers}]
+metrics = "{metrics}"
 web_dir = "{web}"
 """
 
@@ -205,6 +206,7 @@ class About(TypedDict):
     found_by: str
     redis: str | None
     metrics: str
+    signaling_metrics: str
     state_dir: str
 
 
@@ -221,10 +223,10 @@ def bring_up(system: System, free: bool, advertise: str, websocket: bool) -> Abo
         internal = free_ports(2, socket.SOCK_DGRAM)[0]
         # UDP and TCP on one number: the kernel hands out TCP's, UDP's is as good as surely free.
         media = free_ports(2, socket.SOCK_STREAM)
-        web_port, redis_port, metrics_port, model_port = free_ports(4, socket.SOCK_STREAM)
+        web_port, redis_port, model_port, *metrics_ports = free_ports(5, socket.SOCK_STREAM)
     else:
         relay_port, internal, media = 3478, 3500, [9000, 9001]
-        web_port, redis_port, metrics_port, model_port = 8080, 6390, 9464, 8765
+        web_port, redis_port, model_port, metrics_ports = 8080, 6390, 8765, [9464, 9465]
     relay = f"{advertise}:{relay_port}"
     transceivers = [f"127.0.0.1:{port}" for port in media]
     page = f"127.0.0.1:{web_port}"
@@ -244,7 +246,7 @@ def bring_up(system: System, free: bool, advertise: str, websocket: bool) -> Abo
         text = TRANSCEIVER.format(listen=listen) + backend + shared
         path = configure(f"transceiver-{number}", text)
         system.start(path.stem, BIN / "transceiver", "run", "--config", path)
-    metrics = f"127.0.0.1:{metrics_port}"
+    metrics, of_signaling = (f"127.0.0.1:{port}" for port in metrics_ports)
     text = RELAY.format(relay=relay, internal=internal, metrics=metrics)
     path = configure("relay", text + shared)
     system.start("relay", BIN / "relay", "run", "--config", path)
@@ -252,7 +254,10 @@ def bring_up(system: System, free: bool, advertise: str, websocket: bool) -> Abo
     named = "" if redis else ", ".join(f'"{listen}"' for listen in transceivers)
     path = configure(
         "signaling",
-        SIGNALING.format(listen=page, relay=relay, transceivers=named, web=ROOT / "web") + shared,
+        SIGNALING.format(
+            listen=page, relay=relay, transceivers=named, metrics=of_signaling, web=ROOT / "web"
+        )
+        + shared,
     )
     system.start("signaling", BIN / "signaling", "run", "--config", path)
     return {
@@ -262,6 +267,7 @@ def bring_up(system: System, free: bool, advertise: str, websocket: bool) -> Abo
         "found_by": "Redis" if redis else "signaling's file",
         "redis": redis,
         "metrics": f"http://{metrics}/metrics",
+        "signaling_metrics": f"http://{of_signaling}/metrics",
         "state_dir": str(state_dir),
     }
 
@@ -340,6 +346,7 @@ def tell(about: About, as_json: bool) -> None:
     without = "none: install redis-server, or flows do not outlive their relay"
     print(f"  Redis         {about['redis'] or without}")
     print(f"  metrics       {about['metrics']}")
+    print(f"                {about['signaling_metrics']}")
     print(f"  logs, keys    {about['state_dir']}\n\nCtrl-C ends it all.", flush=True)
 
 

@@ -75,8 +75,7 @@ class Program:
 
     def faults(self) -> list[dict[str, Any]]:
         """The lines that tell of mistakes of ours."""
-        found = [line for line in self.lines() if line["level"] in ("error", "critical")]
-        return [line for line in found if line["logger"] != "aiohttp.server"]
+        return [line for line in self.lines() if line["level"] in ("error", "critical")]
 
     def resident_octets(self) -> int:
         """Of memory, now."""

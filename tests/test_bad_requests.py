@@ -149,7 +149,8 @@ def test_an_offer_that_cannot_be_used_says_why(premises: Premises, name: str) ->
                 headers = {"Content-Type": SDP}
                 await ask(premises, http, (400,), "POST", path, data=offer, headers=headers)
             form = aiohttp.FormData()
-            form.add_field("sdp", offer if isinstance(offer, bytes) else offer.encode())
+            octets = offer if isinstance(offer, bytes) else offer.encode()
+            form.add_field("sdp", octets, filename="sdp")
             form.add_field("session", "{}")
             await ask(premises, http, (400,), "POST", CALLS, data=form)
             if isinstance(offer, str):

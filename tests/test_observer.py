@@ -24,7 +24,7 @@ class Stage:
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.observer = observer.Observer([__name__], lambda: self.now)
+        self.observer = observer.Observer([__name__], clock=lambda: self.now)
         self.lines: list[dict[str, Any]] = []
         self.passed_on: list[str | None] = []
         self.http: aiohttp.ClientSession

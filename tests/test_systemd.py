@@ -29,6 +29,7 @@ import flows
 import frame
 import handover
 import host
+import journal
 import ledger
 import legacy
 import settings
@@ -387,7 +388,8 @@ def test_a_service_starts_what_is_there(name):
     assert "ExecStartPre" not in unit
     assert unit["RestartPreventExitStatus"] == [str(int(supervisor.Exit.CONFIGURATION))]
     assert unit["Restart"] == ["on-failure"] and seconds(*unit["RestartSec"]) <= 1
-    assert unit["Environment"] == ["PYTHONSAFEPATH=1"]  # asserts are checks: no PYTHONOPTIMIZE
+    # Asserts are checks: no PYTHONOPTIMIZE.
+    assert unit["Environment"] == ["PYTHONSAFEPATH=1", f"{journal.VARIABLE}=json"]
     assert unit["User"] == ["earshot"] and unit["NoNewPrivileges"] == ["yes"]
     assert unit["ProtectSystem"] == ["strict"] and unit["UMask"] == ["0077"]
     assert "AF_UNIX" in unit["RestrictAddressFamilies"][0]
@@ -744,7 +746,7 @@ def test_systemd_restarts_it_without_loss(tmp_path):
                 machine.do("kill", "-s", "KILL", "--kill-whom=main", "earshot-relay.service")
             elif verb == "reload-or-restart":  # it can be reloaded, and is
                 machine.do(verb)
-                media.run(lambda: machine.said("INFO reloaded"))
+                media.run(lambda: machine.said('"message":"reloaded'))
                 assert machine.show("MainPID") == pid
                 continue
             else:
@@ -784,7 +786,7 @@ def test_systemd_stops_it_when_it_has_drained(tmp_path):
         assert machine.show("StatusText") == "draining"
         assert media.lost() == 0
         assert stopping.wait(PATIENCE_S) == 0  # the clients are silent now
-        assert machine.said("relay[") and machine.said("INFO drained")
+        assert machine.said('"logger":"relay"') and machine.said('"message":"drained')
         assert machine.show("ActiveState") == "inactive" and machine.show("Result") == "success"
         assert machine.show("NFileDescriptorStore") == "0"
 
