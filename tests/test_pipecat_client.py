@@ -16,11 +16,12 @@ import pytest
 import pipecat
 import rtvi
 
-from . import guests, test_browser
+from . import guests, test_agents, test_browser
 from .test_browser import LEAD_S, SENTENCE, TAIL_S, in_order, read, silence, written
 
 system = test_browser.system
 launch = test_browser.launch
+keyed_log, keyed = test_agents.keyed_log, test_agents.keyed
 
 Page = Any
 
@@ -75,7 +76,8 @@ def opened(browser: Any, url: str) -> Iterator[Page]:
     yield page
     page.evaluate("guest.client?.disconnect()")
     context.close()
-    assert complaints == []
+    # Of a wrong key the browser and the client complain, as they should.
+    assert [line for line in complaints if "401" not in line] == []
 
 
 @pytest.fixture
@@ -204,6 +206,23 @@ def test_text_and_what_the_other_api_has(page: Page, system: dict[str, Any]) -> 
 def test_a_client_that_asks_first_where_to_offer(page: Page, system: dict[str, Any]) -> None:
     start = system["page"].rstrip("/") + pipecat.START
     connect(page, system, start=start, data={"session": {"instructions": "Be brief."}})
+    answer = page.evaluate("guest.client.sendClientRequest('session.update', { session: {} })")
+    assert answer["session"]["instructions"] == "Be brief."
+    page.evaluate("guest.client.disconnect()")
+    until_gone(system)
+
+
+def test_with_an_ephemeral_key(page: Page, system: dict[str, Any], keyed: str) -> None:
+    """Whose settings count, since the page brings none; a wrong one is refused for good."""
+    url = keyed.rstrip("/") + pipecat.OFFER
+    wrong = page.evaluate(
+        "(options) => guest.connect(options).then(String, String)",
+        {"url": url, "headers": {"Authorization": "Bearer ek_wrong"}},
+    )
+    assert "401" in wrong
+    session = {"type": "realtime", "instructions": "Be brief."}
+    bearer = f"Bearer {test_agents.secret(keyed, test_agents.KEY, session)}"
+    connect(page, system, url=url, headers={"Authorization": bearer})
     answer = page.evaluate("guest.client.sendClientRequest('session.update', { session: {} })")
     assert answer["session"]["instructions"] == "Be brief."
     page.evaluate("guest.client.disconnect()")
