@@ -92,6 +92,12 @@ class Prefix:
     def __repr__(self) -> str:
         return f"Prefix({str(self.network)!r})"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prefix) and self.network == other.network
+
+    def __hash__(self) -> int:
+        return hash(self.network)
+
 
 def inside(prefixes: Iterable[Prefix]) -> Callable[[str], bool]:
     """Whether an address is in any of them."""

@@ -302,6 +302,7 @@ class Listener:
         self._server = runner.server
         self._server.request_handler = _timed(self._server.request_handler)
         self._counters = counters
+        self._at = config.signaling.listen
         self._socket: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._waiting: dict[Place, None] = {}
@@ -326,7 +327,8 @@ class Listener:
         self._socket.setblocking(False)
         self._accepting = asyncio.create_task(self._accept(self._socket))
         port = self._socket.getsockname()[1]  # what the kernel chose, if the setting says 0
-        return endpoints.Endpoint(str(listen).rpartition(":")[0] + f":{port}")
+        self._at = endpoints.Endpoint(str(listen).rpartition(":")[0] + f":{port}")
+        return self._at
 
     async def until(self, stop: asyncio.Event) -> None:
         """Return when `stop` is set. Raises what ended the accepting before that: a fault."""
@@ -348,9 +350,9 @@ class Listener:
             self._socket.close()
 
     @property
-    def scheme(self) -> str:
-        """`https` or `http`."""
-        return "https" if self._tls else "http"
+    def url(self) -> str:
+        """Where the API and the page are."""
+        return f"{'https' if self._tls else 'http'}://{self._at}/"
 
     async def _accept(self, listening: socket.socket) -> None:
         loop, failing = asyncio.get_running_loop(), False

@@ -265,10 +265,10 @@ async def serve(config: settings.Signaling, path: Path) -> None:
     )
     listening = listener.Listener(runner, config, entrance.door.counters)
     try:
-        where = f"{listening.scheme}://{await listening.start()}/"
+        await listening.start()
         loop.add_signal_handler(signal.SIGHUP, _reload, path, config, entrance, listening)
-        _say_who_may_call(entrance, where)
-        log.info("%s is ready, transceivers: %d", where, len(config.signaling.transceivers))
+        _say_who_may_call(entrance, listening)
+        log.info("%s is ready, transceivers: %d", listening.url, len(config.signaling.transceivers))
         await listening.until(stop)
         log.info("stopping")
     finally:
@@ -279,13 +279,13 @@ async def serve(config: settings.Signaling, path: Path) -> None:
         await asyncio.wait([watched])
 
 
-def _say_who_may_call(entrance: Entrance, where: str) -> None:
+def _say_who_may_call(entrance: Entrance, listening: listener.Listener) -> None:
     keys_count = entrance.door.reception.keys_count
     if keys_count is None:
         log.warning(
             "NO API KEYS: whoever reaches %s may call. This is for development alone;"
             " signaling.keys_file is the setting, and `signaling key` makes one.",
-            where,
+            listening.url,
         )
     elif keys_count == 0:
         log.warning("there is no key in signaling.keys_file: nobody may call")
@@ -315,7 +315,8 @@ def _reload(
             log.warning("%s: going on with those from before: %s", what, error)
     for key in _fixed(config, fresh):
         log.warning("%s is changed by a restart, and not by a reload", key)
-    log.info("reloaded, API keys: %s", door.reception.keys_count)
+    _say_who_may_call(entrance, listening)
+    log.info("reloaded")
 
 
 def _fixed(config: settings.Signaling, fresh: settings.Signaling) -> list[str]:

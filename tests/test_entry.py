@@ -157,6 +157,8 @@ def test_keys_come_and_go_with_sighup_and_no_request_is_lost(tmp_path: Path) -> 
 def test_what_a_reload_leaves_alone_is_named(tmp_path: Path) -> None:
     config = write(tmp_path, 9000, "")
     with running(tmp_path, config) as program:
+        program.reload()
+        assert "is changed by" not in program.log
         text = config.read_text()
         config.write_text(text.replace("9000", "9001").replace("id = 1", "id = 2"))
         program.reload()
@@ -173,7 +175,9 @@ def test_without_keys_it_says_so_loudly(tmp_path: Path) -> None:
         )
     private(tmp_path / "api-keys", "# none yet\n")
     with running(tmp_path, write(tmp_path, 9000, 'keys_file = "api-keys"')) as program:
-        assert "there is no key in signaling.keys_file: nobody may call" in program.log
+        program.said("there is no key in signaling.keys_file: nobody may call")
+        program.reload()
+        program.said("there is no key in signaling.keys_file: nobody may call", 2)
         assert "NO API KEYS" not in program.log
 
 

@@ -461,7 +461,7 @@ def test_https_and_wss(tmp_path: Path) -> None:
 
     async def run() -> None:
         async with staged(tmp_path, TLS) as stage:
-            assert stage.listener.scheme == "https"
+            assert stage.listener.url == f"https://127.0.0.1:{stage.at[1]}/"
             host = f"127.0.0.1:{stage.at[1]}"
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trust)) as http:
                 for _ in range(2):
