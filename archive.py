@@ -29,6 +29,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import ledger
+import metrics
 import opening
 import records
 import redisclient
@@ -72,6 +74,7 @@ ENDED_MAX = 256
 ENDED_OCTETS_MAX = 8 << 20
 """Records of calls that ended here which are kept in this process, the oldest being dropped."""
 
+Count = metrics.Transceiver
 log = logging.getLogger("archive")
 
 
@@ -113,8 +116,10 @@ class Archive:
         resume_s: float,
         unix: Callable[[], float],
         redis: redisclient.Client | None = None,
+        counters: ledger.Counters | None = None,
     ) -> None:
         """With `resume_s` of 0 nothing is kept. `unix` tells seconds since 1970."""
+        self._counters = counters or ledger.Counters(metrics.Transceiver)
         self._sealer = records.sealer(keyring)
         self._resume_s, self._unix, self._redis = resume_s, unix, redis
         self._ttl_ms = b"%d" % round(1000 * resume_s)
@@ -137,8 +142,8 @@ class Archive:
         known = self._written.get(call.call_id)
         if known is None:
             known = self._written[call.call_id] = _Written()
-            if call.opening.resume is not None:
-                self.forget(call.opening.resume)
+            if call.opening.resume is not None and call.opening.past is not None:
+                self._forget(call.opening.resume)
         if self._redis is None:
             return
         if self._redis.up != self._was_up:
@@ -154,24 +159,24 @@ class Archive:
             if octets:
                 self._put(records.name_of(call.call_id), octets)
 
-    def keep(self, call: Call) -> None:
-        """A call has ended, and may be gone on with."""
+    def ended(self, call: Call, *, over: bool = False, moved: bool = False) -> None:
+        """A call has ended, and may be gone on with unless it is `over`: it was hung up. If it has
+        `moved`, another transceiver has read its record, and will delete it."""
         self._written.pop(call.call_id, None)
-        if not self._resume_s or call.live_at is None:
-            return
-        octets = self._sealed(call)
-        if not octets:
-            return
-        self._drop(call.call_id)
-        self._ended[call.call_id] = octets
-        self._ended_octets += len(octets)
-        while len(self._ended) > ENDED_MAX or self._ended_octets > ENDED_OCTETS_MAX:
-            self._drop(next(iter(self._ended)))
-        self._put(records.name_of(call.call_id), octets)
+        if over:
+            self._forget(call.call_id)
+        elif moved:
+            self._waiting_octets -= len(self._waiting.pop(records.name_of(call.call_id), b""))
+        elif self._resume_s and call.live_at is not None and (octets := self._sealed(call)):
+            self._drop(call.call_id)
+            self._ended[call.call_id] = octets
+            self._ended_octets += len(octets)
+            while len(self._ended) > ENDED_MAX or self._ended_octets > ENDED_OCTETS_MAX:
+                self._drop(next(iter(self._ended)))
+            self._put(records.name_of(call.call_id), octets)
 
-    def forget(self, call_id: str) -> None:
+    def _forget(self, call_id: str) -> None:
         """There is nothing to go on with any more: the call was hung up, or goes on in another."""
-        self._written.pop(call_id, None)
         self._drop(call_id)
         if self._resume_s:
             self._put(records.name_of(call_id), b"")
@@ -236,6 +241,9 @@ class Archive:
             replies = [error] * len(commands)
         taken = not commands
         refusal = ""
+        failed = sum(isinstance(reply, Exception) for reply in replies)
+        self._counters.values[Count.RECORDS_FAILED] += failed
+        self._counters.values[Count.RECORDS_WRITTEN] += len(replies) - failed
         for (name, octets), reply in zip(batch.items(), replies, strict=True):
             if isinstance(reply, redisclient.Unavailable):
                 if name not in self._waiting:  # else there is a newer one

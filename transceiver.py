@@ -79,6 +79,7 @@ check within a round trip of the answer."""
 
 HUNG_UP = "hung up by request"
 RESUMED = "its conversation goes on in another call"
+MOVED = "its conversation goes on at another transceiver"
 """Reasons why calls end here."""
 
 Count = metrics.Transceiver
@@ -122,7 +123,9 @@ class Transceiver:
         self._redis = redisclient.configured(config.redis, log)
         self._announcer = presence.Announcer(self._redis, self.limits.listen, self.health, unix)
         self._started, self._beats = unix(), itertools.count(1)
-        self._archive = archive.Archive(self._keyring, self.limits.resume_s, unix, self._redis)
+        self._archive = archive.Archive(
+            self._keyring, self.limits.resume_s, unix, self._redis, self.counters
+        )
         self._backends = backend.Backends(
             config.backend, config.model, self.counters, clock, self.timings
         )
@@ -287,7 +290,7 @@ class Transceiver:
         """End a call by request; or because its conversation goes on at another transceiver."""
         if not resumed:  # else its client is there, too
             call.farewell()
-        self.ended(call, RESUMED if resumed else HUNG_UP)
+        self.ended(call, MOVED if resumed else HUNG_UP)
 
     def attended(self, call: Session, message: str | bytes, attendant: Attendant) -> None:
         """An event of a call's attendant."""
@@ -335,10 +338,7 @@ class Transceiver:
         if self.sessions.pop(session.call_id, None) is None:
             return
         del self._wheel[self._slots.pop(session) % TICK_STEPS][session]
-        if reason in (HUNG_UP, LEFT):
-            self._archive.forget(session.call_id)
-        else:
-            self._archive.keep(session)
+        self._archive.ended(session, over=reason in (HUNG_UP, LEFT), moved=reason == MOVED)
         self.counters.values[Count.SESSIONS_CLOSED] += 1
         if (counted := ENDINGS.get(reason)) is not None:
             self.counters.values[counted] += 1

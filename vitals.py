@@ -112,6 +112,12 @@ class Transceiver(ledger.Kinds):
     SESSIONS_OPENED = "sessions", "Offers answered."
     SESSIONS_CONNECTED = "sessions", "Sessions whose media became live."
     RESUMED = "sessions", "Of those opened, ones that go on with the conversation of another call."
+    RECORDS_WRITTEN = "records", "Of conversations, written to Redis for other transceivers."
+    RECORDS_FAILED = (
+        "records",
+        "Attempts to write one that Redis did not take.",
+        "Redis is away or full: should this process die now, its conversations are lost.",
+    )
     RESUME_UNAVAILABLE = (
         "sessions",
         "Of those opened, ones that asked for a conversation that is not known, or not to them.",

@@ -16,6 +16,7 @@ import realtime
 import records
 import redisclient
 import ufrag
+from metrics import Transceiver as Count
 
 from . import redises
 
@@ -59,9 +60,11 @@ class FakeRedis:
 class Call:
     """A call whose conversation is a number."""
 
-    def __init__(self, call_id: str = CALL, resume: str | None = None) -> None:
+    def __init__(
+        self, call_id: str = CALL, resume: str | None = None, past: tuple[Any, ...] | None = ()
+    ) -> None:
         self.call_id, self.live_at = call_id, 0.0
-        self.opening = opening.Opening("", None, (), resume=resume)
+        self.opening = opening.Opening("", None, (), resume=resume, past=past)
         self.revision, self.replies, self.octets = 0, False, 0
 
     def record(self) -> records.Record:
@@ -132,12 +135,12 @@ def test_nothing_is_written_before_a_call_is_live_or_where_nothing_is_to_be_kept
         bench, call = Bench(FakeRedis()), Call()
         call.live_at = None  # type: ignore[assignment]
         assert await bench.look(call, 1.0) == 0
-        bench.archive.keep(call)
+        bench.archive.ended(call)
         assert await bench.found() is None
         never = Bench(FakeRedis(), resume_s=0.0)
         assert await never.look(Call(), 1.0) == 0
-        never.archive.keep(Call())
-        never.archive.forget(CALL)
+        never.archive.ended(Call())
+        never.archive.ended(Call(), over=True)
         assert never.archive._waiting == {}
         assert await never.found() is None
 
@@ -150,7 +153,7 @@ def test_hung_up_is_deleted_and_lost_is_kept() -> None:
         assert bench.redis is not None
         await bench.look(call)
         call.revision = 7
-        bench.archive.keep(call)
+        bench.archive.ended(call)
         assert await bench.found() == "7"  # from here, whatever Redis has
         while bench.archive._waiting:
             await bench.archive._write()
@@ -158,7 +161,7 @@ def test_hung_up_is_deleted_and_lost_is_kept() -> None:
         assert await elsewhere.found() == "7"
         elsewhere.unix += 300 + records.SKEW_S + 1
         assert await elsewhere.found() is None
-        bench.archive.forget(CALL)
+        bench.archive.ended(call, over=True)
         assert await bench.found() is None
         bench.archive.start()
         await bench.archive.stop()
@@ -173,6 +176,8 @@ def test_the_record_goes_when_the_call_that_goes_on_with_it_is_live() -> None:
         first, second = Bench(redis), Bench(redis)
         await first.look(Call())
         assert await second.found() == "0"
+        await second.look(Call("rtc_stranger", resume=CALL, past=None))
+        assert await second.found() == "0"  # that one was told that there is no such call
         again = Call(NEXT, resume=CALL)
         again.live_at = None  # type: ignore[assignment]
         await second.look(again, 1.0)
@@ -180,7 +185,23 @@ def test_the_record_goes_when_the_call_that_goes_on_with_it_is_live() -> None:
         again.live_at = 1.0
         await second.look(again)
         assert await second.found() is None
-        assert set(redis.stored) == {records.name_of(NEXT)}
+        assert records.name_of(CALL) not in redis.stored
+
+    asyncio.run(scene())
+
+
+def test_what_has_moved_elsewhere_is_left_to_whoever_has_it_now() -> None:
+    async def scene() -> None:
+        bench, call = Bench(FakeRedis()), Call()
+        assert bench.redis is not None
+        await bench.look(call)
+        call.revision = 1
+        bench.archive.look(call, bench.now + 1)
+        bench.archive.ended(call, moved=True)
+        assert bench.archive._waiting == {} and bench.archive._waiting_octets == 0
+        assert await bench.found() == "0"  # as the other one has read it
+        bench.redis.stored.clear()
+        assert await bench.found() is None
 
     asyncio.run(scene())
 
@@ -189,19 +210,19 @@ def test_without_redis_a_call_that_ended_here_can_be_resumed_here() -> None:
     async def scene() -> None:
         bench, call = Bench(None), Call()
         bench.archive.look(call, 1.0)
-        bench.archive.keep(call)
+        bench.archive.ended(call)
         assert await bench.found() == "0"
-        bench.archive.forget(CALL)
+        bench.archive.ended(call, over=True)
         assert await bench.found() is None
         for number in range(archive.ENDED_MAX + 1):
-            bench.archive.keep(Call(f"rtc_{number}"))
+            bench.archive.ended(Call(f"rtc_{number}"))
         assert await bench.found("rtc_0") is None
         assert await bench.found("rtc_1") == "0"
         large = Call("rtc_large")
         large.octets = 300_000
         for number in range(40):
             large.call_id = f"rtc_large{number}"
-            bench.archive.keep(large)
+            bench.archive.ended(large)
         assert bench.archive._ended_octets <= archive.ENDED_OCTETS_MAX
         assert bench.archive._ended_octets == sum(map(len, bench.archive._ended.values()))
 
@@ -256,6 +277,8 @@ def test_a_redis_that_is_away_costs_nothing_and_gets_everything_when_it_is_back(
         assert set(redis.stored) == {records.name_of(CALL), records.name_of(NEXT)}
         assert await bench.found() == "2"
         assert bench.archive._waiting_octets == 0
+        assert bench.archive._counters[Count.RECORDS_FAILED] == 1
+        assert bench.archive._counters[Count.RECORDS_WRITTEN] == 4
 
     with caplog.at_level(logging.INFO, "archive"):
         asyncio.run(scene())
@@ -309,7 +332,7 @@ def test_a_fault_costs_the_record_and_not_the_call(caplog: pytest.LogCaptureFixt
         call.octets = -1
         call.record = lambda: 1 // 0  # type: ignore[assignment,method-assign,return-value]
         assert await bench.look(call, 1.0) == 0
-        bench.archive.keep(call)
+        bench.archive.ended(call)
         assert await bench.found() is None
 
     asyncio.run(scene())
@@ -410,7 +433,7 @@ def test_what_it_costs_and_that_it_is_there(tmp_path: Path) -> None:
         assert found is not None and found.key == "one"
         assert [item["id"] for item in found.items][:3] == ["u1", "a1", "u2"]
         assert b"What was said" not in server.do("GET", records.name_of("rtc_7"))
-        elsewhere.forget("rtc_7")
+        elsewhere.ended(talks[7], over=True)
         assert await elsewhere._write()
         assert server.do("DBSIZE") == CALLS - 1
         server.kill()

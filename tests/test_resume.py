@@ -1,8 +1,10 @@
 """A conversation goes on in another call: where it was, elsewhere, and on the demo page."""
 
 import asyncio
+import contextlib
 import json
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import settings
 import ufrag
 from metrics import Transceiver as Count
 
-from . import servers, shim
+from . import redises, servers, shim
 from .test_model_calls import BACKEND
 from .test_signaling import CALLS, OFFER, Stage, mint, staged, unused_port
 from .test_transceiver import ROOT, House, configure, house, types
@@ -223,6 +225,74 @@ def test_a_model_server_is_told_of_everything_before_anything_new(tmp_path: Path
                 await on.stop()
 
     asyncio.run(both())
+
+
+# --- at another transceiver ----------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def two(folder: Path, url: str, redis: redises.Server) -> AsyncIterator[list[House]]:
+    """Two transceivers with one Redis and one model server."""
+    houses = []
+    for name in ("here", "there"):
+        (folder / name).mkdir()
+        extra = BACKEND.format(url=url, retry_s=20.0, answer_s=5.0)
+        extra += f'[redis]\nurl = "redis://127.0.0.1:{redis.port}/0"\n'
+        path = configure(folder / name, extra=extra, limits="sessions_max = 9")
+        houses.append(House(settings.load(path, settings.Transceiver), time.monotonic))
+    for each in houses:
+        await each.start()
+    try:
+        yield houses
+    finally:
+        for each in houses:
+            await each.stop()
+
+
+def test_another_transceiver_goes_on_with_the_record(tmp_path: Path) -> None:
+    async def run(url: str) -> None:
+        redis = redises.Server(tmp_path / "redis").start()
+        try:
+            async with two(tmp_path, url, redis) as (here, there):
+                await scenario(here, there, redis)
+        finally:
+            redis.close()
+
+    async def scenario(here: House, there: House, redis: redises.Server) -> None:
+        first, old = await place(here, key="one", session={"instructions": "Be kind."})
+        await write(first, "i1", "Hello.")
+        written = here.transceiver.counters
+        await shim.until(lambda: written[Count.RECORDS_WRITTEN] >= 2)
+        (name,) = redis.do("KEYS", "earshot:record:*")
+        assert b"Be kind" not in redis.do("GET", name)
+
+        thief, _ = await place(there, key="two", resume=old)
+        await shim.until(lambda: events(thief, "error"))
+        await shim.until(lambda: len(redis.do("KEYS", "earshot:record:*")) == 2)
+        assert redis.do("EXISTS", name)
+
+        second, new = await place(there, key="one", resume=old)
+        assert events(second, "session.created")[0]["session"]["instructions"] == "Be kind."
+        await shim.until(lambda: len(kept(second)) == 1)
+        assert kept(second) == [("i1", "completed", "Hello.")]
+        await knows(second, "i1")
+        # It is live, so that what was before is nobody's any more; signaling says so to the owner.
+        await shim.until(lambda: not redis.do("EXISTS", name))
+        url = f"{here.url}/v1/sessions/{old}?resumed"
+        async with here.http.delete(url, headers={"X-Earshot-Key": "one"}) as response:
+            assert response.status == 200
+        assert here.transceiver.find(old) is None
+        again, _ = await place(here, key="one", resume=old)
+        await shim.until(lambda: events(again, "error"))
+
+        redis.kill()
+        third, _ = await place(here, key="one", resume=new)
+        await shim.until(lambda: events(third, "error"))
+        assert types(third) == ["session.created", "error"]
+        await write(second, "i2", "Nobody notices.")
+
+    with servers.serving() as server:
+        asyncio.run(run(server.url))
 
 
 # --- who is asked --------------------------------------------------------------------------------
