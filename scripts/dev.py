@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -93,13 +94,14 @@ class System:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self._falls: dict[str, list[float]] = {}
 
-    def start(self, name: str, *argv: str | Path, ready: str | None = " ready") -> None:
-        """Start a program and wait until its log has `ready`. Raises StartError with the log."""
+    def start(self, name: str, *argv: str | Path, ready: str | None = r"\bready\b") -> None:
+        """Start a program and wait until its log has `ready`, a regular expression, in either form
+        of our logs. Raises StartError with the log."""
         path = self.state_dir / f"{name}.log"
         path.unlink(missing_ok=True)
         process = self._launch(name, argv)
         deadline = time.monotonic() + START_SECONDS_MAX
-        while ready and ready not in path.read_text(errors="replace"):
+        while ready and not re.search(ready, path.read_text(errors="replace")):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise StartError(f"{name} did not start; {self.log_tail(name)}")
             time.sleep(0.02)

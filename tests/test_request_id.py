@@ -1,19 +1,29 @@
 """A request's id at the transceiver: the nonce of the hint, and the key to a call's one line."""
 
+import asyncio
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 import journal
+import observer
 import ufrag
 
 from . import shim
 from .test_transceiver import House, closed, house, types
+
+BIN = Path(sys.executable).parent
+DEV = [sys.executable, Path(__file__).resolve().parent.parent / "scripts" / "dev.py"]
 
 
 def nonce(on: House, call_id: str) -> str:
@@ -145,3 +155,62 @@ def test_it_is_ready_while_it_would_take_a_call(tmp_path: Path, trouble: str) ->
             assert response.status == 200
 
     house(tmp_path, scenario, limits="sessions_max = 1")
+
+
+def test_one_id_in_signaling_the_relay_and_the_transceiver(tmp_path: Path) -> None:
+    """The whole system, and a call whose request is found in all of its programs."""
+    system = subprocess.Popen(
+        [*DEV, "--free-ports", "--json", "--state-dir", tmp_path / "state"],
+        stdout=subprocess.PIPE,
+        env=os.environ | {journal.VARIABLE: "json"},
+    )
+
+    def lines(program: str) -> list[dict[str, Any]]:
+        whole = (tmp_path / "state" / f"{program}.log").read_bytes().rpartition(b"\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
+
+    async def call(page: str) -> str:
+        """Call, look at the relay's flows, hang up; the call's request id."""
+        client = shim.Client()
+        url, asked = f"{page}v1/realtime/calls", {observer.HEADER: "mine, and nobody's nonce"}
+        async with aiohttp.ClientSession() as http:
+            headers = {"Content-Type": "application/sdp", **asked}
+            offer = await client.offer()
+            async with http.post(url, data=offer, headers=headers) as response:
+                assert response.status == 201
+                request_id = response.headers[observer.HEADER]
+                location = response.headers["Location"]
+                await client.accept(await response.text())
+            await shim.until(lambda: "session.created" in types(client))
+            argv = [BIN / "relay", "flows", "--config", tmp_path / "state" / "relay.toml"]
+            shown = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+            assert [line.split()[-1] for line in shown.splitlines()] == [request_id], shown
+            async with http.delete(f"{page.rstrip('/')}{location}") as response:
+                assert response.status == 200
+                hung_up_by = response.headers[observer.HEADER]
+            await closed(client)
+        await client.close()
+        written = lines("signaling")
+        (made,) = [line for line in written if line.get("request_id") == request_id]
+        assert made["status"] == 201 and made["client_request_id"] == asked[observer.HEADER]
+        ended = [
+            line
+            for program in ("transceiver-1", "transceiver-2")
+            for line in lines(program)
+            if line.get("request_id") == request_id
+        ]
+        by = [line["by_request_id"] for line in ended if "by_request_id" in line]
+        assert by == [hung_up_by]
+        assert len([line for line in ended if "duration_s" in line]) == 1
+        assert all(line["call"] == made["call"] for line in ended if "call" in line)
+        everything = json.dumps([written, ended])
+        assert location.rpartition("/")[2] not in everything  # nobody can join by a log
+        return request_id
+
+    try:
+        assert system.stdout is not None
+        about = json.loads(system.stdout.readline())
+        print(asyncio.run(call(about["page"])))
+    finally:
+        system.send_signal(signal.SIGINT)
+        assert system.wait(30) == 0
