@@ -50,7 +50,10 @@ LEASE_S = 1.5
 dies is gone for everybody within two seconds."""
 
 READ_S = 0.3
-"""Between two readings of signaling: two round trips, of some octets a transceiver."""
+"""Between two readings of signaling: 30 us and some hundred octets a transceiver."""
+
+BATCH = 64
+"""Reports that are read with one round trip: offers wait 2 ms for their reading at the most."""
 
 SWEEP_S = 10.0
 """How long a name without a report is kept among the names: its transceiver may only be late."""
@@ -262,24 +265,31 @@ class Reader:
             [(b"ZRANGE", NAMES, b"0", b"%d" % (TRANSCEIVERS_MAX - 1), b"REV")]
         )
         names = _names(listed)
-        end = b"%d" % REPORT_OCTETS_MAX  # an octet more than may be
-        wanted: list[redisclient.Command] = [(b"GETRANGE", PREFIX + n, b"0", end) for n in names]
-        stale = [name for name, since in self._empty.items() if now - since > SWEEP_S]
-        if stale:
-            wanted.append((b"ZREM", NAMES, *stale))
-        replies = await self._client.run(wanted) if wanted else []
-        found, empty = {}, {}
-        for name, value in zip(names, replies, strict=False):
-            if isinstance(value, redisclient.Unavailable):
-                raise value
-            if value == b"" and name not in stale:
-                empty[name] = self._empty.get(name, now)
-            elif value != b"":
+        found: dict[endpoints.Endpoint, Report] = {}
+        empty: dict[bytes, float] = {}
+        for first in range(0, len(names), BATCH):
+            batch = names[first : first + BATCH]
+            for name, value in zip(batch, await self._values(batch), strict=True):
+                if value == b"":
+                    empty[name] = self._empty.get(name, now)
+                    continue
                 endpoint, report = self._judged(name, value)
                 if endpoint is not None and report is not None:
                     found[endpoint] = report
-        self._empty = empty
+        stale = {name for name, since in empty.items() if now - since > SWEEP_S}
+        if stale:
+            await self._client.run([(b"ZREM", NAMES, *stale)])
+        self._empty = {name: since for name, since in empty.items() if name not in stale}
         return found
+
+    async def _values(self, names: list[bytes]) -> list[Any]:
+        """What is written under each name, as far as it may be read; nothing is an empty one."""
+        end = b"%d" % REPORT_OCTETS_MAX  # an octet more than may be
+        values = await self._client.run([(b"GETRANGE", PREFIX + n, b"0", end) for n in names])
+        for value in values:
+            if isinstance(value, redisclient.Unavailable):
+                raise value
+        return values
 
     def _judged(self, name: bytes, value: Any) -> tuple[endpoints.Endpoint | None, Report | None]:
         try:
