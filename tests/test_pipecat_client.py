@@ -143,6 +143,8 @@ def test_a_spoken_turn(page: Page, system: dict[str, Any]) -> None:
     ready = connect(page, system)
     assert ready["version"] == rtvi.VERSION
     assert page.evaluate("guest.client.state") == "ready"
+    answered = page.evaluate("guest.peers[0].getTransceivers().map((t) => t.currentDirection)")
+    assert answered == ["sendrecv", "inactive", "inactive"]
     until(page, "guest.loudness() > 0.02")
     until(page, "guest.names().includes('onBotStoppedSpeaking')")
     names = page.evaluate("guest.names()")

@@ -2,7 +2,8 @@
 // shows it, and keeps what it hears: `guest` is what a test calls and looks at.
 //
 // The transport's own media manager loads a part of itself from a server on the Internet; this is the
-// other one that comes with it.
+// other one that comes with it, made to look as if it could share a screen: so the offer has two video
+// lines, as with the first one.
 import { PipecatClient } from "@pipecat-ai/client-js";
 import { SmallWebRTCTransport, WavMediaManager } from "@pipecat-ai/small-webrtc-transport";
 
@@ -51,8 +52,10 @@ guest.connect = async ({ url, start = null, headers = {}, data = null, transport
   const callbacks = Object.fromEntries(
     kept.map((name) => [name, (found) => guest.heard.push([name, found ?? null])]),
   );
+  const mediaManager = new WavMediaManager();
+  mediaManager._supportsScreenShare = true;
   const client = new PipecatClient({
-    transport: new SmallWebRTCTransport({ mediaManager: new WavMediaManager(), ...transport }),
+    transport: new SmallWebRTCTransport({ mediaManager, ...transport }),
     enableMic: true,
     callbacks: {
       ...callbacks,
