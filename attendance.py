@@ -20,14 +20,14 @@ RFC 6455 https://www.rfc-editor.org/rfc/rfc6455
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 from aiohttp import WSMsgType, web
 
 import ledger
 import metrics
-from attendants import TOO_SLOW, Attendant
+from attendants import TOO_SLOW, TOO_SLOW_REASON, Attendant
 
 HEARTBEAT_S = 20.0
 """A ping so often: an attendant whose machine has gone is noticed, and proxies in between see that
@@ -39,6 +39,9 @@ conversation takes, but not that large, gets an `error` like any other event."""
 
 SHARE = 9
 """An attendant has a tenth of the process's time: an event of 100 us costs it a wait of 1 ms."""
+
+SLOW_S = 5.0
+"""How long one message may take to leave. A network that takes longer has a worse trouble."""
 
 CLOSE_S = 2.0
 """How long an attendant may take to say goodbye. It is on this side of the relay: a round trip."""
@@ -78,13 +81,14 @@ async def serve(
     counters.values[Count.SIDEBANDS] += 1
     try:
         await socket.prepare(request)
-        writing = asyncio.create_task(_write(socket, attendant, news))
+        writing = asyncio.create_task(_write(request, socket, attendant, news))
         try:
             await _read(socket, attendant, hear)
         finally:
             writing.cancel()
             with contextlib.suppress(asyncio.CancelledError, ConnectionError):
                 await writing
+            cut(request)
     finally:
         call.unattend(attendant)
         counters.values[Count.SIDEBANDS] -= 1
@@ -102,14 +106,51 @@ async def _read(socket: web.WebSocketResponse, attendant: Attendant, hear: Hear)
             await asyncio.sleep(SHARE * (time.monotonic() - started))
 
 
-async def _write(socket: web.WebSocketResponse, attendant: Attendant, news: asyncio.Event) -> None:
+async def _write(
+    request: web.Request, socket: web.WebSocketResponse, attendant: Attendant, news: asyncio.Event
+) -> None:
     """Send what there is for the attendant, and at the end the reason."""
-    while True:
+    while attendant.over is None:
         await news.wait()
         news.clear()
-        for message in attendant.take():
-            await socket.send_str(message)
-        if attendant.over is not None:
-            code, reason = attendant.over
-            await socket.close(code=code, message=reason.encode()[:REASON_OCTETS_MAX])
-            return
+        try:
+            for message in attendant.take():
+                await sent(socket.send_str(message))
+        except TimeoutError:
+            attendant.end(TOO_SLOW, TOO_SLOW_REASON)
+    code, reason = attendant.over
+    await part(request, socket, code, reason.encode())
+
+
+async def sent(sending: Coroutine[Any, Any, None]) -> None:
+    """Wait for a message to leave. Raises TimeoutError if that takes SLOW_S.
+
+    It is not cancelled then, nor ever: aiohttp waits for a full socket by one future for all, and
+    with that the goodbye would be cancelled, too. It ends with the connection.
+    """
+    task = asyncio.create_task(sending)
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    done, _ = await asyncio.wait((task,), timeout=SLOW_S)
+    if not done:
+        raise TimeoutError
+    task.result()
+
+
+async def part(
+    request: web.Request, socket: web.WebSocketResponse, code: int, reason: bytes
+) -> None:
+    """Say goodbye. Who does not take even that is cut off, or the kernel would wait for ever."""
+    try:
+        async with asyncio.timeout(2 * CLOSE_S):
+            await socket.close(code=code, message=reason[:REASON_OCTETS_MAX], drain=False)
+    except (TimeoutError, ConnectionError):
+        pass
+    finally:
+        cut(request)
+
+
+def cut(request: web.Request) -> None:
+    """End a connection whose other end does not take what is left for it."""
+    transport = request.transport
+    if isinstance(transport, asyncio.WriteTransport) and transport.get_write_buffer_size():
+        transport.abort()

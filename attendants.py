@@ -34,6 +34,8 @@ error about an older one has nobody to go to but all."""
 ENDED, TOO_SLOW = 1000, 1008
 """Close codes of a WebSocket (RFC 6455 section 7.4.1): the call has ended; it read too slowly."""
 
+TOO_SLOW_REASON = "This sideband reads too slowly."
+
 
 class Crowded(Exception):
     """There is no room for another attendant."""
@@ -57,7 +59,7 @@ class Attendant:
         self._octets += len(message)
         if self._octets > WAITING_OCTETS_MAX:
             self._waiting = []
-            self.end(TOO_SLOW, "This sideband reads too slowly.")
+            self.end(TOO_SLOW, TOO_SLOW_REASON)
             return
         self._waiting.append(message)
         self._ready()

@@ -294,7 +294,11 @@ class Placement:
         url = f"{self.owner(call_id)}/sessions/{call_id}/events"
         try:
             return await self._lasting.ws_connect(
-                url, headers={KEY_HEADER: key}, heartbeat=attendance.HEARTBEAT_S, max_msg_size=0
+                url,
+                headers={KEY_HEADER: key},
+                heartbeat=attendance.HEARTBEAT_S,
+                timeout=aiohttp.ClientWSTimeout(ws_close=attendance.CLOSE_S),
+                max_msg_size=attendance.MESSAGE_OCTETS_MAX,
             )
         except aiohttp.WSServerHandshakeError as error:
             if error.status == 404:

@@ -12,7 +12,7 @@ Rules that stay true:
 - The key is admitted like any other, an ephemeral one too, in a header or a subprotocol. A call is
   attended under the key that opened it, or by an ephemeral key of that one.
 - Messages pass as they are, one at a time: nothing is kept between the two connections but what
-  the kernel and aiohttp hold. Who takes none for SLOW_S is let go.
+  the kernel and aiohttp hold. Who takes none for seconds is let go.
 - Who is left hears why: the transceiver's close code and reason are handed on.
 
 It knows nothing of events (attendants.py does), and any instance will do.
@@ -22,13 +22,14 @@ RFC 6455 https://www.rfc-editor.org/rfc/rfc6455
 """
 
 import asyncio
-import logging
+import contextlib
 from typing import TypeAlias
 
 import aiohttp
 from aiohttp import WSMsgType, web
 
 import attendance
+from attendants import TOO_SLOW, TOO_SLOW_REASON
 from door import Door
 from intake import Refusal
 
@@ -37,15 +38,9 @@ PATH = "/v1/realtime"
 PROTOCOL = "realtime"
 """The only subprotocol that is ever answered: those beside it carry a key."""
 
-SLOW_S = 5.0
-"""How long one message may take to be handed on. The transceiver gives up too, once so much waits
-for us (attendants.py)."""
+GONE, LOST = 1001, 1011
+"""Close codes (RFC 6455 section 7.4.1): this process stops; the transceiver is away."""
 
-GONE, TOO_SLOW, LOST = 1001, 1008, 1011
-"""Close codes (RFC 6455 section 7.4.1): this process stops; it read too slowly; the transceiver is
-away."""
-
-log = logging.getLogger("sideband")
 Socket: TypeAlias = "web.WebSocketResponse | aiohttp.ClientWebSocketResponse"
 End: TypeAlias = tuple[int, bytes]
 """A close code and a reason."""
@@ -78,9 +73,12 @@ def routes(door: Door) -> list[web.RouteDef]:
         try:
             await socket.prepare(request)
             code, reason = await _between(socket, owner, door.stopping)
-            await socket.close(code=code, message=reason)
+            await attendance.part(request, socket, code, reason)
         finally:
-            await owner.close()
+            attendance.cut(request)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(2 * attendance.CLOSE_S):
+                    await owner.close()
         return socket
 
     return [web.get(PATH, attend, allow_head=False)]
@@ -111,17 +109,16 @@ async def _hand_on(source: Socket, sink: Socket) -> End:
     try:
         while True:
             message = await source.receive()
-            async with asyncio.timeout(SLOW_S):
-                if message.type is WSMsgType.TEXT:
-                    await sink.send_str(message.data)
-                elif message.type is WSMsgType.BINARY:
-                    await sink.send_bytes(message.data)
-                elif message.type is WSMsgType.CLOSE:
-                    return _sendable(message.data), (message.extra or "").encode()
-                else:
-                    return LOST, b"The transceiver of this call is away."
+            if message.type is WSMsgType.TEXT:
+                await attendance.sent(sink.send_str(message.data))
+            elif message.type is WSMsgType.BINARY:
+                await attendance.sent(sink.send_bytes(message.data))
+            elif message.type is WSMsgType.CLOSE:
+                return _sendable(message.data), (message.extra or "").encode()
+            else:
+                return LOST, b"The transceiver of this call is away."
     except TimeoutError:
-        return TOO_SLOW, b"This sideband reads too slowly."
+        return TOO_SLOW, TOO_SLOW_REASON.encode()
     except ConnectionError:
         return LOST, b"The transceiver of this call is away."
 

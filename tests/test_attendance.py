@@ -17,6 +17,7 @@ from aiortc.mediastreams import AudioStreamTrack
 
 import attendance
 import attendants
+import transceiver
 from metrics import Transceiver as Count
 
 from . import shim
@@ -192,6 +193,30 @@ def test_an_event_that_meets_a_fault_ends_the_call_and_no_other(
             assert (await until(socket, "error"))["error"]["code"] == "internal_error"
             assert await end(socket) == (1000, "a fault in the server")
         assert len(sessions(on)) == 1
+
+    house(tmp_path, scenario)
+
+
+def test_one_that_never_reads_does_not_keep_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attendance, "SLOW_S", 1e6)
+    monkeypatch.setattr(attendance, "HEARTBEAT_S", 1e6)
+    monkeypatch.setattr(transceiver, "STOP_S", 0.5)
+
+    async def scenario(on: House) -> None:
+        async with attending(on, await offered(on)):
+            (call,) = sessions(on)
+            turns_without = 0
+            while turns_without < 500:  # then nothing has moved for a while
+                (attendant,) = call._conversation.attendants._here
+                turns_without += 1
+                if attendant._octets < attendants.WAITING_OCTETS_MAX // 2:
+                    call._emitted({"type": "rate_limits.updated", "text": "x" * 50_000})
+                    turns_without = 0
+                await asyncio.sleep(0)
+            async with asyncio.timeout(shim.WAIT_S):
+                await on.transceiver.stop()
 
     house(tmp_path, scenario)
 

@@ -13,6 +13,7 @@ from aiohttp import WSMsgType, web
 from aiortc.contrib.media import MediaPlayer
 from aiortc.mediastreams import AudioStreamTrack
 
+import attendance
 import attendants
 import settings
 import sideband
@@ -40,17 +41,18 @@ class Site:
         self.at: list[aiohttp.ClientSession] = []
         self.clients: list[shim.Client] = []
 
-    async def call(self, token: str = KEY) -> tuple[shim.Client, str]:
-        """A connected client of the first instance, and its call id."""
+    async def call(self, token: str = KEY, *, comes: bool = True) -> tuple[shim.Client, str]:
+        """A client of the first instance, connected unless it never comes; and its call id."""
         client = shim.Client()
         self.clients.append(client)
         headers = bearer(token) | {"Content-Type": "application/sdp"}
         text = await client.offer(AudioStreamTrack())
         async with self.at[0].post(CALLS, data=text, headers=headers) as response:
             assert response.status == 201, await response.text()
-            await client.accept(await response.text())
             call_id = response.headers["Location"].rpartition("/")[2]
-        await shim.until(lambda: client.messages)
+            if comes:
+                await client.accept(await response.text())
+                await shim.until(lambda: client.messages)
         return client, call_id
 
     def attended(self) -> int:
@@ -293,7 +295,7 @@ def test_one_that_breaks_off_leaves_nothing_behind(tmp_path: Path) -> None:
         # A message that is too long to be read ends the sideband, and no call.
         async with attending(on, call_id) as socket:
             await told(socket)
-            await socket.send_str("x" * (sideband.attendance.MESSAGE_OCTETS_MAX + 1))
+            await socket.send_str("x" * (attendance.MESSAGE_OCTETS_MAX + 1))
             assert (await end(socket))[0] == aiohttp.WSCloseCode.MESSAGE_TOO_BIG
         await shim.until(lambda: on.attended() == 0)
         assert client.pc.connectionState == "connected"
@@ -343,24 +345,44 @@ def test_a_transceiver_that_is_lost_is_told_of(
     at_site(tmp_path, scenario)
 
 
+async def talk_until_it_is_dropped(on: Site) -> None:
+    """A call that nobody has come to, without a data channel: its backend says a lot, but no more
+    at a time than the transceiver keeps for an attendant, so that it is a matter of time alone."""
+    (call,) = on.transceiver.sessions.values()
+    while here := call._conversation.attendants._here:
+        if here[0]._octets < attendants.WAITING_OCTETS_MAX // 2:
+            call._emitted({"type": "rate_limits.updated", "text": "x" * 50_000})
+        await asyncio.sleep(0)
+
+
 def test_one_that_reads_too_slowly_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sideband, "SLOW_S", 0.2)
+    monkeypatch.setattr(attendance, "SLOW_S", 0.2)
 
     async def scenario(on: Site) -> None:
-        client, call_id = await on.call()
+        _, call_id = await on.call(comes=False)
         async with attending(on, call_id, max_msg_size=0) as socket:
             await told(socket)
-            (call,) = on.transceiver.sessions.values()
-            said = {"type": "rate_limits.updated", "text": "x" * 50_000}
-            while on.attended():
-                await shim.until(lambda: call._peer.backlog_octets < 200_000)
-                call._emitted(said)
-                await asyncio.sleep(0)
-            code, reason = await end(socket)
-            assert (code, reason) == (1008, "This sideband reads too slowly.")
-        assert client.pc.connectionState == "connected"
+            await talk_until_it_is_dropped(on)
+            assert await end(socket) == (1008, "This sideband reads too slowly.")
+        assert len(on.transceiver.sessions) == 1
+
+    at_site(tmp_path, scenario)
+
+
+def test_one_that_never_reads_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attendance, "SLOW_S", 0.2)
+    monkeypatch.setattr(attendance, "CLOSE_S", 0.2)
+
+    async def scenario(on: Site) -> None:
+        _, call_id = await on.call(comes=False)
+        async with attending(on, call_id, max_msg_size=0):
+            await shim.until(lambda: on.attended() == 1)
+            await talk_until_it_is_dropped(on)
+            server = on.runners[1].server
+            assert server is not None
+            await shim.until(lambda: not server.connections)
 
     at_site(tmp_path, scenario)
 
