@@ -139,9 +139,8 @@ class Transceiver:
             sock, endpoints.inside(self.limits.relay_prefixes), self.counters, self.clock
         )
         self._pacer = Pacer(loop, self.clock, self._play, self.counters, self.timings)
-        self._http = web.AppRunner(
-            control.application(self), access_log=None, shutdown_timeout=STOP_S
-        )
+        api = control.application(self)
+        self._http = web.AppRunner(api, access_log=None, shutdown_timeout=STOP_S)
         try:
             await self._http.setup()
             await web.TCPSite(self._http, at.host, at.port).start()
