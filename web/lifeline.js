@@ -18,9 +18,10 @@ const SILENT_MS_MAX_SOUNDING = 400;
 // it, too: the path has broken, and ICE, which looks for another one meanwhile, has not found any.
 const PATH_MS_MAX = 5000;
 
-// Between two questions, and how long one may take.
+// Between two questions, and how long one may take: longer than signaling waits for a server that
+// hangs before it says that it does.
 const ASK_MS = 1000;
-const ANSWER_MS_MAX = 2000;
+const ANSWER_MS_MAX = 3500;
 
 export class Lifeline {
   heardAt = performance.now();
