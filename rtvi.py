@@ -274,14 +274,11 @@ class Rtvi:
         call_id, name = item.get("call_id"), item.get("name")
         if not (isinstance(call_id, str) and isinstance(name, str)):
             return
+        called = {"tool_call_id": call_id, "function_name": name}
         if item.get("status") == "incomplete":
-            self._tell(
-                "llm-function-call-stopped",
-                {"tool_call_id": call_id, "function_name": name, "cancelled": True},
-            )
+            self._tell("llm-function-call-stopped", called | {"cancelled": True})
             return
         _remember(self._calls, call_id, name, CALLS_MAX)
-        called = {"tool_call_id": call_id, "function_name": name}
         arguments = _object(item.get("arguments"))
         if self._calls_once:
             self._tell("llm-function-call", called | {"args": arguments})
@@ -295,7 +292,7 @@ class Rtvi:
 
     def _text(self, event: Event) -> None:
         """A piece of a reply: of what is said, or of what is only written."""
-        spoken = event["type"] != "response.output_text.delta"
+        spoken = not event["type"].startswith("response.output_text.")
         response_id, delta = event.get("response_id"), event.get("delta")
         if not (isinstance(response_id, str) and isinstance(delta, str)):
             return
@@ -312,6 +309,9 @@ class Rtvi:
         reply = self._replies.get(str(event.get("response_id")))
         if reply is not None:
             self._sentences(reply, reply.end())
+            return
+        spoken = event["type"] != "response.output_text.done"  # by a server that says it at once
+        self._text(event | {"delta": event.get("transcript" if spoken else "text")})
 
     def _response_done(self, event: Event) -> None:
         response_id = _id_of(event, "response")
@@ -319,7 +319,7 @@ class Rtvi:
         reply = self._replies.get(response_id)
         if reply is not None:
             self._sentences(reply, reply.end())
-            if not reply.spoken:
+            if not reply.told:
                 del self._replies[response_id]
         self._tell("bot-llm-stopped")
         if self._owed is not None and not self._making:
@@ -337,7 +337,9 @@ class Rtvi:
         self._silent()
 
     def _cleared(self, event: Event) -> None:
-        self._replies.pop(str(event.get("response_id")), None)
+        reply = self._replies.get(str(event.get("response_id")))
+        if reply is not None:
+            reply.told.clear()
         if self._speaking:
             self._tell("bot-interrupted")
         self._silent()

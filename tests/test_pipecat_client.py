@@ -22,6 +22,7 @@ from .test_browser import LEAD_S, SENTENCE, TAIL_S, in_order, read, silence, wri
 system = test_browser.system
 launch = test_browser.launch
 keyed_log, keyed = test_agents.keyed_log, test_agents.keyed
+modelled = test_agents.modelled
 
 Page = Any
 
@@ -212,6 +213,27 @@ def test_a_client_that_asks_first_where_to_offer(page: Page, system: dict[str, A
     assert answer["session"]["instructions"] == "Be brief."
     page.evaluate("guest.client.disconnect()")
     until_gone(system)
+
+
+def test_a_function_of_the_pages_is_called_and_answers(page: Page, modelled: str) -> None:
+    connect(page, {"page": modelled})
+    page.evaluate("guest.client.sendText('What is the weather in Bergen?')")
+    until(page, "guest.all('onBotLlmStopped').length === 2")
+    assert page.evaluate("guest.asked") == ["Bergen"]
+    assert in_order(
+        (
+            "onBotLlmStarted",
+            "onLLMFunctionCallStarted",
+            "onLLMFunctionCallInProgress",
+            "onBotLlmStopped",
+            "onLLMFunctionCallStopped",
+            "onBotLlmStarted",
+        ),
+        page.evaluate("guest.names()"),
+    )
+    (stopped,) = page.evaluate("guest.all('onLLMFunctionCallStopped')")
+    assert (stopped["result"], stopped["cancelled"]) == ("Sunny in Bergen.", False)
+    assert page.evaluate("guest.errors") == []
 
 
 def test_with_an_ephemeral_key(page: Page, system: dict[str, Any], keyed: str) -> None:

@@ -214,6 +214,16 @@ def test_a_reply_in_writing() -> None:
     assert talk.only("bot-tts-text") == []
 
 
+def test_a_server_that_says_a_reply_at_once() -> None:
+    talk = Talk()
+    talk.event("response.output_audio_transcript.done", response_id="r", transcript="One. Two.")
+    talk.event("response.output_text.done", response_id="s", text="Three.")
+    talk.event("response.done", response={"id": "r"})
+    talk.event("response.done", response={"id": "s"})
+    texts = [(each["text"], each["will_be_spoken"]) for each in talk.only("bot-output")]
+    assert texts == [("One.", True), ("Two.", True), ("Three.", False)]
+
+
 # --- what clients ask -----------------------------------------------------------------------------
 
 

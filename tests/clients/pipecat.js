@@ -7,7 +7,7 @@
 import { PipecatClient } from "@pipecat-ai/client-js";
 import { SmallWebRTCTransport, WavMediaManager } from "@pipecat-ai/small-webrtc-transport";
 
-const guest = { heard: [], errors: [], states: [], client: null, peers: [] };
+const guest = { heard: [], errors: [], states: [], asked: [], client: null, peers: [] };
 window.guest = guest;
 
 // Every connection that the transport makes, so that a test can look at one, or break it.
@@ -66,6 +66,10 @@ guest.connect = async ({ url, start = null, headers = {}, data = null, transport
         if (track.kind === "audio" && !participant?.local) listen(track);
       },
     },
+  });
+  client.registerFunctionCallHandler("weather", async ({ arguments: { city } }) => {
+    guest.asked.push(city);
+    return `Sunny in ${city}.`;
   });
   guest.client = client;
   if (start) return client.startBotAndConnect({ endpoint: start, requestData: { body: data } });
