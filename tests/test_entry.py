@@ -17,6 +17,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+import listener
+import settings
+import signaling
+
 from . import servers
 from . import test_signaling as stage_of
 
@@ -361,3 +365,33 @@ def test_a_body_that_is_broken_gets_400_and_one_that_breaks_off_no_traceback(
             with socket.create_connection(("127.0.0.1", program.port), PATIENCE_S) as one:
                 one.sendall(head + rest)
         program.said("was broken off", 2)
+
+
+def test_who_does_not_take_the_page_is_let_go_and_nothing_stays_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is larger than what the kernel takes for a client that does not read."""
+    monkeypatch.setattr(listener, "KEEP_ALIVE_S", 0.2)
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "index.html").write_bytes(bytes(32 << 20))
+
+    async def run() -> None:
+        config = settings.load(write(tmp_path, 9000, 'web_dir = "web"'), settings.Signaling)
+        entrance = signaling.Entrance(config)
+        runner = web.AppRunner(entrance.application())
+        await runner.setup()
+        assert runner.server is not None
+        listening = listener.Listener(runner, config, entrance.door.counters)
+        at = await listening.start()
+        _, writer = await asyncio.open_connection(at.host, at.port, limit=1)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(PATIENCE_S):
+            while not runner.server.connections:
+                await asyncio.sleep(0.01)
+            while runner.server.connections:
+                await asyncio.sleep(0.01)
+        writer.close()
+        await listening.stop()
+        await runner.cleanup()
+
+    asyncio.run(run())

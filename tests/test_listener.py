@@ -39,6 +39,7 @@ class Stage:
         self.release = asyncio.Event()
         self.at: tuple[str, int] = ("", 0)
         self.listener: listener.Listener
+        self.server: web.Server
         self.config: settings.Signaling
         self.folder: Path
 
@@ -82,6 +83,8 @@ async def staged(folder: Path, more: str = "") -> AsyncIterator[Stage]:
     app.router.add_get("/flood", stage.flood)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
+    assert runner.server is not None
+    stage.server = runner.server
     stage.folder, stage.config = folder, load(folder, more)
     stage.listener = listener.Listener(runner, stage.config, stage.counters)
     try:
@@ -214,6 +217,7 @@ def test_after_an_answer_a_connection_ends_in_time(
             writer.write(GET.replace(b"/ ", path + b" ", 1))
             await stage.until(lambda: stage.now == 1)
             await stage.until(lambda: stage.now == 0)
+            await stage.until(lambda: not stage.server.connections)  # nor does a task wait for ever
             writer.close()
 
     asyncio.run(run())
