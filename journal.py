@@ -134,7 +134,8 @@ class Json(logging.Formatter):
         named = getattr(record, "fields", {})
         tail = {} if wrong is None else {"exception": _cut_front(wrong, LINE_OCTETS_MAX // 4)}
         for more in (named, {"cut": sorted(named)[:32]}):
-            octets = orjson.dumps({**_safe(more), **head, **tail}, option=orjson.OPT_NON_STR_KEYS)
+            # First in order and last in value: what a record is made of has the last word.
+            octets = orjson.dumps({**head, **_safe(more), **head, **tail})
             if len(octets) <= LINE_OCTETS_MAX:
                 return octets.decode()
         return orjson.dumps({**head, "message": head["message"][:64], "cut": True}).decode()

@@ -11,8 +11,8 @@ Rules that stay true:
 - A request's id is 8 hexadecimal digits drawn here. It goes to the transceiver with everything that
   is asked for this request, and stands in the answer. It becomes the nonce of the call's routing
   hint, so that nobody outside chooses it: a client's own X-Request-Id is written beside it.
-- Each request is one line at its end. A flood of refused ones is a bounded number of lines, which
-  say how many there were in between.
+- Each request is one line at its end, but for probes that are answered with yes. A flood of
+  refused ones is a bounded number of lines, which say how many there were in between.
 - No line has a key, a whole call id or a client's whole address.
 - It looks on: what it meets is passed on as it is.
 
@@ -36,6 +36,9 @@ import ledger
 import metrics
 
 HEADER = "X-Request-Id"
+
+PROBES = ("/healthz", "/readyz", "/health")
+"""Asked every few seconds by whatever stands in front: only what it is refused is worth a line."""
 
 THEIRS_CHARACTERS_MAX = 128
 """Of a client's own id. A UUID has 36 characters, a trace's id 55."""
@@ -195,9 +198,9 @@ class Observer:
             self.timings.observe(Timing.PLACED, took_s)
             self.timings.observe(Timing.OWN, own_s)
             self.timings.observe(Timing.TRANSCEIVER, found.asking_s)
-        if not self._is_written(status, now):
-            return
         route = route_of(request)
+        if not self._is_written(route, status, now):
+            return
         log.info(
             "%s %s %s",
             request.method,
@@ -211,7 +214,7 @@ class Observer:
                 route=route,
                 status=status,
                 ms=round(1e3 * took_s, 2),
-                own_ms=round(1e3 * own_s, 2),
+                own_ms=None if status == 101 else round(1e3 * own_s, 2),  # WebSockets wait
                 transceiver_ms=round(1e3 * found.asking_s, 2) if found.asking_s else None,
                 body_ms=round(1e3 * found.reading_s, 2) if found.reading_s >= 1e-3 else None,
                 client=journal.masked(self._client_of(request)),
@@ -222,8 +225,10 @@ class Observer:
         )
         self._unwritten = 0
 
-    def _is_written(self, status: int | None, now: float) -> bool:
-        """False for a refused request while there are too many of them."""
+    def _is_written(self, route: str, status: int | None, now: float) -> bool:
+        """False for a refused request while there are too many of them, and for quiet probes."""
+        if route in PROBES and status == 200:
+            return False
         if status is not None and not 400 <= status < 500:
             return True
         self._lines += REFUSED_LINES_PER_S * (now - self._filled_at)

@@ -436,6 +436,7 @@ class Session:
                 call=self.call_id[-TAG_CHARACTERS:],
                 key=wanted.key or None,
                 dialect=wanted.dialect,
+                codec=self.offer.codec.name.lower(),
                 model=model if isinstance(model, str) else None,
                 resumes=wanted.resume[-TAG_CHARACTERS:] if wanted.resume else None,
                 reason=reason,

@@ -2,8 +2,9 @@
 
 For bench.py. Signaling, relay address and transceivers are as an operator would start them; offers
 are Chromium's own with other credentials each, and come at random moments (Poisson), so many a
-second, each over a connection of its own, as from so many people's pages. Every call is hung up a
-second later, so that signaling handles twice as many requests as there are offers.
+second, each with an API key over a connection of its own, as from so many people's pages. Every
+call is hung up a second later, so that signaling handles twice as many requests as there are
+offers.
 
 All figures are milliseconds:
 
@@ -21,6 +22,7 @@ import contextlib
 import json
 import random
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -32,6 +34,8 @@ from pathlib import Path
 import dev
 from load import PATIENCE_S, Figures
 from rig import Setting, end, spawn
+
+import keys
 
 OFFERS_PER_S = 30
 """What the promise is about: 100,000 calls an hour."""
@@ -54,6 +58,12 @@ listen = "127.0.0.1:{port}"
 relays = ["127.0.0.1:3478"]
 transceivers = [{transceivers}]
 metrics = "127.0.0.1:0"
+keys_file = "api-keys"
+
+[limits]
+# All of it comes from one address and under one key.
+address_per_s = 1e6
+key_per_s = 1e6
 """
 
 
@@ -66,12 +76,34 @@ class Answer:
     request_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Front:
+    """Signaling, as a client knows it."""
+
+    port: int
+    key: str
+
+    def request(self, start: str, *headers: str, body: bytes = b"") -> bytes:
+        """A request for a connection of its own."""
+        head = (
+            f"{start} HTTP/1.1",
+            "Host: 127.0.0.1",
+            f"Authorization: Bearer {self.key}",
+            "Connection: close",
+            *headers,
+        )
+        return "\r\n".join((*head, "", "")).encode() + body
+
+
 @contextlib.contextmanager
-def _system(setting: Setting) -> Iterator[tuple[int, Path]]:
-    """Two transceivers and signaling, up; its port and its journal."""
+def _system(setting: Setting) -> Iterator[tuple[Front, Path]]:
+    """Two transceivers and signaling, up; and its journal."""
     folder = setting.subfolder()
     (folder / "keys").write_bytes((setting.folder / "keys").read_bytes())
     (folder / "keys").chmod(0o600)
+    key, line = keys.make("bench", secrets.token_bytes(keys.KEY_OCTETS))
+    (folder / "api-keys").touch(mode=0o600)
+    (folder / "api-keys").write_text(line + "\n")
     *ports, port = dev.free_ports(3, socket.SOCK_STREAM)
     named = ", ".join(f'"127.0.0.1:{each}"' for each in ports)
     programs = [("transceiver", TRANSCEIVER.format(port=each)) for each in ports]
@@ -97,7 +129,7 @@ def _system(setting: Setting) -> Iterator[tuple[int, Path]]:
                 if started[-1].poll() is not None or time.monotonic() > deadline:
                     raise dev.StartError(f"{program}: {log.read_text()[-2000:]}")
                 time.sleep(0.02)
-        yield port, log
+        yield Front(port, key), log
     finally:
         for process in reversed(started):
             end(process, signal.SIGINT)
@@ -115,22 +147,17 @@ async def _ask(port: int, request: bytes) -> tuple[bytes, bytes]:
         writer.close()
 
 
-async def _call(port: int, body: bytes) -> Answer:
+async def _call(front: Front, body: bytes) -> Answer:
     """Offer, and hang up a while later."""
-    head = (
-        "POST /v1/realtime/calls HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-        f"Content-Type: application/sdp\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    request = head.encode() + body
+    described = "Content-Type: application/sdp", f"Content-Length: {len(body)}"
+    request = front.request("POST /v1/realtime/calls", *described, body=body)
     began = time.perf_counter()
-    found, _ = await _ask(port, request)
+    found, _ = await _ask(front.port, request)
     took_ms = 1e3 * (time.perf_counter() - began)
     fields = dict(re.findall(r"(?m)^([\w-]+): *([^\r\n]*)", found.decode().lower()))
     if where := re.search(r"(?im)^location: *([^\r\n]*)", found.decode()):
         await asyncio.sleep(HANG_UP_S)
-        await _ask(
-            port, f"DELETE {where[1]} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
-        )
+        await _ask(front.port, front.request(f"DELETE {where[1]}"))
     return Answer(int(found.split()[1]), took_ms, fields.get("x-request-id", ""))
 
 
@@ -142,14 +169,14 @@ def _offer(rng: random.Random) -> bytes:
     return re.sub(r"(?m)^a=ice-pwd:[^\r]*", f"a=ice-pwd:{password}", text).encode()
 
 
-async def _offers(port: int, seconds: float, rng: random.Random) -> list[Answer]:
+async def _offers(front: Front, seconds: float, rng: random.Random) -> list[Answer]:
     """Offers at random moments; the first second warms up and is not in the figures."""
     tasks: list[asyncio.Task[Answer]] = []
     due = began = time.monotonic()
     warm = 0
     while due < began + 1 + seconds:
         await asyncio.sleep(max(0.0, due - time.monotonic()))
-        tasks.append(asyncio.create_task(_call(port, _offer(rng))))
+        tasks.append(asyncio.create_task(_call(front, _offer(rng))))
         warm += due < began + 1
         due += rng.expovariate(OFFERS_PER_S)
     return (await asyncio.gather(*tasks))[warm:]
@@ -168,8 +195,8 @@ def measure(setting: Setting) -> Figures:
     """Post to 201 at OFFERS_PER_S. Raises dev.StartError."""
     rng = random.Random(setting.seed)
     seconds = 2.0 if setting.quick else 20.0
-    with _system(setting) as (port, journal):
-        answers = asyncio.run(_offers(port, seconds, rng))
+    with _system(setting) as (front, journal):
+        answers = asyncio.run(_offers(front, seconds, rng))
         written = [json.loads(line) for line in journal.read_text().splitlines()]
     lines = {line.get("request_id"): line for line in written if "request_id" in line}
     found = [(each, lines[each.request_id]) for each in answers if each.status == 201]

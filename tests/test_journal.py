@@ -69,6 +69,7 @@ def test_both_forms_say_the_same() -> None:
     assert "call …0bCd ended request_id=1a2b3c4d ms=1.5 reason=" in text
     assert '"hung up by request"\n' in text and "none" not in text
     found = json.loads(logged("json", "call …%s ended", "0bCd", **named))
+    assert list(found)[:5] == ["time", "level", "logger", "pid", "message"]
     assert found["message"] == "call …0bCd ended"
     assert {name: found.get(name) for name in named} == named
     # What a record is made of is not overwritten by what it says.

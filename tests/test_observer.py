@@ -23,7 +23,7 @@ class Stage:
     """An application that is looked at, and one behind it that it asks."""
 
     def __init__(self) -> None:
-        self.now = 100.0
+        self.now, self.probed = 100.0, 200
         self.observer = observer.Observer([__name__], clock=lambda: self.now)
         self.lines: list[dict[str, Any]] = []
         self.passed_on: list[str | None] = []
@@ -48,6 +48,9 @@ class Stage:
     async def redirect(self, _: web.Request) -> web.Response:
         raise web.HTTPTemporaryRedirect("/elsewhere")
 
+    async def probe(self, _: web.Request) -> web.Response:
+        return web.Response(status=self.probed)
+
     async def answer(self, request: web.Request) -> web.Response:
         self.passed_on.append(request.headers.get(observer.HEADER))
         return web.Response(text=request.query.get("id", ""))
@@ -66,6 +69,7 @@ class Stage:
         front.router.add_post("/calls", self.place)
         front.router.add_post("/calls/{id}", self.refuse)
         front.router.add_get("/redirect", self.redirect)
+        front.router.add_get("/readyz", self.probe)
         runners = [web.AppRunner(app, access_log=None) for app in (behind, front)]
         kept = Kept()
         level = observer.log.level
@@ -172,6 +176,20 @@ def test_a_flood_of_refused_requests_is_a_bounded_number_of_lines() -> None:
             await refused(most)
             assert len(stage.lines) == most + 1 + most // 2
             assert "unwritten" not in stage.lines[-1]
+
+    asyncio.run(run())
+
+
+def test_a_probe_that_is_answered_with_yes_leaves_no_line() -> None:
+    async def run() -> None:
+        async with Stage().running() as stage:
+            for status in (200, 503, 200):
+                stage.probed = status
+                async with stage.http.get("/readyz") as response:
+                    assert response.status == status
+                    assert response.headers[observer.HEADER]
+            assert [line["status"] for line in stage.lines] == [503]
+            assert stage.counted() == {"ANSWERED": 2, "UNAVAILABLE": 1}
 
     asyncio.run(run())
 

@@ -122,6 +122,7 @@ def test_a_call_is_one_line_with_all_there_is_to_know(tmp_path: Path) -> None:
         assert line["request_id"] == "0badcafe" and line["key"] == "alice"
         assert line["reason"] == "hung up by request" and line["state"] == "live"
         assert line["model"] == "parrot-1" and line["dialect"] == "realtime"
+        assert line["codec"] == "opus"
         assert line["call"] == call_id[-6:] and call_id not in json.dumps(line)
         assert line["set_up"]["connected_ms"] >= line["set_up"]["check_ms"] > 0
         assert line["set_up"]["channel_ms"] > 0 and line["duration_s"] > 0
