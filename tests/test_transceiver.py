@@ -24,6 +24,7 @@ from aiortc.mediastreams import AudioStreamTrack
 import backend
 import control
 import endpoints
+import presence
 import settings
 import stun
 import transceiver
@@ -320,6 +321,31 @@ def test_refusals(tmp_path: Path) -> None:
         assert (await on.ask("GET", "/nowhere"))[0] == 404
 
     house(tmp_path, scenario)
+
+
+def test_health_is_a_report_of_what_placement_needs(tmp_path: Path) -> None:
+    async def scenario(on: House) -> None:
+        found = []
+        for number, key in enumerate(("acme", "acme", "other", ""), 1):
+            client = shim.Client()
+            on.clients.append(client)
+            request = {"offer": await client.offer(), "candidates": [["192.0.2.1", 3478]]}
+            status, body, _ = await on.ask("POST", "/v1/sessions", request | {"key": key})
+            assert (status, body["opened"]) == (201, number)
+            found.append(body["call_id"])
+        on.transceiver.hang_up(on.transceiver.sessions[found[0]])
+        before = presence.read((await on.ask("GET", "/v1/health"))[1])
+        report = presence.read((await on.ask("GET", "/v1/health"))[1])
+        assert before is not None and report is not None
+        assert report.calls_by_key == {"acme": 1, "other": 1}
+        assert (report.sessions, report.sessions_max, report.opened) == (3, 4, 4)
+        assert (report.connecting, report.connecting_max, report.cluster) == (3, 32, 1)
+        assert report.beat > before.beat and report.started == before.started > 0
+        on.transceiver.drain()
+        report = presence.read((await on.ask("GET", "/v1/health"))[1])
+        assert report is not None and report.draining
+
+    house(tmp_path, scenario, limits="sessions_max = 4")
 
 
 def test_the_control_api_is_for_signaling_only(tmp_path: Path) -> None:
