@@ -1,8 +1,16 @@
 """Which data channel carries the events."""
 
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
+import orjson
+
+import calls
 import carrier
+
+from . import shim
+from .test_whip import Site, at_site
 
 
 class Fake:
@@ -99,3 +107,62 @@ def test_nothing_is_kept_in_the_end(caplog: Any) -> None:
     assert "too large" in caplog.text
     found.clear()
     assert (len(found), found.label, events.heard) == (0, "", False)
+
+
+# --- with a real client ---------------------------------------------------------------------------
+
+
+class Talker(shim.Client):
+    """A client with several data channels; the first one is the one of its constructor."""
+
+    def open(self, label: str) -> Any:
+        channel = self.pc.createDataChannel(label)
+        channel.heard = []
+        channel.on("message", lambda message: channel.heard.append(orjson.loads(message)["type"]))
+        return channel
+
+    async def call(self, site: Site) -> None:
+        offer, headers = await self.offer(), {"Content-Type": "application/sdp"}
+        async with site.http.post(calls.PATH, data=offer, headers=headers) as response:
+            assert response.status == 201
+            await self.accept(await response.text())
+
+
+def talk(folder: Path, label: str, scenario: Callable[[Talker, Site], Awaitable[None]]) -> None:
+    async def run(site: Site) -> None:
+        client = Talker(label=label)
+        try:
+            await scenario(client, site)
+        finally:
+            await client.close()
+
+    at_site(folder, run)
+
+
+def test_the_events_are_on_the_second_channel(tmp_path: Path) -> None:
+    async def scenario(client: Talker, site: Site) -> None:
+        events = client.open("oai-events")
+        await client.call(site)
+        await shim.until(lambda: events.heard[:1] == ["session.created"])
+        client.channel.send("what is this?")
+        events.send('{"type": "session.update", "session": {"type": "realtime"}}')
+        await shim.until(lambda: "session.updated" in events.heard)
+        assert client.messages == []
+        assert "error" not in events.heard
+
+    talk(tmp_path, "files", scenario)
+
+
+def test_the_events_are_on_a_channel_of_any_name(tmp_path: Path) -> None:
+    async def scenario(client: Talker, site: Site) -> None:
+        await client.call(site)
+        await shim.until(lambda: client.messages)
+        assert orjson.loads(client.messages[0])["type"] == "session.created"
+        told = len(client.messages)
+        events = client.open("oai-events")
+        await shim.until(lambda: events.heard == ["session.created"])
+        events.send('{"type": "response.create"}')
+        await shim.until(lambda: "response.done" in events.heard)
+        assert len(client.messages) == told
+
+    talk(tmp_path, "mine", scenario)
