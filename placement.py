@@ -279,14 +279,14 @@ class Placement:
                     raise EndedCall(call_id)
                 if response.status < 300 or 400 <= response.status < 500:
                     return response.status, await _json_of(response)
-                log.warning("%s %s: %d", method, url, response.status)
+                log.warning("%s %s: %d", method, _masked(url, call_id), response.status)
         except aiohttp.ClientConnectorError as error:
             if isinstance(error.os_error, ConnectionRefusedError):
                 # Nobody is there: whatever calls the process had, they ended with it.
                 raise EndedCall(call_id) from error
-            log.warning("%s %s: out of reach: %r", method, url, error)
+            log.warning("%s %s: out of reach: %r", method, _masked(url, call_id), error)
         except (aiohttp.ClientError, TimeoutError) as error:
-            log.warning("%s %s: out of reach: %r", method, url, error)
+            log.warning("%s %s: out of reach: %r", method, _masked(url, call_id), error)
         raise Unavailable("The transceiver of this call does not answer.")
 
     async def attend(self, call_id: str, key: str) -> aiohttp.ClientWebSocketResponse:
@@ -305,9 +305,9 @@ class Placement:
                 raise EndedCall(call_id) from error
             if error.status == 429:
                 raise Crowded("So many sidebands as it may have attend this call.") from error
-            log.warning("%s: %d", url, error.status)
+            log.warning("%s: %d", _masked(url, call_id), error.status)
         except (aiohttp.ClientError, TimeoutError) as error:
-            log.warning("%s: out of reach: %r", url, error)
+            log.warning("%s: out of reach: %r", _masked(url, call_id), error)
         raise Unavailable("The transceiver of this call does not answer.")
 
     async def _try(self, peer: roster.Peer, key: str, request: bytes) -> Placed | None:
@@ -361,7 +361,10 @@ class Placement:
         """Read in Redis who is there, for ever."""
         while True:
             await asyncio.sleep(presence.READ_S)
-            await self._list(reader)
+            try:
+                await self._list(reader)
+            except Exception:  # a mistake of ours must not end the reading
+                log.exception("reading presence met a fault")
             self._counters.values[metrics.Signaling.REDIS_UP] = client.up
 
     async def _list(self, reader: presence.Reader) -> None:
@@ -417,6 +420,11 @@ class Placement:
         values[metrics.Signaling.TRANSCEIVERS_SERVING] = sum(
             not peer.last and peer.serving for peer in peers.values()
         )
+
+
+def _masked(url: str, call_id: str) -> str:
+    """An address of the control API as a log may have it: nobody can do anything to the call."""
+    return url.replace(call_id, f"…{call_id[-observer.TAG_CHARACTERS:]}")
 
 
 async def _json_of(response: aiohttp.ClientResponse) -> Any:

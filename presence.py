@@ -96,8 +96,8 @@ class Report:
     """Of those at most."""
     load: float = 0.0
     """How near it is to refusing calls by what it measures: 1 is there."""
-    opened: int = 0
-    """Calls that its process has taken since it started."""
+    opened: int | None = None
+    """Calls that its process has taken since it started; None if it does not say."""
     started: float = 0.0
     """When its process started, Unix time: tells one from the next at the same address."""
     beat: int = 0
@@ -122,7 +122,7 @@ def read(found: Any) -> Report | None:
         connecting=_count(found, "connecting") or 0,
         connecting_max=_count(found, "connecting_max") or NUMBER_MAX,
         load=max(0.0, _figure(found, "load")),
-        opened=_count(found, "opened") or 0,
+        opened=_count(found, "opened"),
         started=_figure(found, "started"),
         beat=_count(found, "beat") or 0,
         cluster=_count(found, "cluster"),
@@ -192,7 +192,7 @@ class Announcer:
 
     async def stop(self) -> None:
         """Announce it no more, and say so."""
-        if self._client is None:
+        if self._client is None or not self._tasks:
             return
         for task in self._tasks:
             task.cancel()
@@ -210,7 +210,10 @@ class Announcer:
         """Announce it, for ever."""
         while True:
             self._changed.clear()
-            await self._announce(client)
+            try:
+                await self._announce(client)
+            except Exception:  # a mistake of ours must not make this transceiver unknown
+                log.exception("an announcement met a fault")
             try:
                 async with asyncio.timeout(BEAT_S):
                     await self._changed.wait()

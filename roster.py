@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import endpoints
-from presence import Report
+from presence import TRANSCEIVERS_MAX, Report
 
 FORGET_S = 10.0
 """How long a transceiver that is neither announced nor in the settings and does not answer is kept:
@@ -48,8 +48,14 @@ class Attempt:
     """An offer that is being shown to a transceiver, or that it has taken since its last report."""
 
     key: str
+    placed: bool = False
+    """True once the transceiver has taken it."""
     number: int = 0
-    """Which of the calls that the process has opened; 0 as long as that is not known."""
+    """Which of the calls that the process has opened it is then; 0 if it did not say."""
+
+    def reported(self, report: Report) -> bool:
+        """True if this report has it. One that does not say how many calls there were has all."""
+        return self.placed and (report.opened is None or self.number <= report.opened)
 
 
 @dataclass(slots=True, eq=False)
@@ -104,10 +110,10 @@ class Peer:
             return
         known = self.report
         if report.started != known.started:
-            self.since = [each for each in self.since if not each.number]
+            self.since = [each for each in self.since if not each.placed]
         elif listed and (self.doubted or 0 < report.beat <= known.beat):
             return
-        self.since = [each for each in self.since if not 0 < each.number <= report.opened]
+        self.since = [each for each in self.since if not each.reported(report)]
         self.report, self.full, self.doubted = report, False, False
         self.health = Health.DRAINING if report.draining else Health.SERVING
         self.heard_at = now
@@ -122,10 +128,10 @@ class Peer:
         self.since.append(made)
         return made
 
-    def took(self, attempt: Attempt, opened: int) -> None:
-        """It said yes; `opened` is which of its calls this is, 0 if it did not say."""
-        attempt.number = opened or self.report.opened + 1
-        if attempt.number <= self.report.opened:  # a report overtook the answer
+    def took(self, attempt: Attempt, number: int) -> None:
+        """It said yes; `number` is which of its calls this is, 0 if it did not say."""
+        attempt.placed, attempt.number = True, number
+        if 0 < number <= (self.report.opened or 0):  # the report overtook the answer
             self.refused(attempt)
 
     def refused(self, attempt: Attempt) -> None:
@@ -144,6 +150,7 @@ class Roster:
     def __init__(self, fixed: Iterable[endpoints.Endpoint]) -> None:
         """`fixed` are those in the settings."""
         self._peers = {endpoint: Peer(endpoint) for endpoint in fixed}
+        self._most = len(self._peers) + TRANSCEIVERS_MAX
 
     @property
     def peers(self) -> list[Peer]:
@@ -156,6 +163,8 @@ class Roster:
         for endpoint, report in reports.items():
             peer = self._peers.get(endpoint)
             if peer is None:
+                if len(self._peers) >= self._most:
+                    continue
                 peer = self._peers[endpoint] = Peer(endpoint, fixed=False)
             peer.heard(report, now, listed=True)
         for peer in self.peers:

@@ -52,7 +52,8 @@ def test_any_report_is_within_its_bounds_or_none(fields, whole):
     if report is None:
         return
     assert report.sessions_max >= 1 and report.connecting_max >= 1 and report.load >= 0
-    for number in (report.sessions, report.sessions_max, report.opened, report.beat, report.load):
+    counts = report.sessions, report.sessions_max, report.opened or 0, report.beat, report.load
+    for number in counts:
         assert 0 <= number <= presence.NUMBER_MAX
     assert abs(report.started) <= presence.NUMBER_MAX
     assert len(report.calls_by_key) <= presence.KEYS_MAX
@@ -113,6 +114,15 @@ def test_what_leads_nowhere(name):
 def test_any_octets_are_judged(name, value):
     with pytest.raises(ValueError, match=r"."):
         presence.judge(name, value, CLUSTERS)
+
+
+@given(JSON, st.dictionaries(FIELDS, JSON), st.sampled_from([1, 1.0, True, 2]))
+def test_any_json_is_judged(value, fields, version):
+    for found in (value, {"v": version, **fields}, {"v": version, **health(), **fields}):
+        with contextlib.suppress(ValueError):
+            written = json.dumps(found, ensure_ascii=False).encode(errors="surrogatepass")
+            at, report = presence.judge(A.encode(), written, CLUSTERS)
+            assert str(at) == A and report.sessions_max >= 1
 
 
 def test_what_is_believed():

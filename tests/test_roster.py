@@ -137,13 +137,25 @@ def test_another_process_at_the_same_address_begins_anew():
     assert peer.since == [waiting] and peer.serving and peer.report.sessions == 0
 
 
-def test_an_answer_without_a_number_counts_until_the_next_report():
+@pytest.mark.parametrize(("number", "opened"), [(0, None), (0, 1), (7, None)])
+def test_what_is_not_numbered_counts_until_the_next_report(number, opened):
+    """Of a transceiver that does not count its calls, in its answers or in its reports."""
     peer = Peer(AT)
-    peer.heard(says(1), 0)
-    peer.took(peer.attempt("a"), 0)
-    assert len(peer.since) == 1
-    peer.heard(says(1, opened=1), 1)
-    assert not peer.since
+    peer.heard(says(1, opened=0), 0)
+    waiting = peer.attempt("b")
+    peer.took(peer.attempt("a"), number)
+    assert len(peer.since) == 2
+    peer.heard(says(1, opened=opened), 1)
+    assert peer.since == [waiting]
+
+
+def test_there_are_only_so_many():
+    known = Roster([AT])
+    for number in range(3):
+        many = range(roster.TRANSCEIVERS_MAX)
+        listed = {endpoints.Endpoint(f"10.{number}.{n >> 8}.{n & 255}:9"): says() for n in many}
+        known.listed(listed, number)
+        assert len(known.peers) == roster.TRANSCEIVERS_MAX + 1
 
 
 # --- who is there ---------------------------------------------------------------------------------
