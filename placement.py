@@ -424,7 +424,7 @@ class Placement:
 
 def _masked(url: str, call_id: str) -> str:
     """An address of the control API as a log may have it: nobody can do anything to the call."""
-    return url.replace(call_id, f"…{call_id[-observer.TAG_CHARACTERS:]}")
+    return url.replace(call_id, f"…{call_id[-observer.TAG_CHARACTERS :]}")
 
 
 async def _json_of(response: aiohttp.ClientResponse) -> Any:

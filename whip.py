@@ -33,6 +33,7 @@ import re
 from aiohttp import web
 
 import metrics
+import observer
 import sdpfrag
 import settings
 from door import MODEL_CHARACTERS_MAX, Caller, Door, Ended
@@ -150,7 +151,8 @@ class _Handlers:
         pair = {"ufrag": fragment.ufrag, "pwd": fragment.password}
         status, ours = await self._door.ask(call_id, "POST", "/ice", pair, caller)
         if status != 200:
-            log.error("call %s…: its owner answered %d to a restart", call_id[:12], status)
+            told = call_id[-observer.TAG_CHARACTERS :], status
+            log.error("call …%s: its owner answered %d to a restart", *told)
             raise Refusal(
                 500, "The restart failed; the call goes on as it was.", code="internal_error"
             )
