@@ -281,7 +281,7 @@ async def serve(config: settings.Signaling, path: Path) -> None:
         await listening.start()
         loop.add_signal_handler(signal.SIGHUP, _reload, path, config, entrance, listening)
         _say_who_may_call(entrance, listening)
-        log.info("%s is ready, transceivers: %d", listening.url, len(config.signaling.transceivers))
+        log.info("%s is ready, transceivers: %d", listening.url, len(entrance.door.placement.peers))
         await listening.until(stop)
         log.info("stopping")
     finally:
