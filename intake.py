@@ -14,7 +14,7 @@ multipart/form-data: https://www.rfc-editor.org/rfc/rfc7578
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import aiohttp
@@ -26,6 +26,10 @@ import observer
 BODY_DEADLINE_S = 5.0
 """A body of some kilooctets takes a slow phone a second. Longer helps only who sends an octet at a
 time to hold a connection."""
+
+LEVELS_MAX = 64
+"""Of JSON: a session with a tool whose parameters are a schema has ten. It is written again on its
+way, which orjson does for 254 levels and Python's own functions for fewer than they read."""
 
 PARTS_MAX = 16
 """Parts of a form. Two are read; the rest is for clients that add fields of their own."""
@@ -164,11 +168,25 @@ async def _read_form(request: web.Request, body: bytes) -> tuple[Any, Any]:
 
 def _parse_json(octets: bytes, what: str, param: str | None) -> Any:
     try:
-        return orjson.loads(octets)
+        found = orjson.loads(octets)
     except orjson.JSONDecodeError as error:
         raise Refusal(
             400, f"{what} is not JSON: {error}", code="invalid_json", param=param
         ) from error
+    level = [found]
+    for _ in range(LEVELS_MAX):
+        level = [child for each in level for child in _children(each)]
+        if not level:
+            return found
+    message = f"{what} is nested more than {LEVELS_MAX} levels deep."
+    raise Refusal(400, message, code="invalid_json", param=param)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    """What is one level deeper."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def offer_text(sdp: Any) -> str:

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 
+import orjson
+import pytest
 from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -23,3 +25,14 @@ def test_no_form_is_more_than_a_bad_request(body: bytes, head: str) -> None:
             await intake._read_form(request, head.encode() + body)
 
     asyncio.run(run())
+
+
+def test_json_has_so_many_levels() -> None:
+    for levels in (1, 10, intake.LEVELS_MAX - 1):
+        text = b'{"a": ' * levels + b"1" + b"}" * levels
+        assert orjson.dumps(intake._parse_json(text, "The body", None)) == text.replace(b" ", b"")
+    for levels in (intake.LEVELS_MAX + 1, 250, 260, 1_000, 30_000):
+        for text in (b'{"a": ' * levels + b"1" + b"}" * levels, b"[" * levels + b"]" * levels):
+            with pytest.raises(intake.Refusal) as caught:
+                intake._parse_json(text, "The body", "session")
+            assert (caught.value.status, caught.value.code) == (400, "invalid_json")
