@@ -59,11 +59,11 @@ def said_once(launch: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def said_twice(launch: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A browser whose microphone hears the sentence, a pause, and the sentence again."""
-    sentence = read(SENTENCE)
-    said = [silence(LEAD_S), sentence, silence(PAUSE_S), sentence, silence(TAIL_S)]
-    return launch(written(np.concatenate(said), tmp_path_factory.mktemp("microphone") / "2.wav"))
+def said_often(launch: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A browser whose microphone hears the sentence again and again: a slow machine may miss the
+    first ones."""
+    said = [silence(LEAD_S), *[read(SENTENCE), silence(PAUSE_S)] * 5]
+    return launch(written(np.concatenate(said), tmp_path_factory.mktemp("microphone") / "5.wav"))
 
 
 def opened(browser: Any, url: str) -> Iterator[Page]:
@@ -87,8 +87,8 @@ def page(said_once: Any, stranger: str) -> Iterator[Page]:
 
 
 @pytest.fixture
-def interrupter(said_twice: Any, stranger: str) -> Iterator[Page]:
-    yield from opened(said_twice, stranger)
+def interrupter(said_often: Any, stranger: str) -> Iterator[Page]:
+    yield from opened(said_often, stranger)
 
 
 def connect(page: Page, system: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -167,7 +167,12 @@ def test_a_spoken_turn(page: Page, system: dict[str, Any]) -> None:
 
 def test_an_interruption(interrupter: Page, system: dict[str, Any]) -> None:
     connect(interrupter, system)
-    until(interrupter, "guest.all('onBotStoppedSpeaking').length === 2", 30)
+    until(interrupter, "guest.loudness() > 0.02")
+    until(interrupter, "guest.names().includes('onBotStoppedSpeaking')")
+    until(interrupter, "guest.loudness() < 0.002", 2)
+    assert not interrupter.evaluate(
+        "guest.all('onBotOutput').some((said) => said.spoken_status === 'completed')"
+    )
     names = [
         name
         for name in interrupter.evaluate("guest.names()")
@@ -180,8 +185,6 @@ def test_an_interruption(interrupter: Page, system: dict[str, Any]) -> None:
         "onUserStartedSpeaking",
         "onBotStoppedSpeaking",
     ]
-    statuses = interrupter.evaluate("guest.all('onBotOutput').map((o) => o.spoken_status)")
-    assert statuses.count("completed") == 1, "the second reply"
     assert interrupter.evaluate("guest.errors") == []
 
 
