@@ -72,7 +72,8 @@ class Meter:
         self._frames = [0] * len(_FRAMES)
         self._packets = 0
         self._set_up: dict[str, float] = {}
-        self._replies, self._replies_s, self._reply_s_max = 0, 0.0, 0.0
+        self._turns = self._replies = 0
+        self._replies_s = self._reply_s_max = 0.0
         self._interruptions, self._interruption_s_max = 0, 0.0
         self._errors = {"client": 0, "server": 0}
         self._network: dict[str, float] = {}
@@ -87,7 +88,10 @@ class Meter:
 
         What ends while a reply is `playing` is not timed: the next packet is none of its answer.
         """
-        if kind == "input_audio_buffer.speech_stopped" and not playing:
+        self._turns += kind == "input_audio_buffer.committed"
+        if kind == "session.created":  # the first, if its server is lost and another one begins
+            self._set_up.setdefault("backend_ms", _ms(now - self._opened_at))
+        elif kind == "input_audio_buffer.speech_stopped" and not playing:
             self._turn_ended_at = now
         elif kind == "input_audio_buffer.speech_started":
             self._turn_ended_at = None
@@ -151,7 +155,8 @@ class Meter:
             name: count for (name, _), count in zip(_FRAMES, self._frames, strict=True) if count
         }
         told |= self._network
-        told["replies"], told["interruptions"] = self._replies, self._interruptions
+        told |= {"turns": self._turns, "replies": self._replies}
+        told["interruptions"] = self._interruptions
         if self._replies:
             told["reply_ms_mean"] = _ms(self._replies_s / self._replies)
             told["reply_ms_max"] = _ms(self._reply_s_max)

@@ -86,3 +86,29 @@ def test_the_network_both_ways(on: Metered) -> None:
     assert on.only(Timing.JITTER_OUT) == meter.JITTER_S_MAX  # whatever a client makes up
     on.meter.received(block, None)
     assert on.timings.count(Timing.ROUND_TRIP) == 1
+
+
+def test_a_story_has_what_has_happened_and_nothing_else(on: Metered) -> None:
+    told = on.meter.story()
+    assert told == {"frames": {}, "turns": 0, "replies": 0, "interruptions": 0,
+                    "errors": {"client": 0, "server": 0}}  # fmt: skip
+    on.meter.turn("session.created", False, 100.01)
+    on.meter.set_up(Timing.SETUP_CHECK, 100.02)
+    on.meter.set_up(Timing.SETUP_CONNECTED, 100.05)
+    for at in (101.0, 102.0):
+        on.meter.turn("input_audio_buffer.speech_stopped", False, at)
+        on.meter.turn("input_audio_buffer.committed", False, at)
+        on.meter.sounded(at + (at - 100) / 10)
+    on.meter.turn("session.created", False, 103.0)  # another connection of the same call
+    on.meter.told('{"type":"output_audio_buffer.cleared"}', 0.002)
+    on.meter.told('{"type":"error","error":{"type":"invalid_request_error"}}', 0)
+    block = rtp.Block(1, 64, 7, 0, 480, 0, 0)
+    on.meter.reported(block, 50)
+    on.meter.received(block, 0.25)
+    told = on.meter.story()
+    assert told["set_up"] == {"backend_ms": 10.0, "check_ms": 20.0, "connected_ms": 50.0}
+    assert (told["turns"], told["replies"], told["interruptions"]) == (2, 2, 1)
+    assert (told["reply_ms_mean"], told["reply_ms_max"]) == (150.0, 200.0)
+    assert told["interruption_ms_max"] == 2.0 and told["errors"] == {"client": 1, "server": 0}
+    assert (told["packets_in"], told["lost_in"], told["lost_out"]) == (50, 7, 7)
+    assert (told["jitter_in_ms"], told["round_trip_ms"]) == (10.0, 250.0)
