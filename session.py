@@ -2,7 +2,7 @@
 
     client ── Peer ── rtp ── Receiver ──────────▶ Backend
                  ◀── Playout ◀── Conversation ◀──┘
-                 ◀──▶ data channel ◀──▶ Conversation
+                 ◀──▶ data channel ◀──▶ Adapter ◀──▶ Conversation
 
 What it owns: the objects of one call and the order in which they hear of things.
 
