@@ -247,7 +247,10 @@ class Connection(web.RequestHandler):
         if status >= 500 and not isinstance(exc, ConnectionError):
             log.error("a request met a fault", exc_info=exc)
         response = web.Response(
-            status=status, body=_error(message or "The request is not HTTP."), content_type=JSON
+            status=status,
+            body=_error(message or "The request is not HTTP."),
+            content_type=JSON,
+            headers={"Server": "earshot"},  # and not which version of what
         )
         response.force_close()
         return response

@@ -4,6 +4,9 @@ import hashlib
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 import keys
 import sealing
@@ -208,6 +211,25 @@ def test_a_session_that_fits_into_no_key_is_refused() -> None:
     noise = "".join(hashlib.sha256(bytes([number])).hexdigest() for number in range(200))
     with pytest.raises(keys.TooLarge, match=r"has room for \d+: send the rest by session.update"):
         minted({"instructions": noise})
+
+
+@given(st.one_of(st.text(max_size=80), st.from_regex(r"(sk|ek)_[A-Za-z0-9_-]*", fullmatch=True)))
+@hypothesis_settings(max_examples=300, deadline=None)
+def test_any_text_ends_in_a_sentence(text: str) -> None:
+    refused(text)
+    if text:
+        refused(minted() + text)
+
+
+@given(st.text(max_size=200))
+@hypothesis_settings(max_examples=300, deadline=None)
+def test_any_file_is_read_or_named_by_line(text: str) -> None:
+    try:
+        found = keys.Keys.parse(text, RING)
+    except keys.KeysError as error:
+        assert re.match(r"line \d+: ", str(error))  # noqa: PT017
+    else:
+        refused(KEY, found)
 
 
 # --- no keys ------------------------------------------------------------------------------------

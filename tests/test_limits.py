@@ -1,6 +1,11 @@
 """Limits: buckets in made-up time, and whose address it is that stands in a header."""
 
+import ipaddress
+
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 import limits
 from endpoints import Prefix
@@ -91,3 +96,26 @@ def test_whose_address_it_is(remote: str | None, forwarded: list[str], client: s
 )
 def test_what_an_address_counts_as(host: str, counted: str) -> None:
     assert limits.counted_as(host) == counted
+
+
+@given(st.lists(st.text(max_size=40)), st.sampled_from(["10.0.0.1", "fd00::1", "192.0.2.1", ""]))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_whatever_stands_in_a_header_ends_in_an_address(lines: list[str], remote: str) -> None:
+    found = limits.client_of(remote, lines, TRUSTED)
+    assert found == remote or ipaddress.ip_address(found)
+    limits.counted_as(found)
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.sampled_from("ab")), max_size=60))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_nobody_gets_more_than_burst_and_rate(steps: list[tuple[float, str]]) -> None:
+    """And who is told to wait gets one after that."""
+    buckets, now, taken = limits.Buckets(), 100.0, {"a": 0, "b": 0}
+    for step, name in steps:
+        now += step
+        wait = buckets.take(name, 2.0, 3, now)
+        taken[name] += not wait
+        assert taken[name] <= 3 + 2.0 * (now - 100.0) + 1e-6
+        assert 0 <= wait <= 0.5 + 1e-9
+        if wait:
+            assert buckets.peek(name, 2.0, 3, now + wait + 1e-9) == 0

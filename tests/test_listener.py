@@ -290,6 +290,7 @@ def test_what_is_no_http_gets_a_body_and_no_traceback(
                 assert head.startswith(b"HTTP/1."), octets[:40]
                 assert head.split()[1] == b"400", octets[:40]
                 assert orjson.loads(body)["error"]["message"]
+                assert b"aiohttp" not in head and b"Python" not in head
                 writer.close()
 
     asyncio.run(run())
