@@ -297,7 +297,7 @@ BREAKS = {
         session._playout.write("an item", bytes(6_400), time.monotonic()),
         session._owner.paced(session),
     ),
-    "the sweep": lambda session: setattr(session, "_report", broken),
+    "the sweep": lambda session: setattr(session.reports, "write", broken),
     "the backend's tick": lambda session: setattr(session._backend, "tick", broken),
     "the backend's ears": lambda session: setattr(session._backend, "append", broken),
     "the backend's events": lambda session: setattr(session._backend, "send", broken),
