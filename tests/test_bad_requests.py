@@ -9,6 +9,7 @@ import ipaddress
 import json
 import re
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +165,10 @@ def test_an_offer_that_cannot_be_used_says_why(premises: Premises, name: str) ->
 JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "multipart/form-data; boundary=b"}
 PART = '--b\r\nContent-Disposition: form-data; name="sdp"\r\n\r\nv=0'
+START = "/start"
+DEEP = json.dumps({"sdp": OFFER, "type": "offer"})[:-1] + ', "session": {"a": %s}}' % (
+    "[" * 1000 + "]" * 1000
+)
 NO_OFFER = PART.replace("sdp", "pds") + "\r\n--b--"
 BODIES: list[tuple[str, str, dict[str, Any]]] = [
     *(
@@ -180,6 +185,14 @@ BODIES: list[tuple[str, str, dict[str, Any]]] = [
             "lone surrogate": '{"sdp": "\\ud800", "session": "\\ud800"}',
         }.items()
     ),
+    *(
+        (f"{path}: a thousand levels", path, {"data": DEEP, "headers": JSON})
+        for path in (CALLS, PIPECAT, SECRETS, START)
+    ),
+    ("start: cut JSON", START, {"data": "{", "headers": JSON}),
+    ("start: another transport", START, {"json": {"transport": "daily"}}),
+    ("start: more than it keeps", START, {"json": {"body": {"session": {"x": "y" * 9000}}}}),
+    ("no such session", "/sessions/x/api/offer", {"json": {"sdp": OFFER, "type": "offer"}}),
     ("session is a list", CALLS, {"json": {"sdp": OFFER, "session": []}}),
     ("session in a form is no JSON", CALLS, {"data": {"sdp": OFFER, "session": "{"}}),
     ("no boundary", CALLS, {"data": b"x", "headers": {"Content-Type": "multipart/form-data"}}),
@@ -198,7 +211,7 @@ def test_a_body_that_cannot_be_read_says_why(
 ) -> None:
     async def run() -> None:
         async with aiohttp.ClientSession() as http:
-            await ask(premises, http, (400, 415), "POST", path, **request_)
+            await ask(premises, http, (400, 404, 415), "POST", path, **request_)
 
     asyncio.run(run())
 
@@ -248,6 +261,32 @@ def test_wrong_methods_and_types(premises: Premises) -> None:
                 await ask(premises, http, (404,), "GET", path)
             await ask(premises, http, (400, 426), "GET", SIDEBAND)
             await ask(premises, http, (426,), "GET", SIDEBAND, params={"call_id": ID})
+
+    asyncio.run(run())
+
+
+FRAGMENTS: dict[str, tuple[int, str | bytes]] = {
+    "empty": (400, ""),
+    "binary": (400, bytes(range(128, 256))),
+    "no fragment": (400, "hello"),
+    "an offer": (400, OFFER),
+    "ufrag alone": (400, "a=ice-ufrag:abcd\r\n"),
+    "too large": (413, "a=candidate:1 1 udp 1 1.2.3.4 5 typ host\r\n" * 1000),
+}
+
+
+@pytest.mark.parametrize("name", FRAGMENTS)
+def test_a_fragment_that_cannot_be_used_says_why(premises: Premises, name: str) -> None:
+    status, data = FRAGMENTS[name]
+    headers = {"Content-Type": "application/trickle-ice-sdpfrag", "If-Match": "*"}
+    path = f"{WHIP}/{authentic(premises.port)}"
+
+    async def run() -> None:
+        async with aiohttp.ClientSession() as http:
+            await ask(premises, http, (status,), "PATCH", path, data=data, headers=headers)
+            for wrong in ("", "x", '"a" "b"', '"' + "x" * 2000 + '"'):
+                headers["If-Match"] = wrong
+                await ask(premises, http, (400, 428), "PATCH", path, data=data, headers=headers)
 
     asyncio.run(run())
 
@@ -373,6 +412,23 @@ def test_slow_bodies_end_in_bounded_time(premises: Premises) -> None:
             assert head.split()[1] == b"408", head
 
     asyncio.run(run())
+
+
+def test_who_goes_away_in_the_middle_leaves_nothing(premises: Premises) -> None:
+    head = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 6000\r\n"
+    for path, kind in ((CALLS, SDP), (WHIP, SDP), (PIPECAT, "application/json")) * 20:
+        with socket.create_connection(premises.at) as sock:
+            sock.sendall(f"POST {path} HTTP/1.1\r\n{head}Content-Type: {kind}\r\n\r\nv=0".encode())
+            # Not politely, but as a phone does that loses its network: RST.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    deadline = time.monotonic() + intake.BODY_DEADLINE_S + PATIENCE_S
+    while True:
+        counted = premises.counted_by_signaling()
+        waiting = [n for n, value in counted.items() if "api_in_flight" in n and value]
+        if not waiting and not counted["earshot_signaling_connections"]:
+            break
+        assert time.monotonic() < deadline, waiting
+        time.sleep(0.05)
 
 
 def test_thousands_of_them_leave_nothing_behind(premises: Premises) -> None:
