@@ -45,6 +45,11 @@ class Certificate(RTCCertificate):
         return next(f.value for f in self.getFingerprints() if f.algorithm == "sha-256")
 
 
+def finishes(datagram: bytes) -> bool:
+    """Whether a datagram that we send has our Finished in it: it stands behind ChangeCipherSpec."""
+    return any(record[:1] == b"\x14" for record in records(datagram))
+
+
 def records(datagram: bytes) -> list[bytes]:
     """The DTLS records of a datagram, one by one; what does not add up stays with the last.
 

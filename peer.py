@@ -478,7 +478,8 @@ class Peer:
             self._flight.sent(datagram, self._wire.clock())
             self._arm()
         self._wire.send(active.header, datagram, active.relay)
-        if self._sending is None and self._offer.active and self._dtls is not None:
+        waits = self._sending is None and self._offer.active
+        if waits and self._dtls is not None and dtls.finishes(datagram):
             self._hasten(self._dtls)
 
     def _arm(self) -> None:

@@ -4,14 +4,17 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# System packages: a browser for the demo page, Redis for the development system, and what builds
-# pages with other people's clients.
+# System packages: a browser for the demo page, Redis for the development system, what builds pages
+# with other people's clients, and an encoder.
 missing=()
 command -v chromium >/dev/null || command -v chromium-browser >/dev/null ||
   command -v google-chrome >/dev/null || missing+=(chromium)
 command -v redis-server >/dev/null || missing+=(redis-server)
 command -v node >/dev/null || missing+=(nodejs)
 command -v npm >/dev/null || missing+=(npm)
+# GStreamer, as an encoder that comes in by WHIP, with its bindings for the system's Python.
+/usr/bin/python3 tests/encoder_gstreamer.py check >/dev/null 2>&1 || missing+=(python3-gst-1.0
+  gstreamer1.0-{nice,plugins-{base,good,bad}} gir1.2-gst-plugins-{base,bad}-1.0)
 if [ "${#missing[@]}" -gt 0 ]; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "earshot: installing ${missing[*]}" >&2
