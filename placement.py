@@ -190,7 +190,7 @@ class Placement:
                 stack.push_async_callback(client.close)
                 reader = presence.Reader(client, self._clusters)
                 await self._list(reader)  # who comes first finds somebody
-                loops += [client.watch(), self._follow(client, reader)]
+                loops += [client.watch(), self._follow(reader)]
             tasks = [asyncio.create_task(each) for each in loops]
             try:
                 yield
@@ -357,7 +357,7 @@ class Placement:
                 log.error("transceiver %s answered %d to an offer", peer.endpoint, status)
         return None
 
-    async def _follow(self, client: redisclient.Client, reader: presence.Reader) -> None:
+    async def _follow(self, reader: presence.Reader) -> None:
         """Read in Redis who is there, for ever."""
         while True:
             await asyncio.sleep(presence.READ_S)
@@ -365,7 +365,6 @@ class Placement:
                 await self._list(reader)
             except Exception:  # a mistake of ours must not end the reading
                 log.exception("reading presence met a fault")
-            self._counters.values[metrics.Signaling.REDIS_UP] = client.up
 
     async def _list(self, reader: presence.Reader) -> None:
         now = time.monotonic()
@@ -377,7 +376,9 @@ class Placement:
                 self._unreadable = True
                 log.warning("redis does not say which transceivers there are: %s", error)
             self.roster.unlisted()
+            self._counters.values[metrics.Signaling.REDIS_UP] = 0
         else:
+            self._counters.values[metrics.Signaling.REDIS_UP] = 1
             if self._unreadable:
                 self._unreadable = False
                 log.info("redis says again which transceivers there are")

@@ -23,6 +23,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+import pipecat
 import presence
 import whip
 
@@ -316,6 +317,23 @@ def test_an_encoder_may_speak_to_another_instance_each_time(shared):
         assert status == 200 and "a=ice-ufrag" in told, told
         assert (await visit.ask("DELETE", there))[0] == 200
         assert sum(await visit.sessions()) == 0
+
+    visited(shared, story)
+
+
+def test_pipecats_client_may_speak_to_another_instance_each_time(shared):
+    async def story(visit):
+        offer = {"sdp": OFFER, "type": "offer"}
+        status, answer, _ = await visit.ask("POST", shared.urls[0] + pipecat.OFFER, json=offer)
+        assert status == 200, answer
+        line = "candidate:1 1 udp 1 192.0.2.1 9 typ host"
+        candidates = [{"candidate": line, "sdp_mid": "0", "sdp_mline_index": 0}]
+        found = {"pc_id": answer["pc_id"], "candidates": candidates}
+        status, told, _ = await visit.ask("PATCH", shared.urls[1] + pipecat.OFFER, json=found)
+        assert (status, told) == (200, {"status": "success"})
+        assert await visit.hang_up(answer["pc_id"]) == 200
+        status, told, _ = await visit.ask("PATCH", shared.urls[0] + pipecat.OFFER, json=found)
+        assert status == 404, told
 
     visited(shared, story)
 

@@ -405,6 +405,7 @@ def test_whatever_becomes_of_redis_calls_are_placed_by_what_was_known(
                 await until(lambda: len(said()) == len(begins[:1]))
                 both[0].draining = True
                 await until(lambda: Health.DRAINING in known(found).values())
+                assert found._counters[metrics.Signaling.REDIS_UP] == (trouble == "emptied")
                 both[0].draining = False
                 both[0].started += 1
                 if trouble == "killed":
