@@ -473,8 +473,8 @@ def test_an_interruption_is_heard_at_once(
         median_ms = float(np.median(silent_ms))
         figures = {"silent_after_ms": silent_ms, "median_ms": median_ms}
         print(json.dumps({"client": client, "interrupted_by": by, **figures}))
-        # The best of them: what a browser has buffered since a busy machine held up its audio, up to
-        # 2 s, is played to its end, and is not ours. Ours would be late every time.
+        # The best of them: what a browser has buffered since a busy machine held up its audio, 2 s
+        # at the most, is played to its end, and is not ours. Ours would be late every time.
         assert silent_ms[0] < SILENT_MS_MAX
     opener.close()
     browser.close()
