@@ -324,11 +324,11 @@ class Transceiver:
         states = [session.state for session in self.sessions.values()]
         values = self.counters.values
         values[Count.SESSIONS] = len(states)
-        values[Count.SESSIONS_OFFERED] = states.count(State.OFFERED)
-        values[Count.SESSIONS_CONNECTING] = states.count(State.CONNECTING)
-        values[Count.SESSIONS_LIVE] = states.count(State.LIVE)
+        for state in (State.OFFERED, State.CONNECTING, State.LIVE):
+            values[metrics.Transceiver[f"SESSIONS_{state.name}"]] = states.count(state)
         values[Count.LOAD] = round(1000 * self._load.figure)
         values[Count.TASKS] = len(asyncio.all_tasks())
+        values[Count.REDIS_UP] = self._redis is not None and self._redis.up
 
     def paced(self, session: Session) -> None:
         """See session.Owner."""

@@ -112,6 +112,13 @@ class Transceiver(ledger.Kinds):
     SESSIONS_OPENED = "sessions", "Offers answered."
     SESSIONS_CONNECTED = "sessions", "Sessions whose media became live."
     RESUMED = "sessions", "Of those opened, ones that go on with the conversation of another call."
+    REDIS_UP = (
+        "state",
+        "1 while Redis answers.",
+        "0 with [redis]: signaling that starts now does not find this process, and conversations"
+        " end with it.",
+        True,
+    )
     RECORDS_WRITTEN = "records", "Of conversations, written to Redis for other transceivers."
     RECORDS_FAILED = (
         "records",

@@ -464,6 +464,34 @@ def test_health_and_metrics_say_how_it_goes(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_it_is_ready_while_an_offer_would_be_taken(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with staged(tmp_path, fakes=2) as stage:
+
+            async def why() -> list[str]:
+                async with stage.http.get("/readyz") as response:
+                    found: dict[str, Any] = await response.json()
+                    assert response.status == (200 if found["ready"] else 503)
+                    assert found["ready"] == (not found["why"])
+                    return list(found["why"])
+
+            assert await why() == []
+            first, second = stage.door.placement.peers
+            first.failed()
+            assert await why() == []  # one is enough
+            second.full = True
+            assert await why() == ["no transceiver would take a call"]
+            second.full = False
+            stage.entrance.stopping = True
+            assert await why() == ["it stops"]
+            async with stage.http.get("/healthz") as response:
+                assert (response.status, await response.text()) == (200, "ok\n")
+            async with stage.http.get("/metrics") as response:
+                assert response.status == 404  # nobody's business here
+
+    asyncio.run(run())
+
+
 def run_program(*argv: str | Path) -> "subprocess.Popen[str]":
     program = Path(sys.executable).parent / "signaling"
     return subprocess.Popen([program, *argv], stderr=subprocess.PIPE, text=True)
