@@ -76,16 +76,18 @@ class Heard:
         said = said[: len(said) // every * every].reshape(-1, every).mean(axis=1)
         return float(check.correlation(said, np.frombuffer(self.pcm, "<i2").astype(float)))
 
+    async def begun(self) -> None:
+        """Wait until somebody speaks."""
+        loud = 1_000
+        while not any(abs(sample) > loud for sample in memoryview(bytes(self.pcm)).cast("h")[::8]):
+            self.pcm.clear()
+            await asyncio.sleep(0.1)
+            await shim.until(lambda: self.pcm, "sound")
+
     async def sentence(self) -> float:
         """Wait until all of it can have come; how alike it is."""
-        seconds = len(check.sentence()) / 48_000
-        loud = 0
-        while loud < 10:
-            await shim.until(lambda: self.pcm, "sound")
-            await asyncio.sleep(0.2)
-            samples = np.abs(np.frombuffer(self.pcm[-16_000:], "<i2"))
-            loud += int(samples.size and samples.max() > 1_000) * 10
-        await asyncio.sleep(seconds + 0.5)
+        await self.begun()
+        await asyncio.sleep(len(check.sentence()) / 48_000 + 0.5)
         return self.likeness
 
 
