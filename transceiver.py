@@ -325,7 +325,7 @@ class Transceiver:
         values = self.counters.values
         values[Count.SESSIONS] = len(states)
         for state in (State.OFFERED, State.CONNECTING, State.LIVE):
-            values[metrics.Transceiver[f"SESSIONS_{state.name}"]] = states.count(state)
+            values[Count.__members__[f"SESSIONS_{state.name}"]] = states.count(state)
         values[Count.LOAD] = round(1000 * self._load.figure)
         values[Count.TASKS] = len(asyncio.all_tasks())
         values[Count.REDIS_UP] = self._redis is not None and self._redis.up
