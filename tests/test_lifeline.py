@@ -37,7 +37,7 @@ that the line is dead, and then says so."""
 def page(launch: Callable[[Path], Any], system: dict[str, Any], tmp_path: Path) -> Iterator[Page]:
     """A page whose microphone hears a long sentence, a pause, and then short words."""
     words = [vowel(0.5), silence(0.9)] * 30
-    said = np.concatenate([silence(LEAD_S), vowel(2.0), silence(2.0), *words])
+    said = np.concatenate([silence(LEAD_S), vowel(2.5), silence(3.0), *words])
     browser = launch(written(said, tmp_path / "said.wav"))
     opener = pages(browser, system)
     found = next(opener)()
@@ -65,7 +65,8 @@ def owner(system: dict[str, Any], call_id: str) -> psutil.Process:
 def process(system: dict[str, Any], number: int) -> psutil.Process:
     """A transceiver, by the number of its file."""
     config = str(Path(system["state_dir"]) / f"transceiver-{number}.toml")
-    return next(each for each in psutil.process_iter() if config in each.cmdline())
+    found = psutil.process_iter(["cmdline"])  # None for those that end just now
+    return next(each for each in found if config in (each.info["cmdline"] or ()))
 
 
 def items(page: Page) -> dict[str, str]:
