@@ -12,7 +12,8 @@ Rules that stay true:
   is asked for this request, and stands in the answer. It becomes the nonce of the call's routing
   hint, so that nobody outside chooses it: a client's own X-Request-Id is written beside it.
 - Each request is one line at its end, but for probes that are answered with yes. A flood of
-  refused ones is a bounded number of lines, which say how many there were in between.
+  those that are refused, fail or are broken off is a bounded number of lines, which say how many
+  there were in between.
 - No line has a key, a whole call id or a client's whole address.
 - It looks on: what it meets is passed on as it is.
 
@@ -33,6 +34,7 @@ from aiohttp import web
 
 import journal
 import ledger
+import limits
 import metrics
 
 HEADER = "X-Request-Id"
@@ -47,8 +49,9 @@ TAG_CHARACTERS = 6
 """The end of a call's id, which tells calls apart in a log and lets nobody join one."""
 
 REFUSED_LINES_PER_S = 50
-"""Lines a second for requests that were refused. More would let a stranger fill a disk; fewer would
-hide who else had trouble meanwhile."""
+"""Lines a second for requests that were refused; and as many for those that failed or were broken
+off, which the others must not hide. More would let a stranger fill a disk; fewer would hide who
+else had trouble meanwhile."""
 
 Api = metrics.Api
 Timing = metrics.SignalingTiming
@@ -154,7 +157,7 @@ class Observer:
         self.counters = {name: ledger.Counters(Api) for name in (*apis, "other")}
         self.timings = ledger.Histograms(Timing)
         self._clock, self._client_of = clock, client_of
-        self._lines, self._filled_at = float(REFUSED_LINES_PER_S), clock()
+        self._lines = limits.Buckets()
         self._unwritten = 0
 
     def attach(self, app: web.Application) -> None:
@@ -226,17 +229,13 @@ class Observer:
         self._unwritten = 0
 
     def _is_written(self, route: str, status: int | None, now: float) -> bool:
-        """False for a refused request while there are too many of them, and for quiet probes."""
-        if route in PROBES and status == 200:
-            return False
-        if status is not None and not 400 <= status < 500:
-            return True
-        self._lines += REFUSED_LINES_PER_S * (now - self._filled_at)
-        self._lines, self._filled_at = min(self._lines, float(REFUSED_LINES_PER_S)), now
-        if self._lines < 1:
+        """False for quiet probes, and for what went wrong while there is too much of it."""
+        if status is not None and status < 400:
+            return route not in PROBES
+        kind = "failed" if status is None or status >= 500 else "refused"
+        if self._lines.take(kind, REFUSED_LINES_PER_S, REFUSED_LINES_PER_S, now):
             self._unwritten += 1
             return False
-        self._lines -= 1
         return True
 
     def exposition(self) -> bytes:

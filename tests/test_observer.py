@@ -172,9 +172,12 @@ def test_a_flood_of_refused_requests_is_a_bounded_number_of_lines() -> None:
             async with stage.http.post("/calls"):  # what is not refused is always written
                 pass
             assert stage.lines[-1]["unwritten"] == 30
+            async with stage.http.post("/calls/x?status=503"):  # nor is a fault hidden
+                pass
+            assert stage.lines[-1]["status"] == 503
             stage.now += 0.5
             await refused(most)
-            assert len(stage.lines) == most + 1 + most // 2
+            assert len(stage.lines) == most + 2 + most // 2
             assert "unwritten" not in stage.lines[-1]
 
     asyncio.run(run())
