@@ -175,7 +175,8 @@ class Town:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     with contextlib.ExitStack() as stack:
-        yield Town(tmp_path_factory.mktemp("town"), stack)
+        # What nobody connects to is soon gone.
+        yield Town(tmp_path_factory.mktemp("town"), stack, "connect_deadline_s = 5.0")
 
 
 class Visit:
@@ -366,12 +367,12 @@ def test_signaling_killed_in_the_middle_of_calls(shared, redis):
         (one, first), (other, second) = await visit.call(0), await visit.call(0)
         for caller in (one, other):
             await visit.until_answered(caller)
-        talking = asyncio.create_task(visit.talk(4))
+        talking = asyncio.create_task(visit.talk(3))
         await asyncio.sleep(0.5)
         if redis == "away":
             shared.redis.kill()
         shared.signaling[0].kill()
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.5)
         await asyncio.to_thread(shared.signaling[0].start)
         await talking
         heard = [len(caller.arrivals) // 2 for caller in (one, other)]
@@ -432,6 +433,35 @@ def test_a_transceiver_that_dies_is_gone_within_two_seconds(shared):
         print("gone after", ", ".join(f"{each:.3f} s" for each in times))
         # LEASE_S, READ_S and what a busy machine takes for it.
         assert max(times) < 2 + 1
+
+    visited(shared, story)
+
+
+def test_one_that_hangs_is_passed_over_and_comes_back(shared):
+    """It is there, and answers nothing: whoever meets it waits, and is then placed elsewhere."""
+
+    async def story(visit):
+        shared.transceivers[0].send(signal.SIGSTOP)
+        try:
+            took = []
+            while await visit.state(0) != 1 or await visit.state(1) != 1:
+                began = time.monotonic()
+                for instance in (0, 1):
+                    _, call_id = await visit.call(instance)
+                    assert await visit.hang_up(call_id) == 200
+                took.append(time.monotonic() - began)
+            for instance in (0, 1) * 5:
+                _, call_id = await visit.call(instance)
+                assert await visit.hang_up(call_id) == 200
+            print(f"two calls took {max(took):.1f} s at the most meanwhile")
+        finally:
+            shared.transceivers[0].send(signal.SIGCONT)
+        print(f"back after {max(await visit.until_serving(2)):.3f} s")
+        # Offers that it had in its hands meanwhile became sessions that nobody will connect to.
+        deadline = time.monotonic() + PATIENCE_S
+        while sum(await visit.sessions()):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
 
     visited(shared, story)
 
@@ -510,8 +540,8 @@ def test_a_burst_is_spread_evenly_and_never_over_assigned(tmp_path):
         spread = await visit.sessions()
         print(f"of 120: {spread}")
         assert sum(spread) == 120
-        # A fair coin would be within 60 +- 16 in 99 of 100 bursts, whoever is asked is asked then.
-        assert abs(spread[0] - spread[1]) <= 16
+        # Reports are up to BEAT_S + READ_S old, in which the other instance places some forty.
+        assert abs(spread[0] - spread[1]) <= 24
         found = await burst(visit, 200, 1.0)
         assert found.count(201) == 2 * SESSIONS_MAX - 120, "each that there is room for"
         assert await visit.sessions() == [SESSIONS_MAX] * 2
