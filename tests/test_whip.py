@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 from aiortc.mediastreams import AudioStreamTrack
 
+import keys
 import metrics
 import sdp
 import sdpfrag
@@ -84,7 +85,9 @@ class Site:
 
 
 @asynccontextmanager
-async def site(folder: Path, more: str = "", limits: str = "") -> AsyncIterator[Site]:
+async def site(
+    folder: Path, more: str = "", limits: str = "", table: str = ""
+) -> AsyncIterator[Site]:
     found = Site()
     async with AsyncExitStack() as stack:
         config = settings.load(configure(folder, limits=limits), settings.Transceiver)
@@ -94,7 +97,7 @@ async def site(folder: Path, more: str = "", limits: str = "") -> AsyncIterator[
         at = config.transceiver.listen
         found.shim = shim.Shim((at.host, at.port))
         stack.callback(found.shim.close)
-        entrance = signaling.Entrance(configured(folder, found.shim.address, str(at), more))
+        entrance = signaling.Entrance(configured(folder, found.shim.address, str(at), more, table))
         found.door = entrance.door
         runner = web.AppRunner(entrance.application())
         await runner.setup()
@@ -107,7 +110,7 @@ async def site(folder: Path, more: str = "", limits: str = "") -> AsyncIterator[
 
 
 def configured(
-    folder: Path, relay: tuple[str, int], transceivers: str, more: str
+    folder: Path, relay: tuple[str, int], transceivers: str, more: str, table: str = ""
 ) -> settings.Signaling:
     path = folder / "signaling.toml"
     path.write_text(
@@ -117,6 +120,7 @@ def configured(
         relays = ["{relay[0]}:{relay[1]}"]
         transceivers = ["{transceivers}"]
         retry_after_s = 7
+        {table}
         [keys]
         file = "keys"
         [[cluster]]
@@ -130,10 +134,14 @@ def configured(
 
 
 def at_site(
-    folder: Path, scenario: Callable[[Site], Awaitable[None]], more: str = "", limits: str = ""
+    folder: Path,
+    scenario: Callable[[Site], Awaitable[None]],
+    more: str = "",
+    limits: str = "",
+    table: str = "",
 ) -> None:
     async def run() -> None:
-        async with site(folder, more, limits) as found:
+        async with site(folder, more, limits, table) as found:
             await scenario(found)
 
     asyncio.run(run())
@@ -301,6 +309,51 @@ def test_an_id_that_is_none_of_ours_leads_nowhere(tmp_path: Path) -> None:
 
 def at_prefix() -> Any:
     return settings.Prefix("127.0.0.0/8").network
+
+
+def test_every_request_needs_the_key_of_the_call(tmp_path: Path) -> None:
+    token, line = keys.make("shop", bytes(32))
+    other, other_line = keys.make("other", bytes(range(32)))
+    (tmp_path / "api-keys").touch(mode=0o600)
+    (tmp_path / "api-keys").write_text(f"{line}\n{other_line}\n")
+
+    def by(key: str, request: Any) -> Any:
+        bearer = {"Authorization": f"Bearer {key}"} if key else {}
+        return {**request, "headers": request["headers"] | bearer}
+
+    async def scenario(site: Site) -> None:
+        posted = {"data": OFFER, "headers": {"Content-Type": whip.SDP}}
+        headers, _ = await site.post(**by(token, posted))
+        where, etag = headers["Location"], headers["ETag"]
+        (session,) = site.transceiver.sessions.values()
+        assert session.opening.key == "shop"
+        trickle, restart = fragment(TRICKLED, etag), fragment(RESTARTED, "*")
+        for method, path, request in (
+            ("POST", "/whip", posted),
+            ("PATCH", where, trickle),
+            ("DELETE", where, {"headers": {}}),
+            ("OPTIONS", "/whip", {"headers": {}}),  # it would name a server and its password
+        ):
+            for key in ("", "sk_nobodys"):
+                _, got = await site.error(401, method, path, **by(key, request))
+                assert got["WWW-Authenticate"].startswith("Bearer")
+        for request in (trickle, restart):
+            await site.error(404, "PATCH", where, **by(other, request))
+        # To others it is as if it had ended; and that does not end it.
+        async with site.http.delete(where, **by(other, {"headers": {}})) as response:
+            assert response.status == 200
+        assert site.transceiver.sessions
+        assert f'"{session.etag}"' == etag
+        asked = {"Access-Control-Request-Method": "POST"}
+        async with site.http.options("/whip", headers=asked) as response:
+            assert response.status == 204
+        async with site.http.options("/whip", **by(token, {"headers": {}})) as response:
+            assert response.headers.getall("Link")
+        async with site.http.delete(where, **by(token, {"headers": {}})) as response:
+            assert response.status == 200
+        assert not site.transceiver.sessions
+
+    at_site(tmp_path, scenario, LINKS, table='keys_file = "api-keys"')
 
 
 def test_what_may_be_sent_is_told_to_who_asks(tmp_path: Path) -> None:
