@@ -8,8 +8,8 @@
                         is}; 400; 503 with Retry-After
     GET    /v1/sessions/{call_id}   200 {"state", "etag", "request_id"}; 404
     POST   /v1/sessions/{call_id}/ice {"ufrag", "pwd"}   an ICE restart: the client's new pair
-                        200 {"ufrag", "pwd", "etag"}: ours; {"etag"} if the client's pair is
-                        the one that it has already; 400; 404
+                        200 {"ufrag", "pwd", "etag"}: ours, the same for the same pair again;
+                        {"etag"} if the pair is the offer's; 400; 404
     POST   /v1/sessions/{call_id}/offer {"offer", "candidates"}   another one on its connection
                         200 {"answer", "etag"}; 400; 404
     GET    /v1/sessions/{call_id}/events   WebSocket: the call's events (attendance.py); 404; 429
@@ -34,6 +34,7 @@ Rules that stay true:
 It decides nothing about calls: `transceiver.py` takes or refuses them.
 """
 
+import asyncio
 import enum
 import functools
 import logging
@@ -82,6 +83,8 @@ class Call(Protocol):
     """A name of its ICE session: another one after each restart."""
     client_ice: tuple[str, str]
     """The client's ufrag and password in it."""
+    restarted_as: tuple[str, str] | None
+    """Ours, if that pair came by a request for a restart and not with an offer."""
 
     @property
     def state(self) -> enum.Enum:
@@ -208,6 +211,18 @@ def _guard(prefixes: tuple[endpoints.Prefix, ...]) -> Any:
     return guard
 
 
+async def _waits(request: web.Request) -> bool:
+    """Whether whoever asked still waits for the answer.
+
+    A process that stood still finds the requests that were given up meanwhile: each would become
+    a session that nobody connects to, and together they could fill it. That a connection has ended
+    is read behind what came by it, in the second turn of the loop from here.
+    """
+    for _ in range(2):
+        await asyncio.sleep(0)
+    return request.transport is not None and not request.transport.is_closing()
+
+
 class Handlers(Generic[AnyCall]):
     """One method a request."""
 
@@ -223,6 +238,8 @@ class Handlers(Generic[AnyCall]):
     async def create(self, request: web.Request) -> web.Response:
         """Take a call."""
         wanted = await self._switchboard.recalled(opening.read(await request.read()))
+        if not await _waits(request):
+            raise Refusal(503, "Whoever asked has given up.", "given_up")
         try:
             call, answer = self._switchboard.open(wanted)
         except Full as full:
@@ -243,11 +260,13 @@ class Handlers(Generic[AnyCall]):
         """Give a call new ICE credentials."""
         pair = opening.read_restart(await request.read())
         call = self._called(request)
-        if pair == call.client_ice:  # candidates for the pair that there is
+        if pair != call.client_ice:
+            _note(call, request, "is given new ICE credentials")
+            call.restarted_as = self._switchboard.restart(call)
+            call.client_ice = pair
+        if call.restarted_as is None:  # candidates for the pair that there is
             return _json({"etag": call.etag})
-        call.client_ice = pair
-        _note(call, request, "is given new ICE credentials")
-        name, password = self._switchboard.restart(call)
+        name, password = call.restarted_as  # the same again if the answer was lost on its way
         return _json({"ufrag": name, "pwd": password, "etag": call.etag})
 
     async def again(self, request: web.Request) -> web.Response:

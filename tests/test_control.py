@@ -2,9 +2,11 @@
 
 import asyncio
 import enum
+import socket
 from typing import Any
 
 import aiohttp
+import orjson
 import pytest
 from aiohttp import web
 
@@ -26,6 +28,7 @@ class Call:
     def __init__(self, wanted: opening.Opening) -> None:
         self.call_id, self.opening, self.etag, self.state = "rtc_1", wanted, "e1", State.LIVE
         self.client_ice = ("", "")
+        self.restarted_as: tuple[str, str] | None = None
 
 
 class Limits:
@@ -78,8 +81,8 @@ class Switchboard:
 class Client:
     """Requests to it: status and JSON."""
 
-    def __init__(self, http: aiohttp.ClientSession) -> None:
-        self._http = http
+    def __init__(self, http: aiohttp.ClientSession, at: tuple[str, int]) -> None:
+        self._http, self.at = http, at
 
     async def __call__(
         self, method: str, path: str, body: Any = None, key: str = "alice"
@@ -96,7 +99,7 @@ async def served(switchboard: Switchboard, test: Any) -> None:
     host, port = runner.addresses[0][:2]
     try:
         async with aiohttp.ClientSession(f"http://{host}:{port}") as http:
-            await test(Client(http))
+            await test(Client(http, (host, port)))
     finally:
         await runner.cleanup()
 
@@ -163,3 +166,23 @@ def test_what_goes_wrong_has_a_status_and_a_sentence(
         assert (found, body["error"]["param"]) == (400, "candidates")
 
     asyncio.run(served(board, run))
+
+
+def test_who_has_given_up_gets_no_call() -> None:
+    """The process stood still: it finds the request, and that the connection has ended."""
+    here = Switchboard()
+
+    async def run(ask: Client) -> None:
+        at = ask.at
+        body = orjson.dumps(REQUEST)
+        head = f"POST /v1/sessions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        for given_up in (True, False):
+            with socket.create_connection(at) as connection:  # no turn of the loop before the end
+                connection.sendall(head.encode() + body)
+                if given_up:
+                    connection.close()
+                for _ in range(100):
+                    await asyncio.sleep(0.001)
+            assert (here.call is None) == given_up
+
+    asyncio.run(served(here, run))

@@ -87,6 +87,7 @@ IMPORTERS = {
     "aioice": set(),
     "aiortc": {"association", "dtls", "peer"},
     "asyncio": {
+        "control",
         "attendance",
         "listener",
         "sideband",
