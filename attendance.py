@@ -152,5 +152,13 @@ async def part(
 def cut(request: web.Request) -> None:
     """End a connection whose other end does not take what is left for it."""
     transport = request.transport
-    if isinstance(transport, asyncio.WriteTransport) and transport.get_write_buffer_size():
+    if not isinstance(transport, asyncio.WriteTransport):
+        return
+    try:
+        left = transport.get_write_buffer_size()
+    except AttributeError:
+        # TLS that was closed twice, as aiohttp does: asyncio's transport has let go of its
+        # connection then, which has a deadline of its own (listener.SHUTDOWN_S).
+        return
+    if left:
         transport.abort()

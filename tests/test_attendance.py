@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +13,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import WSMsgType
+from aiohttp import WSMsgType, web
+from aiohttp.test_utils import TestServer
 from aiortc.mediastreams import AudioStreamTrack
 
 import attendance
@@ -20,7 +22,7 @@ import attendants
 import transceiver
 from metrics import Transceiver as Count
 
-from . import shim
+from . import servers, shim
 from .test_transceiver import House, house, sessions, types
 
 Socket = aiohttp.ClientWebSocketResponse
@@ -231,3 +233,36 @@ def test_the_process_ends_with_attendants_in_it(tmp_path: Path) -> None:
             await stopping
 
     house(tmp_path, scenario)
+
+
+def test_it_ends_over_tls_too(tmp_path: Path) -> None:
+    """asyncio's transport of TLS fails in most methods once it has been closed twice."""
+
+    async def scenario() -> None:
+        parted: asyncio.Queue[str] = asyncio.Queue()
+
+        async def serve(request: web.Request) -> web.StreamResponse:
+            socket = web.WebSocketResponse()
+            await socket.prepare(request)
+            try:
+                await attendance.part(request, socket, 1000, b"over")
+                attendance.cut(request)
+                parted.put_nowait("well")
+            except Exception as error:
+                parted.put_nowait(repr(error))
+            return socket
+
+        paths = servers.certify(tmp_path)
+        server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        server.load_cert_chain(*paths)
+        client = ssl.create_default_context(cafile=paths[0])
+        app = web.Application()
+        app.router.add_get("/", serve)
+        at = TestServer(app, host="127.0.0.1", scheme="https")
+        await at.start_server(ssl=server)
+        async with at, aiohttp.ClientSession() as http:
+            async with http.ws_connect(at.make_url("/"), ssl=client) as socket:
+                assert await end(socket) == (1000, "over")
+            assert await asyncio.wait_for(parted.get(), shim.WAIT_S) == "well"
+
+    asyncio.run(scenario())
