@@ -204,6 +204,9 @@ class Observer:
         route = route_of(request)
         if not self._is_written(route, status, now):
             return
+        client = ""
+        with contextlib.suppress(Exception):  # an answer is worth more than a line about it
+            client = journal.masked(self._client_of(request))
         log.info(
             "%s %s %s",
             request.method,
@@ -220,7 +223,7 @@ class Observer:
                 own_ms=None if status == 101 else round(1e3 * own_s, 2),  # WebSockets wait
                 transceiver_ms=round(1e3 * found.asking_s, 2) if found.asking_s else None,
                 body_ms=round(1e3 * found.reading_s, 2) if found.reading_s >= 1e-3 else None,
-                client=journal.masked(self._client_of(request)),
+                client=client,
                 key=found.key or None,
                 call=found.call or None,
                 unwritten=self._unwritten or None,

@@ -191,6 +191,7 @@ def test_one_id_in_signaling_the_relay_and_the_transceiver(tmp_path: Path) -> No
                 hung_up_by = response.headers[observer.HEADER]
             await closed(client)
         await client.close()
+        assert any("ready" in line["message"] for line in lines("relay"))
         written = lines("signaling")
         (made,) = [line for line in written if line.get("request_id") == request_id]
         assert made["status"] == 201 and made["client_request_id"] == asked[observer.HEADER]
