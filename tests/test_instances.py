@@ -457,7 +457,9 @@ def test_one_that_hangs_is_passed_over_and_comes_back(shared):
         finally:
             shared.transceivers[0].send(signal.SIGCONT)
         print(f"back after {max(await visit.until_serving(2)):.3f} s")
-        # Offers that it had in its hands meanwhile became sessions that nobody will connect to.
+        # Offers that it had in its hands meanwhile were given up: they become no sessions, but for
+        # what was given up in just this moment.
+        print(f"left over: {await visit.sessions()}")
         deadline = time.monotonic() + PATIENCE_S
         while sum(await visit.sessions()):
             assert time.monotonic() < deadline

@@ -140,6 +140,10 @@ def configured(folder, transceivers=(), redis=None, more=""):
         id = 1
         prefix = "127.0.0.0/8"
         ports = [1024, 65535]
+        [[cluster]]
+        id = 6
+        prefix = "::/96"
+        ports = [9000, 9099]
         {table}
         """
     )
@@ -289,6 +293,8 @@ def test_no_call_id_leads_anywhere_but_into_a_cluster(tmp_path):
         async with fakes(1) as (fake,), placing(tmp_path, [fake.name]) as found:
             good = mint(fake.port, 1)
             assert found.owner(good) == f"http://{fake.name}/v1"
+            six = ufrag.Cluster(6, endpoints.Prefix("::/96").network, 9000, 9099)
+            assert found.owner(mint(9001, 1, six, "::1")) == "http://[::1]:9001/v1"
             ids = {
                 "outside the prefix": mint(fake.port, 1, wide, "192.0.2.1"),
                 "outside the ports": mint(80, 1, wide),
