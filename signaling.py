@@ -45,6 +45,7 @@ import monitor
 import observer
 import openapi
 import pipecat
+import roster
 import settings
 import sideband
 import whip
@@ -163,7 +164,8 @@ class Entrance:
     def ailments(self) -> list[str]:
         """Why this instance should get no offers."""
         found = ["it stops"] if self.stopping else []
-        if all(peer.last for peer in self.door.placement.peers):
+        peers = self.door.placement.peers
+        if not any(peer.health is roster.Health.SERVING and not peer.last for peer in peers):
             found.append("no transceiver would take a call")
         return found
 
