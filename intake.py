@@ -34,6 +34,9 @@ way, which orjson does for 254 levels and Python's own functions for fewer than 
 PARTS_MAX = 16
 """Parts of a form. Two are read; the rest is for clients that add fields of their own."""
 
+FORM_ERRORS = (ValueError, RuntimeError, aiohttp.ClientError, aiohttp.http.HttpProcessingError)
+"""What aiohttp raises for a form that makes no sense; RuntimeError for a part `_charset_`."""
+
 
 class Refusal(Exception):
     """A request that ends in an error body. Raised by handlers, answered by one middleware."""
@@ -158,7 +161,7 @@ async def _read_form(request: web.Request, body: bytes) -> tuple[Any, Any]:
             if not isinstance(part, aiohttp.BodyPartReader) or len(parts) >= PARTS_MAX:
                 break
             parts.setdefault(part.name or f"unnamed {len(parts)}", bytes(await part.read()))
-    except (ValueError, aiohttp.ClientError, aiohttp.http.HttpProcessingError) as error:
+    except FORM_ERRORS as error:
         raise Refusal(
             400, f"The body is not multipart/form-data: {error}", code="invalid_form"
         ) from error

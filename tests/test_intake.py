@@ -5,6 +5,7 @@ import contextlib
 
 import orjson
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -25,6 +26,21 @@ def test_no_form_is_more_than_a_bad_request(body: bytes, head: str) -> None:
             await intake._read_form(request, head.encode() + body)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("charset", [b"x" * 64, b"utf-99", b"\xff"])
+def test_a_form_in_a_strange_charset_is_refused(charset: bytes) -> None:
+    """RFC 7578 section 4.6: aiohttp reads a first part of this name."""
+    request = make_mocked_request("POST", "/v1/realtime/calls", headers={"Content-Type": FORM})
+    part = b'--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+    body = part % (b"_charset_", charset) + part % (b"sdp", b"v=0") + b"--b--\r\n"
+    with pytest.raises(intake.Refusal) as caught:
+        asyncio.run(_read_form(request, body))
+    assert (caught.value.status, caught.value.code) == (400, "invalid_form")
+
+
+async def _read_form(request: web.Request, body: bytes) -> None:
+    intake.offer_text((await intake._read_form(request, body))[0])
 
 
 def test_json_has_so_many_levels() -> None:
