@@ -48,8 +48,8 @@ PATHS_MAX = 8
 that; more only helps someone with the password to fill memory. The longest silent one goes."""
 
 CREDENTIALS_MAX = 2
-"""The newest username and password and the pair before it: checks that left before the client had
-the answer to its ICE restart still count. Older ones are forgotten."""
+"""The newest username and password, and the pair that the client has checked with last: its ICE
+restart may fail, with the answer lost on its way, and then it goes on or asks for another."""
 
 TRANSACTIONS_MAX = 256
 """Remembered transaction ids. STUN has no protection against replay, so this is what keeps a
@@ -133,6 +133,7 @@ class Agent:
 
     def __init__(self, ufrag: bytes, password: bytes) -> None:
         self._credentials: dict[bytes, bytes] = {ufrag: password}
+        self._used = ufrag  # of these, by the last check
         self._heard: dict[bytes, float] = {}  # verified addresses by key: when last heard
         self._unchecked: dict[bytes, _Unchecked] = {}  # addresses that SRTP alone speaks for
         self._expired: dict[bytes, None] = {}  # those whose check never came, oldest first
@@ -174,6 +175,7 @@ class Agent:
         if request.controlled is not None:
             conflict = stun.error(request.transaction_id, _ROLE_CONFLICT, "Role Conflict", password)
             return Checked(Verdict.CONFLICT, conflict)
+        self._used = request.ufrag
         self._unchecked.pop(key, None)
         self._expired.pop(key, None)
         path = Path(header, relay)
@@ -263,7 +265,7 @@ class Agent:
         return gone
 
     def restart(self, ufrag: bytes, password: bytes) -> bytes | None:
-        """Accept new credentials beside the last ones (ICE restart); the ufrag that goes, if any.
+        """Accept new credentials beside those in use (ICE restart); the ufrag that goes, if any.
 
         Addresses stay as they are until the client checks with the new pair: DTLS and SRTP do not
         notice (RFC 8445 section 9).
@@ -271,9 +273,9 @@ class Agent:
         self._credentials[ufrag] = password
         if len(self._credentials) <= CREDENTIALS_MAX:
             return None
-        oldest = next(iter(self._credentials))
-        del self._credentials[oldest]
-        return oldest
+        unused = next(each for each in self._credentials if each not in (self._used, ufrag))
+        del self._credentials[unused]
+        return unused
 
     def forget(self, key: bytes) -> None:
         """Give up an address that another session has proved to own now."""

@@ -307,8 +307,8 @@ class Peer:
             self._sctp = Association(transport, self._channel, self._authenticated, round_trip_s)
             await self._sctp.begin(offer)
 
-    def _hasten(self, transport: RTCDtlsTransport) -> None:
-        """Begin to speak if our Finished has left: the keys are there, and nobody else has them.
+    def _hasten(self, transport: RTCDtlsTransport, sent: bytes) -> None:
+        """Begin to speak if our Finished was in what was `sent`: the keys are there.
 
         The client has signed its half of the key exchange, with the certificate that the offer
         names; its Finished would only add that nobody has tampered with the choice among what we
@@ -316,7 +316,7 @@ class Peer:
         certificate.
         """
         ssl = transport._ssl
-        if ssl is None or ssl.get_peer_certificate() is None:
+        if ssl is None or not dtls.finishes(sent) or ssl.get_peer_certificate() is None:
             return
         if ssl.get_protocol_version_name() != "DTLSv1.2":
             return
@@ -478,9 +478,8 @@ class Peer:
             self._flight.sent(datagram, self._wire.clock())
             self._arm()
         self._wire.send(active.header, datagram, active.relay)
-        waits = self._sending is None and self._offer.active
-        if waits and self._dtls is not None and dtls.finishes(datagram):
-            self._hasten(self._dtls)
+        if self._sending is None and self._offer.active and self._dtls is not None:
+            self._hasten(self._dtls, datagram)
 
     def _arm(self) -> None:
         """Set the timer that sends the last flight again."""

@@ -126,6 +126,9 @@ class Opener(Protocol):
 class Session:
     """One call, from its offer to its end."""
 
+    restarted_as: tuple[str, str] | None = None
+    """Our ufrag and password, if the client's came by a request for a restart, not by an offer."""
+
     def __init__(
         self,
         owner: Owner,

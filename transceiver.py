@@ -227,7 +227,7 @@ class Transceiver:
         call.offer = sdp.again(call.offer, sdp.read_offer(wanted.offer))
         pair = call.offer.ufrag, call.offer.password
         if pair != call.client_ice:
-            call.client_ice = pair
+            call.client_ice, call.restarted_as = pair, None
             self.restart(call)
         return self._answer(call, wanted)
 

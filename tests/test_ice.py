@@ -332,6 +332,17 @@ def test_restart_accepts_the_new_pair_and_for_a_while_the_old_one() -> None:
     assert server.ufrags == [b"second", b"third"]
 
 
+def test_restarts_that_nobody_follows_leave_the_pair_in_use() -> None:
+    server = agent()
+    check(server, HOME)
+    assert server.restart(b"second", b"second password") is None
+    assert server.restart(b"third", b"third password") == b"second"
+    assert server.restart(b"fourth", b"fourth password") == b"third"
+    assert check(server).verdict is ice.Verdict.ANSWERED
+    checked = check(server, MOBILE, ufrag="fourth", password=b"fourth password")
+    assert checked.verdict is ice.Verdict.ANSWERED
+
+
 def test_a_forgotten_address_is_no_longer_used() -> None:
     server = agent()
     check(server, HOME)

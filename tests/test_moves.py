@@ -46,8 +46,9 @@ def test_an_ice_restart_keeps_dtls_srtp_and_the_data_channel(
         client, call_id = await on.call()
         (session,) = test_transceiver.sessions(on)
         counters, old = on.transceiver.counters, session._peer.agent.ufrags
-        for _ in range(2):
-            status, pair, _ = await on.ask("POST", f"/v1/sessions/{call_id}/ice", PAIR)
+        for name in ("efgh", "ijkl"):
+            theirs = PAIR | {"ufrag": name}
+            status, pair, _ = await on.ask("POST", f"/v1/sessions/{call_id}/ice", theirs)
             assert status == 200
             restarted(client, pair["ufrag"], pair["pwd"])
             await shim.until(lambda pair=pair: session._peer.agent.ufrags[-1] in checked(on))
@@ -85,7 +86,7 @@ def test_an_ice_restart_keeps_dtls_srtp_and_the_data_channel(
     [
         (None, "ufrag"),
         ([], "ufrag"),
-        ({"ufrag": "abcd"}, "ufrag"),
+        ({"ufrag": "abcd"}, "pwd"),
         (PAIR | {"ufrag": "abc"}, "ufrag"),
         (PAIR | {"ufrag": "a b c"}, "ufrag"),
         (PAIR | {"pwd": "short"}, "pwd"),
