@@ -406,3 +406,24 @@ def test_a_refusal_reaches_the_program_in_words(page: Page, keyed: str) -> None:
     )
     assert "failed with status 401" in why
     assert "ephemeral key" in why
+
+
+def test_the_demo_page_asks_for_a_key_and_calls_with_it(
+    browser: Any, keyed: str, system: dict[str, Any]
+) -> None:
+    """Without one it says so and shows the field; with one it calls, and hangs up."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(keyed)
+    field = page.get_by_label("API key")
+    assert not field.is_visible()
+    page.get_by_role("button", name="Start").click()
+    page.get_by_text("This server asks for a key").wait_for()
+    field.fill(secret(keyed, KEY))
+    page.get_by_role("button", name="Start").click()
+    page.locator("#status[data-state=live]").wait_for(timeout=20_000)
+    page.reload()  # the key is still there, and a page that is left hangs up
+    until_gone(system)
+    assert field.is_visible()
+    assert field.input_value().startswith("ek_")
+    context.close()

@@ -1,6 +1,7 @@
 // The page's story: buttons to a call, the call's events to what is seen.
 //
 //   call.js          the connection and its errors; lifeline.js: whether the server is still there
+//   key.js           the key for servers that ask for one
 //   sound.js         levels of both sounds on one clock (levels.js runs on the audio thread)
 //   turns.js         turns and their waits, from events and levels; conversation.js shows them
 //   tape.js          the picture of both sounds
@@ -25,6 +26,7 @@
 import { Call } from "./call.js";
 import { ConversationView } from "./conversation.js";
 import { Timeline } from "./events.js";
+import { currentKey, setKey } from "./key.js";
 import { Ears } from "./sound.js";
 import { Stats } from "./stats.js";
 import { Tape } from "./tape.js";
@@ -131,6 +133,7 @@ function stateChanged(call, ears, { state, error }) {
   if (state === "ended" || state === "failed") endOf(ears);
   if (error) showNotice(error);
   showState(state);
+  if (error?.key) askForKey();
 }
 
 function lineLost() {
@@ -353,6 +356,13 @@ async function showStats(call) {
   }
 }
 
+// The field is seen once a server has asked for a key: most that one tries this on do not.
+function askForKey() {
+  $("key-box").hidden = false;
+  $("key").value = currentKey();
+  $("key").select();
+}
+
 let noticeTimer = 0;
 function showNotice({ title, message, retryAfter }) {
   clearInterval(noticeTimer);
@@ -385,6 +395,7 @@ $("mute").onclick = mute;
 $("interrupt").onclick = interrupt;
 $("notice-close").onclick = hideNotice;
 for (const id of Object.keys(SLIDERS)) $(id).oninput = slide;
+$("key").oninput = () => setKey($("key").value);
 for (const radio of document.querySelectorAll("input[name=mode]")) radio.onchange = modeChanged;
 
 const talk = $("talk");
@@ -411,6 +422,7 @@ addEventListener("pagehide", () => page.call?.end());
 
 slide();
 showState("idle");
+if (currentKey()) askForKey();
 
 Object.defineProperty(window, "earshot", {
   value: Object.freeze({

@@ -15,6 +15,7 @@
 // (lifeline.js), another offer is posted that names the call which it goes on with; the microphone
 // stays open meanwhile. Signaling places it elsewhere, and the conversation is carried over.
 
+import { authorization } from "./key.js";
 import { Lifeline } from "./lifeline.js";
 
 export const STATES = [
@@ -40,10 +41,10 @@ const MESSAGE_CHARACTERS_MAX = 1 << 20;
 
 export class CallError extends Error {
   // `retryAfter` is in seconds, null if the server did not say. `offline`: the server was not even
-  // reached. `final`: it will say the same again.
-  constructor(title, message, { retryAfter = null, offline = false, final = false } = {}) {
+  // reached. `final`: it will say the same again. `key`: it wants to be shown another key.
+  constructor(title, message, { retryAfter = null, offline = false, final = false, key = false } = {}) {
     super(message);
-    Object.assign(this, { title, retryAfter, offline, final });
+    Object.assign(this, { title, retryAfter, offline, final, key });
   }
 }
 
@@ -261,7 +262,8 @@ export class Call extends EventTarget {
   #hangUp() {
     if (!this.#location) return;
     // keepalive lets it leave even when the page is being closed.
-    fetch(`${this.#location}/hangup`, { method: "POST", keepalive: true }).catch(() => {
+    const request = { method: "POST", keepalive: true, headers: authorization() };
+    fetch(`${this.#location}/hangup`, request).catch(() => {
       // The server finds out by itself: nothing has been heard of this client for 30 s.
     });
     this.#location = null;
@@ -332,7 +334,7 @@ async function post(offer, session, resumed) {
   let response, text;
   try {
     const signal = AbortSignal.timeout(ANSWER_MS_MAX);
-    response = await fetch(path, { method: "POST", body: form, signal });
+    response = await fetch(path, { method: "POST", body: form, headers: authorization(), signal });
     text = await response.text();
   } catch (error) {
     if (error.name === "TimeoutError") {
@@ -355,14 +357,18 @@ function refused(response, text) {
   } catch {
     // Something in between answered: its status has to do.
   }
-  if (response.status === 503) {
-    const retryAfter = Number.parseInt(response.headers.get("Retry-After"), 10);
-    return new CallError("All lines are busy", message, {
-      retryAfter: retryAfter > 0 ? retryAfter : null,
-    });
-  }
-  const final = response.status < 500 && response.status !== 429;
-  return new CallError("The server refused the call", message, { final });
+  const { status } = response;
+  const retryAfter = Number.parseInt(response.headers.get("Retry-After"), 10);
+  const title = {
+    401: "This server asks for a key",
+    429: "That was too often",
+    503: "All lines are busy",
+  }[status] ?? "The server refused the call";
+  return new CallError(title, message, {
+    retryAfter: retryAfter > 0 ? retryAfter : null,
+    final: status < 500 && status !== 429,
+    key: status === 401,
+  });
 }
 
 const noPath = () => new CallError(

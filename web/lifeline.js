@@ -6,6 +6,8 @@
 //
 // What it owns: when to be suspicious, and the answer to the question.
 
+import { authorization } from "./key.js";
+
 // How often to look.
 const LOOK_MS = 150;
 
@@ -79,7 +81,8 @@ export class Lifeline {
 // "there", "gone", or "unreachable" if it is this end that has no network.
 async function status(location) {
   try {
-    const response = await fetch(location, { signal: AbortSignal.timeout(ANSWER_MS_MAX) });
+    const signal = AbortSignal.timeout(ANSWER_MS_MAX);
+    const response = await fetch(location, { headers: authorization(), signal });
     return response.ok ? "there" : "gone";
   } catch {
     return "unreachable";
