@@ -85,8 +85,6 @@ class Call(Protocol):
     """The client's ufrag and password in it."""
     restarted_as: tuple[str, str] | None
     """Ours, if that pair came by a request for a restart and not with an offer."""
-    restarted_as: tuple[str, str] | None
-    """Ours, if that pair came by a request for a restart and not with an offer."""
 
     @property
     def state(self) -> enum.Enum:

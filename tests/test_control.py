@@ -29,7 +29,6 @@ class Call:
         self.call_id, self.opening, self.etag, self.state = "rtc_1", wanted, "e1", State.LIVE
         self.client_ice = ("", "")
         self.restarted_as: tuple[str, str] | None = None
-        self.restarted_as: tuple[str, str] | None = None
 
 
 class Limits:
