@@ -1,5 +1,6 @@
 """G.711 at the backend's rate: what passes, how long it is, and what is made of gaps."""
 
+import itertools
 import threading
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import audio
 import g711
 import receiver
 import rtp
+import sdp
 import telephone
 from g711 import Law
+
+from . import test_session
 
 RATES_HZ = (16_000, 24_000, 48_000)
 FRAMES = 50
@@ -138,3 +142,58 @@ def test_a_play_out_stamps_in_the_codecs_clock() -> None:
     assert found is not None
     assert found.timestamp == (0xFFFF_FFF0 + 8_000) & 0xFFFF_FFFF
     assert found.marker
+
+
+# --- in a session -------------------------------------------------------------------------------
+
+
+def offered(direction: str = "sendrecv") -> sdp.Offer:
+    return sdp.read_offer(
+        "v=0\nm=audio 9 UDP/TLS/RTP/SAVPF 8 13 101\na=rtcp-mux\n"
+        "a=rtpmap:101 telephone-event/8000\na=setup:actpass\n"
+        f"a=ice-ufrag:abcd\na=ice-pwd:{'p' * 22}\na={direction}\n"
+        f"a=fingerprint:sha-256 {':'.join(['AB'] * 32)}"
+    )
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> test_session.Call:
+    monkeypatch.setattr(test_session, "offer", offered)
+    return test_session.Call(monkeypatch)
+
+
+def test_a_session_hears_pcma_and_no_events_or_comfort_noise(call: test_session.Call) -> None:
+    call.session.connected(call.now)
+    payload = g711.encode(Law.A, tone(400, 8_000, 0.02))
+    for number in range(10):
+        kind, octets = (8, payload) if number < 8 else (13, b"\x40") if number < 9 else (101, b"\1")
+        packet = rtp.write(kind, number, number * 160, 5, octets)
+        call.session.rtp(packet, call.now + number * 0.02)
+    assert [len(pcm) for pcm, _ in call.backend.heard] == [640] * 8
+    reception = call.session.reports._reception
+    assert reception is not None
+    assert reception.jitter < 1.0  # in units of 8 kHz, by a clock of 8 kHz
+    # What it did not hear was no loss: its time goes on, and what is said next is where it belongs.
+    packet = rtp.write(8, 10, 10 * 160, 5, payload)
+    call.session.rtp(packet, call.now + 0.2)
+    for at in (0.3, 0.32):
+        call.session.tick(call.now + at)
+    assert sum(len(pcm) for pcm, _ in call.backend.heard) == 11 * 640
+
+
+def test_a_session_speaks_pcma_in_its_own_clock(call: test_session.Call) -> None:
+    call.session.connected(call.now)
+    (opening,) = call.peer.sent
+    assert (opening.payload_type, opening.payload) == (8, g711.SILENCE[Law.A] * 160)
+    call.now += 1.0
+    call.backend.reply(tone(400, 16_000, 0.1))
+    for _ in range(5):
+        call.session.flow(call.now)
+        call.now += 0.02
+    said = call.peer.sent[1:]
+    assert len(said) == 5
+    assert said[0].timestamp - opening.timestamp & 0xFFFF_FFFF == 8_000
+    steps = [two.timestamp - one.timestamp & 0xFFFF_FFFF for one, two in itertools.pairwise(said)]
+    assert steps == [160] * 4
+    heard = b"".join(g711.decode(Law.A, packet.payload) for packet in said)
+    assert np.abs(np.frombuffer(heard, "<i2")).max() > 7_000
