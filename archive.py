@@ -58,6 +58,10 @@ BATCH_OCTETS = 262_144
 WAITING_OCTETS_MAX = 16 << 20
 """What waits for a Redis that is away: the newest record of each call. Of more the oldest go."""
 
+ENTRY_OCTETS = 256
+"""What each that waits counts besides its own octets: its name and its place here. One that is to
+be deleted has nothing else, and as many may wait as calls end while Redis is away."""
+
 WRITE_S = 2.0
 """How long a message to Redis may take: nobody waits for it."""
 
@@ -166,7 +170,7 @@ class Archive:
         if over:
             self._forget(call.call_id)
         elif moved:
-            self._waiting_octets -= len(self._waiting.pop(records.name_of(call.call_id), b""))
+            self._pop(records.name_of(call.call_id))
         elif self._resume_s and call.live_at is not None and (octets := self._sealed(call)):
             self._drop(call.call_id)
             self._ended[call.call_id] = octets
@@ -271,22 +275,29 @@ class Archive:
     def _put(self, name: bytes, octets: bytes) -> None:
         if self._redis is None:
             return
-        self._waiting_octets += len(octets) - len(self._waiting.pop(name, b""))
+        self._pop(name)
         self._waiting[name] = octets
+        self._waiting_octets += ENTRY_OCTETS + len(octets)
         while self._waiting_octets > WAITING_OCTETS_MAX:
-            oldest = next(iter(self._waiting))
-            self._waiting_octets -= len(self._waiting.pop(oldest))
+            self._pop(next(iter(self._waiting)))
         self._wake.set()
+
+    def _pop(self, name: bytes) -> None:
+        octets = self._waiting.pop(name, None)
+        if octets is not None:
+            self._waiting_octets -= ENTRY_OCTETS + len(octets)
 
     def _take(self) -> dict[bytes, bytes]:
         """The oldest of what waits, as much as fits into a message."""
         batch: dict[bytes, bytes] = {}
-        octets = 0
-        while self._waiting and octets < BATCH_OCTETS:
-            name = next(iter(self._waiting))
-            batch[name] = self._waiting.pop(name)
-            octets += len(batch[name])
-        self._waiting_octets -= octets
+        taken = 0
+        for name, octets in self._waiting.items():
+            if taken >= BATCH_OCTETS:
+                break
+            batch[name] = octets
+            taken += ENTRY_OCTETS + len(octets)
+        for name in batch:
+            self._pop(name)
         if not self._waiting:
             self._wake.clear()
         return batch

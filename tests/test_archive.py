@@ -296,11 +296,30 @@ def test_what_waits_is_bounded() -> None:
             call.call_id = f"rtc_{number}"
             bench.archive.look(call, 1.0)
         waiting = bench.archive._waiting
-        assert sum(map(len, waiting.values())) == bench.archive._waiting_octets
+        counted = sum(archive.ENTRY_OCTETS + len(octets) for octets in waiting.values())
+        assert counted == bench.archive._waiting_octets
         assert bench.archive._waiting_octets <= archive.WAITING_OCTETS_MAX
         assert records.name_of("rtc_99") in waiting
         bench.archive.start()
         await bench.archive.stop()  # does not hang
+
+    asyncio.run(scene())
+
+
+def test_what_waits_to_be_deleted_is_bounded_too() -> None:
+    """Calls that are hung up while Redis is away leave a deletion each."""
+
+    async def scene() -> None:
+        bench, call = Bench(FakeRedis()), Call()
+        assert bench.redis is not None
+        most = archive.WAITING_OCTETS_MAX // archive.ENTRY_OCTETS
+        for number in range(most + 100):
+            call.call_id = f"rtc_{number}"
+            bench.archive.ended(call, over=True)
+        assert len(bench.archive._waiting) == most
+        assert records.name_of(f"rtc_{most + 99}") in bench.archive._waiting
+        await bench.archive._write()
+        assert len(bench.redis.commands) <= archive.BATCH_OCTETS // archive.ENTRY_OCTETS
 
     asyncio.run(scene())
 
