@@ -169,6 +169,7 @@ START = "/start"
 DEEP = json.dumps({"sdp": OFFER, "type": "offer"})[:-1] + ', "session": {"a": %s}}' % (
     "[" * 1000 + "]" * 1000
 )
+CHARSET = PART.replace("sdp", "_charset_").replace("v=0", "x" * 100) + "\r\n--b--"
 NO_OFFER = PART.replace("sdp", "pds") + "\r\n--b--"
 BODIES: list[tuple[str, str, dict[str, Any]]] = [
     *(
@@ -198,6 +199,7 @@ BODIES: list[tuple[str, str, dict[str, Any]]] = [
     ("no boundary", CALLS, {"data": b"x", "headers": {"Content-Type": "multipart/form-data"}}),
     ("form of garbage", CALLS, {"data": b"\x00--b", "headers": FORM}),
     ("cut form", CALLS, {"data": PART, "headers": FORM}),
+    ("overlong charset", CALLS, {"data": CHARSET, "headers": FORM}),
     ("form without sdp", CALLS, {"data": NO_OFFER, "headers": FORM}),
     ("expiry", SECRETS, {"json": {"expires_after": {"anchor": "created_at", "seconds": 1}}}),
     ("expiry as text", SECRETS, {"json": {"expires_after": "soon"}}),

@@ -126,8 +126,9 @@ def test_the_programs_keep_to_it(premises: Premises, tmp_path: Path) -> None:
             *(f"{premises.url}/openapi.json", "--header", f"Authorization: Bearer {KEY}"),
             *("--seed", str(seed), "--max-examples", "12", "--continue-on-failure"),
             *("--generation-database", "none", "--no-color", "--request-timeout", "20"),
-            # That an offer is well-formed is more than a schema can say.
-            *("--exclude-checks", "positive_data_acceptance"),
+            # That an offer is well-formed is more than a schema can say; and that a call is gone
+            # after a POST to its hangup is more than it can guess.
+            *("--exclude-checks", "positive_data_acceptance,ensure_resource_availability"),
         ],
         capture_output=True,
         text=True,
