@@ -36,6 +36,9 @@ OFFER_CHARACTERS_MAX = 64 * 1024
 LINES_MAX = 2000
 """Lines of an offer; browsers send some 250."""
 
+FORMATS_MAX = 128
+"""In an m-line: there are 128 payload types (RFC 3550). Chromium offers 34 for its video."""
+
 MEDIA_MAX = 16
 """m-lines. Voice clients send two to four; each is answered, so each makes the answer longer."""
 
@@ -362,6 +365,8 @@ def _line(
             f"The offer's {where} is malformed: m=MEDIA PORT PROTOCOL FORMAT expected."
         )
     kind, port, protocol, *formats = words
+    if len(formats) > FORMATS_MAX:
+        raise OfferError(f"The offer's {where} has more than {FORMATS_MAX} formats.")
     if not all(map(_TOKEN.fullmatch, (kind, protocol))) or not all(map(_FORMAT.fullmatch, formats)):
         raise OfferError(f"The offer's {where} has characters that SDP does not allow there.")
     mid = section.first("mid") or ""  # a line on its own may come without (RFC 8843 section 7.1)
@@ -373,7 +378,7 @@ def _line(
     if channels and formats[0] != "webrtc-datachannel":
         channels = None
     wanted = int(port) != 0 or "bundle-only" in section.attributes
-    mapping = _mapping(section, formats[0])
+    mapping = _mappings(section).get(formats[0], "")
     return Line(
         kind=kind,
         protocol=protocol,
@@ -397,12 +402,10 @@ def _reject_more_channels(lines: list[Line]) -> None:
         lines[at] = replace(lines[at], bundled=False)
 
 
-def _mapping(section: _Section, payload_type: str) -> str:
-    for value in section.attributes.get("rtpmap", []):
-        number, _, mapping = value.partition(" ")
-        if number == payload_type:
-            return mapping.strip()
-    return ""
+def _mappings(section: _Section) -> dict[str, str]:
+    """What the m-line's payload types stand for; the first line of each counts."""
+    pairs = (value.partition(" ") for value in reversed(section.attributes.get("rtpmap", [])))
+    return {number: mapping.strip() for number, _, mapping in pairs}
 
 
 def _audible(
@@ -413,18 +416,19 @@ def _audible(
     found: dict[bool, tuple[int, Codec, int]] = {}
     for at, (section, line) in enumerate(zip(sections, lines, strict=True)):
         if line.kind == "audio" and line.bundled:
+            mappings = _mappings(section)
             for payload_type in line.formats:
-                codec = _codec(section, payload_type)
+                codec = _codec(mappings, payload_type)
                 if codec is not None:
                     found.setdefault(codec is Codec.OPUS, (at, codec, int(payload_type)))
     return found.get(True) or found.get(False) or (None, Codec.OPUS, None)
 
 
-def _codec(section: _Section, payload_type: str) -> Codec | None:
+def _codec(mappings: dict[str, str], payload_type: str) -> Codec | None:
     """What a payload type stands for; None if that is none of ours."""
     if not (payload_type.isascii() and payload_type.isdecimal() and int(payload_type) <= 127):
         return None
-    mapping = _mapping(section, payload_type) or _STATIC.get(payload_type, "")
+    mapping = mappings.get(payload_type) or _STATIC.get(payload_type, "")
     match = _CODEC.fullmatch(mapping)
     return None if match is None else list(Codec)[int(match.lastindex or 1) - 1]
 

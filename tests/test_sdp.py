@@ -318,6 +318,14 @@ ONE = [*SESSION, *AUDIO]
         ),
         ([*ONE, *[""] * sdp.LINES_MAX], "The offer has more than 2000 lines."),
         ([*SESSION, *["m=audio 0 RTP/AVP 0"] * 17], "The offer has more than 16 m-lines."),
+        (
+            # Each format times each a=rtpmap would be seconds of work.
+            [
+                *changed(ONE, "m=audio", "m=audio 9 RTP/SAVPF" + " 1" * 129),
+                *["a=rtpmap:2 x/1"] * 99,
+            ],
+            "The offer's m-line 1 has more than 128 formats.",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(lines: list[str], sentence: str) -> None:
