@@ -78,6 +78,7 @@ CORS = {
         "authorization, content-type, if-match, etag, x-openai-agents-sdk, openai-beta"
     ),
     "Access-Control-Allow-Methods": "OPTIONS, GET, POST, PATCH, DELETE",
+    # As OpenAI's are. X-Request-Id is for people, who find it in their browser's tools.
     "Access-Control-Expose-Headers": (
         "location, etag, link, accept-post, accept-patch, access-control-allow-methods"
     ),
