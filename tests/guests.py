@@ -22,6 +22,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from .test_browser import absent
 
 CLIENTS = Path(__file__).resolve().parent / "clients"
@@ -42,7 +44,8 @@ PAGE = """<!doctype html>
 def bundled(script: str, folder: Path) -> Path:
     """A folder to serve: a page with one of the scripts and all that it imports in one file.
 
-    Skips the test, or fails it where CI says so, on a machine without node, npm or the packages.
+    Skips the test on a machine without node and npm, or fails it where CI says so; and skips it
+    where npm cannot get the packages.
     """
     _install()
     argv = ["--bundle", "--format=esm", "--platform=browser", "--log-level=warning"]
@@ -102,7 +105,10 @@ def _install() -> None:
         except subprocess.TimeoutExpired:
             wrong = f"nothing after {INSTALL_S_MAX:g} s"
         if wrong:
-            absent(f"npm cannot install the clients: {wrong}")
+            # Whether a registry is within reach is not up to the tree: never a failure.
+            reason = f"npm cannot install the clients: {wrong}"
+            print(f"skipped: {reason}")
+            pytest.skip(reason)
         stamp.write_text(wanted)
     finally:
         os.close(folder)
