@@ -32,6 +32,20 @@ def test_records_of_a_datagram(datagram: bytes, found: list[bytes]) -> None:
     assert dtls.records(datagram) == found
 
 
+@pytest.mark.parametrize(
+    ("datagram", "finishes"),
+    [
+        (HELLO + record(20, 1) + record(22, 48), True),  # key exchange, change, Finished
+        (record(20, 1), True),
+        (HELLO, False),
+        (ALERT, False),  # refused with the client's certificate at hand: there are no keys
+        (b"", False),
+    ],
+)
+def test_an_alert_is_no_finished(datagram: bytes, finishes: bool) -> None:
+    assert dtls.finishes(datagram) is finishes
+
+
 @given(st.binary(min_size=1, max_size=200))
 def test_nothing_of_a_datagram_is_lost(datagram: bytes) -> None:
     found = dtls.records(datagram)
