@@ -96,9 +96,12 @@ class _Handlers:
             session, model = self._wanted(request, found)
             if pc_id is not None and found.get("restart_pc") is not True:
                 return await self._again(pc_id, sdp, caller)
+            whole = SETTINGS
+            for more in (caller.session, session):  # what came with the offer is nearest
+                whole = realtime.merged(whole, more or {})
             order = Order(
                 sdp,
-                realtime.merged(SETTINGS, session or caller.session or {}),
+                whole,
                 model,
                 caller.key,
                 dialect="rtvi",

@@ -186,6 +186,23 @@ def test_settings_come_with_the_applications_data(tmp_path: Path, name: str) -> 
     at_site(tmp_path, scenario)
 
 
+def test_an_ephemeral_keys_session_is_kept_where_the_application_says_nothing(
+    tmp_path: Path,
+) -> None:
+    async def run(site: Site) -> None:
+        kept = {"instructions": "Be brief.", "audio": {"output": {"voice": "a"}}}
+        secret = await ask(site, "POST", "/v1/realtime/client_secrets", {"session": kept})
+        bearer = {"Authorization": f"Bearer {secret['value']}"}
+        given = {"session": {"audio": {"output": {"voice": "b"}}}}
+        sent = body(requestData=given)
+        async with site.http.post(pipecat.OFFER, json=sent, headers=bearer) as response:
+            pc_id = (await response.json())["pc_id"]
+        session = site.transceiver.sessions[pc_id].opening.session
+        assert session == pipecat.realtime.merged(kept | pipecat.SETTINGS, given["session"])
+
+    at_site(tmp_path, run)
+
+
 def test_a_client_that_asks_first_where_to_offer(tmp_path: Path) -> None:
     async def scenario(site: Site) -> None:
         data = {"session": {"instructions": "Be brief."}}
