@@ -81,9 +81,12 @@ class _Handlers:
 
     def __init__(self, door: Door) -> None:
         self._door = door
-        self._sealer = sealing.Sealer(door.config.keys.load(), b"pipecat session")
         self._relays = [[at.host, at.port] for at in door.config.signaling.relays]
         self._servers = [_server(each) for each in door.config.ice_server]
+
+    @property
+    def _sealer(self) -> sealing.Sealer:
+        return sealing.Sealer(self._door.placement.keyring, b"pipecat session")
 
     async def offer(self, request: web.Request) -> web.Response:
         """Take a call, go on with one in another, or answer one once more."""

@@ -157,6 +157,11 @@ class Placement:
         """The transceivers that are known now."""
         return self.roster.peers
 
+    @property
+    def keyring(self) -> ufrag.Keyring:
+        """The secrets as they are now: a reload brings others."""
+        return self._keyring
+
     def reload(self, config: settings.Signaling) -> None:
         """Read the key file again. Raises SettingsError, and then nothing has changed."""
         self._keyring = config.keys.load()

@@ -1,5 +1,6 @@
 """Pipecat's offers against the real signaling and a transceiver, through a relay in miniature."""
 
+import base64
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,20 @@ def test_a_client_that_asks_first_where_to_offer(tmp_path: Path) -> None:
         await ask(site, "POST", pipecat.START, {"transport": "daily"}, 400)
 
     at_site(tmp_path, scenario, SERVERS)
+
+
+def test_where_to_offer_is_sealed_under_the_secrets_that_there_are(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        before = await ask(site, "POST", pipecat.START, {})
+        secrets = site.door.config.keys.file
+        secrets.write_text(f"{secrets.read_text()}\n5 {'cd' * 32}\n")
+        site.door.placement.reload(site.door.config)
+        after = await ask(site, "POST", pipecat.START, {})
+        assert base64.urlsafe_b64decode(after["sessionId"])[0] >> 5 == 5
+        for started in (before, after):
+            await ask(site, "POST", f"/sessions/{started['sessionId']}/api/offer", body())
+
+    at_site(tmp_path, scenario)
 
 
 def test_to_start_takes_no_body(tmp_path: Path) -> None:
