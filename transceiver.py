@@ -435,22 +435,22 @@ async def serve(config: settings.Transceiver) -> None:
     """
     loop = asyncio.get_running_loop()
     transceiver = Transceiver(config)
-    ended = transceiver.drained
 
     def told_to_stop() -> None:
         if transceiver.draining:
-            ended.set()
+            transceiver.drained.set()
         transceiver.drain()
 
     loop.add_signal_handler(signal.SIGTERM, told_to_stop)
-    loop.add_signal_handler(signal.SIGINT, ended.set)
+    loop.add_signal_handler(signal.SIGINT, transceiver.drained.set)
+    loop.add_signal_handler(signal.SIGHUP, log.warning, "SIGHUP: settings change by a restart")
     # What exists now lives as long as the process: keep the collector from walking it, since a
     # full pass over the imported libraries is a pause of 30 ms in everybody's audio.
     gc.collect()
     gc.freeze()
     await transceiver.start()
     log.info("transceiver ready on %s", config.transceiver.listen)
-    await ended.wait()
+    await transceiver.drained.wait()
     log.info("stopping with %d sessions", len(transceiver.sessions))
     await transceiver.stop()
 

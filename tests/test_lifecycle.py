@@ -227,6 +227,23 @@ def test_a_drained_process_ends_by_itself(tmp_path: Path) -> None:
         assert process.wait(shim.WAIT_S) == 0
 
 
+def test_sighup_ends_no_call(tmp_path: Path) -> None:
+    """Operators send it to all programs alike, and the other two read their settings again."""
+    with program(tmp_path, "") as (process, on):
+
+        async def scenario() -> None:
+            await visit(on)
+            _, call_id = await on.call()
+            process.send_signal(signal.SIGHUP)
+            assert process.stderr is not None
+            while "SIGHUP" not in await asyncio.to_thread(process.stderr.readline):
+                assert process.poll() is None
+            assert (await on.ask("GET", f"/v1/sessions/{call_id}"))[1]["state"] == "live"
+            await leave(on)
+
+        asyncio.run(scenario())
+
+
 # --- load -----------------------------------------------------------------------------------------
 
 
