@@ -186,7 +186,7 @@ class Placement:
             timeout=aiohttp.ClientTimeout(total=self._table.transceiver_timeout_s),
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
-            trace_configs=[observer.tracing()],
+            trace_configs=[observer.tracing(), _staying()],
         )
         async with session as self._http, lasting as self._lasting, AsyncExitStack() as stack:
             loops = [self._ask_for_health()]
@@ -426,6 +426,20 @@ class Placement:
         values[metrics.Signaling.TRANSCEIVERS_SERVING] = sum(
             not peer.last and peer.serving for peer in peers.values()
         )
+
+
+def _staying() -> aiohttp.TraceConfig:
+    """Makes an error of a redirect: aiohttp's `ws_connect` would follow it wherever it leads."""
+
+    async def refuse(
+        _: aiohttp.ClientSession, __: object, about: aiohttp.TraceRequestRedirectParams
+    ) -> None:
+        about.response.close()
+        raise aiohttp.ClientError(f"redirected with {about.response.status}")
+
+    config = aiohttp.TraceConfig()
+    config.on_request_redirect.append(refuse)
+    return config
 
 
 def _masked(url: str, call_id: str) -> str:

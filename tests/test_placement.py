@@ -45,7 +45,7 @@ class Fake:
         self.offers, self.calls, self.port = [], {}, 0
         self.refuses, self.draining, self.hangs = False, False, False
         self.started, self.beats, self.nonces = time.time(), 0, itertools.count(1)
-        self.healths = 0
+        self.healths, self.followed = 0, False
 
     def report(self):
         self.beats += 1
@@ -86,8 +86,9 @@ class Fake:
 
     async def odd(self, request):
         kind = request.match_info["kind"]
-        if kind == "elsewhere":
-            raise web.HTTPTemporaryRedirect(f"http://127.0.0.1:{self.port}/v1/health")
+        if kind in ("elsewhere", "events"):
+            raise web.HTTPTemporaryRedirect(f"http://127.0.0.1:{self.port}/v1/sessions/x/followed")
+        self.followed |= kind == "followed"
         if kind == "large":
             return web.Response(body=b" " * placement.ANSWER_OCTETS_MAX + b"{}")
         if kind == "nonsense":
@@ -322,6 +323,17 @@ def test_what_is_no_transceivers_answer_is_bounded_and_followed_nowhere(tmp_path
             else:
                 with pytest.raises(Unavailable):
                     await found.ask(call_id, "GET", f"/{kind}")
+            assert not fake.followed
+
+    asyncio.run(story())
+
+
+def test_a_sideband_is_led_nowhere_else(tmp_path):
+    async def story():
+        async with fakes(1) as (fake,), placing(tmp_path, [fake.name]) as found:
+            with pytest.raises(Unavailable):
+                await found.attend(mint(fake.port, 1), "")
+            assert not fake.followed
 
     asyncio.run(story())
 
