@@ -12,8 +12,8 @@ Rules that stay true:
   is asked for this request, and stands in the answer. It becomes the nonce of the call's routing
   hint, so that nobody outside chooses it: a client's own X-Request-Id is written beside it.
 - Each request is one line at its end, but for probes that are answered with yes. A flood of
-  those that are refused, fail or are broken off is a bounded number of lines, which say how many
-  there were in between.
+  those that are refused, fail or are broken off, or that nobody needs a key for, is a bounded
+  number of lines, which say how many there were in between.
 - No line has a key, a whole call id or a client's whole address.
 - It looks on: what it meets is passed on as it is.
 
@@ -50,8 +50,8 @@ TAG_CHARACTERS = 6
 
 REFUSED_LINES_PER_S = 50
 """Lines a second for requests that were refused; and as many for those that failed or were broken
-off, which the others must not hide. More would let a stranger fill a disk; fewer would hide who
-else had trouble meanwhile."""
+off, which the others must not hide, and for those that took no key. More would let a stranger fill
+a disk; fewer would hide who else had trouble meanwhile."""
 
 Api = metrics.Api
 Timing = metrics.SignalingTiming
@@ -202,7 +202,7 @@ class Observer:
             self.timings.observe(Timing.OWN, own_s)
             self.timings.observe(Timing.TRANSCEIVER, found.asking_s)
         route = route_of(request)
-        if not self._is_written(route, status, now):
+        if not self._is_written(route, status, found, now):
             return
         client = ""
         with contextlib.suppress(Exception):  # an answer is worth more than a line about it
@@ -231,11 +231,14 @@ class Observer:
         )
         self._unwritten = 0
 
-    def _is_written(self, route: str, status: int | None, now: float) -> bool:
-        """False for quiet probes, and for what went wrong while there is too much of it."""
-        if status is not None and status < 400:
+    def _is_written(self, route: str, status: int | None, found: Trail, now: float) -> bool:
+        """False for quiet probes, and while there is too much of what went wrong or of what anybody
+        may ask for without a key and a call: the page, preflights."""
+        good = status is not None and status < 400
+        if good and (route in PROBES or found.key or found.call):
             return route not in PROBES
-        kind = "failed" if status is None or status >= 500 else "refused"
+        failed = status is None or status >= 500
+        kind = "public" if good else "failed" if failed else "refused"
         if self._lines.take(kind, REFUSED_LINES_PER_S, REFUSED_LINES_PER_S, now):
             self._unwritten += 1
             return False

@@ -183,6 +183,23 @@ def test_a_flood_of_refused_requests_is_a_bounded_number_of_lines() -> None:
     asyncio.run(run())
 
 
+def test_a_flood_that_takes_no_key_is_a_bounded_number_of_lines() -> None:
+    async def run() -> None:
+        async with Stage().running() as stage:
+            most = observer.REFUSED_LINES_PER_S
+            for _ in range(most + 30):
+                async with stage.http.get("/redirect", allow_redirects=False) as response:
+                    assert response.status == 307
+            assert len(stage.lines) == most
+            for _ in range(most + 30):  # what takes a key is written each time
+                async with stage.http.post("/calls/x?status=200"):
+                    pass
+            assert len(stage.lines) == 2 * most + 30
+            assert stage.lines[most]["unwritten"] == 30
+
+    asyncio.run(run())
+
+
 def test_a_probe_that_is_answered_with_yes_leaves_no_line() -> None:
     async def run() -> None:
         async with Stage().running() as stage:
