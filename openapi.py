@@ -333,7 +333,7 @@ def _operation() -> dict[str, Object]:
 
 # --- what they are made of ------------------------------------------------------------------------
 
-_CALL_ID = "^rtc_[A-Za-z0-9_-]{23}$"
+_CALL_ID = "^rtc_[A-Za-z0-9_-]{23}([A-Za-z0-9_-]{16})?$"
 _TEXT: Object = {"type": "string"}
 _SESSION: Object = {"$ref": "#/components/schemas/Session"}
 _OFFER: Object = {

@@ -43,7 +43,7 @@ OFFER = "/api/offer"
 START = "/start"
 
 PC_ID_CHARACTERS_MAX = 128
-"""Of a pc_id: ours have 27. Pipecat's own have 50, and are nobody's here."""
+"""Of a pc_id: ours have 43. Pipecat's own have 50, and are nobody's here."""
 
 CANDIDATES_MAX = 64
 """Candidates in one PATCH. A machine with many networks has twenty."""

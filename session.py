@@ -139,7 +139,7 @@ class Session:
         wanted: opening.Opening,
     ) -> None:
         """Open a call under ICE `credentials`, towards one of the `backends`."""
-        self.call_id = ufrag.call_id(credentials[0])
+        self.call_id = ufrag.call_id(credentials[0], secrets.token_urlsafe(12))
         self.opening = wanted
         """What the call began with."""
         self.number = secrets.randbits(62)

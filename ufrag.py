@@ -31,6 +31,7 @@ import binascii
 import enum
 import hmac
 import ipaddress
+import re
 import secrets
 import struct
 from collections.abc import Mapping
@@ -58,9 +59,15 @@ MASTER_OCTETS = 32
 
 CALL_ID_PREFIX = "rtc_"
 
+SECRET_CHARACTERS = 16
+"""At the end of a call's id: 96 random bits. The ufrag before them is in the clear in each STUN
+request, and whoever has the id and a key of the same name may listen to the call, or end it. A
+page's ephemeral key is such a key, and every visitor has one."""
+
 _BLOCK = struct.Struct(">HIHII")
 _TO_URL = str.maketrans("+/", "-_")
 _FROM_URL = str.maketrans("-_", "+/")
+_SECRET = re.compile(f"[A-Za-z0-9_-]{{{SECRET_CHARACTERS}}}")
 
 
 class KeyFileError(ValueError):
@@ -260,9 +267,10 @@ def password(keyring: Keyring, ufrag: str | bytes) -> bytes | None:
     return base64.b64encode(hmac.digest(key.password, text, "sha256")[:18])
 
 
-def call_id(ufrag: str) -> str:
-    """The call's id in URLs: the same 17 octets, in the alphabet that URLs leave alone."""
-    return CALL_ID_PREFIX + ufrag.translate(_TO_URL)
+def call_id(ufrag: str, secret: str = "") -> str:
+    """The call's id in URLs: the same 17 octets, in the alphabet that URLs leave alone, and
+    SECRET_CHARACTERS of it that nobody on the way can know."""
+    return CALL_ID_PREFIX + ufrag.translate(_TO_URL) + secret
 
 
 def from_call_id(text: str) -> str | None:
@@ -270,10 +278,11 @@ def from_call_id(text: str) -> str | None:
     if not text.startswith(CALL_ID_PREFIX) or not text.isascii():
         return None
     rest = text.removeprefix(CALL_ID_PREFIX)
-    ufrag = rest.translate(_FROM_URL)
-    if "+" in rest or "/" in rest or _decode(ufrag.encode()) is None:
+    hint, secret = rest[:UFRAG_CHARACTERS], rest[UFRAG_CHARACTERS:]
+    ufrag = hint.translate(_FROM_URL)
+    if "+" in hint or "/" in hint or _decode(ufrag.encode()) is None:
         return None
-    return ufrag
+    return ufrag if not secret or _SECRET.fullmatch(secret) else None
 
 
 def _decode(ufrag: bytes) -> bytes | None:

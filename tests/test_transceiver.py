@@ -176,7 +176,10 @@ def test_a_call(tmp_path: Path) -> None:
         player = MediaPlayer(str(ROOT / "tests/data/sentence.wav"))
         client, call_id = await on.call(player.audio)
         assert types(client)[0] == "session.created"
-        assert ufrag.from_call_id(call_id) is not None
+        known = ufrag.from_call_id(call_id)
+        assert known is not None
+        # What everybody on the way can read of a call opens nothing.
+        assert (await on.ask("GET", f"/v1/sessions/{ufrag.call_id(known)}"))[0] == 404
         assert sessions(on)[0].state is State.LIVE
         frame = await asyncio.wait_for(client.track.recv(), shim.WAIT_S)
         assert frame.sample_rate == 48_000

@@ -161,6 +161,14 @@ def test_call_id_is_url_safe_in_one_spelling() -> None:
     assert ufrag.from_call_id(ident.replace("-", "+")) is None
 
 
+def test_a_call_id_has_a_secret_that_the_ufrag_has_not() -> None:
+    text, secret = VECTORS[1][5], "x" * (ufrag.SECRET_CHARACTERS - 1) + "_"
+    ident = ufrag.call_id(text, secret)
+    assert ufrag.from_call_id(ident) == text
+    for wrong in (ident[:-1], f"{ident}x", f"{ident[:-1]}+", f"{ident[:-1]}\n", f"{ident}\n"):
+        assert ufrag.from_call_id(wrong) is None
+
+
 def test_clusters_that_no_hint_can_name() -> None:
     with pytest.raises(ValueError, match="shorter than /96"):
         ufrag.Cluster(1, ipaddress.ip_network("fd00::/64"), 1, 2)

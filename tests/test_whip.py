@@ -305,7 +305,9 @@ def test_an_id_that_is_none_of_ours_leads_nowhere(tmp_path: Path) -> None:
         at = site.transceiver.limits.listen
         cluster = ufrag.Cluster(1, at_prefix(), 1, 65535)
         foreign = ufrag.call_id(ufrag.mint(other, cluster, at.address, at.port, 1))
-        forged = call_id[:-2] + ("AA" if call_id[-2:] != "AA" else "BB")
+        end = len(call_id) - ufrag.SECRET_CHARACTERS
+        turned = "AA" if call_id[end - 2 : end] != "AA" else "BB"
+        forged = call_id[: end - 2] + turned + call_id[end:]
         for path in ("rtc_", "x", forged, foreign, "%2e%2e%2fhealth"):
             for method in ("DELETE", "PATCH"):
                 error, _ = await site.error(
