@@ -78,8 +78,8 @@ class Door:
     async def place(self, order: placement.Order) -> placement.Placed:
         """Place a call. Raises Refusal: 400 with the transceiver's sentence, 429, or 503."""
         trail, key = observer.trail(), order.key
-        # One that goes on with another takes its place.
-        replaced = order.resume is not None
+        # One that goes on with another takes its place. Not with any id that somebody makes up.
+        replaced = order.resume is not None and self.placement.knows(order.resume)
         self.reception.open_call(key, max(0, self.placement.calls_of(key) - replaced))
         try:
             placed = await self.placement.place(replace(order, request_id=trail.request_id))

@@ -151,6 +151,11 @@ async def _read_form(request: web.Request, body: bytes) -> tuple[Any, Any]:
     The body has been read and bounded: aiohttp's reader takes it from memory, so that no part can
     keep it waiting.
     """
+    # RFC 2046 section 5.1.1 allows lines before the first boundary. No client writes any, and 60 kB
+    # of empty ones took 60 ms to be read one by one.
+    body = body.lstrip()
+    if not body.startswith(b"--"):
+        raise Refusal(400, "The form does not begin with a boundary.", code="invalid_form")
     stream = aiohttp.StreamReader(request.protocol, limit=len(body) + 1)
     stream.feed_data(body)
     stream.feed_eof()

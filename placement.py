@@ -257,6 +257,10 @@ class Placement:
         found = hint and ufrag.parse(self._keyring, self._clusters, hint.encode())
         return found if isinstance(found, ufrag.Hint) else None
 
+    def knows(self, call_id: str) -> bool:
+        """True if the id was made by us, whatever has become of its call."""
+        return self._hint(call_id) is not None
+
     def owner(self, call_id: str) -> str:
         """The control API of the transceiver that has a call. Raises UnknownCall."""
         found = self._hint(call_id)

@@ -21,9 +21,11 @@ def test_a_key_has_so_many_calls_at_once_over_all_instances(tmp_path: Path) -> N
             instance.door.reception.reload(instance.door.config)
         offer = await shim.Client().offer()
 
-        async def call(http: aiohttp.ClientSession, key: str = KEY) -> tuple[int, str]:
+        async def call(
+            http: aiohttp.ClientSession, key: str = KEY, query: str = ""
+        ) -> tuple[int, str]:
             headers = bearer(key) | {"Content-Type": "application/sdp"}
-            async with http.post(CALLS, data=offer, headers=headers) as response:
+            async with http.post(CALLS + query, data=offer, headers=headers) as response:
                 if response.status == 429:
                     error = (await response.json())["error"]
                     assert error["code"] == "concurrent_calls_exceeded"
@@ -34,6 +36,8 @@ def test_a_key_has_so_many_calls_at_once_over_all_instances(tmp_path: Path) -> N
         placed = [await call(first) for _ in range(ENOUGH)]
         assert [status for status, _ in placed] == [201] * ENOUGH
         assert (await call(first))[0] == 429, "what it placed itself it knows at once"
+        forged = f"?resume=rtc_{'A' * 39}"
+        assert (await call(first, query=forged))[0] == 429, "it goes on with no call of ours"
         door = on.instances[1].door
         async with asyncio.timeout(shim.WAIT_S):
             while door.placement.calls_of("shop") < ENOUGH:

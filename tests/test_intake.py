@@ -43,6 +43,16 @@ async def _read_form(request: web.Request, body: bytes) -> None:
     intake.offer_text((await intake._read_form(request, body))[0])
 
 
+def test_a_form_begins_with_its_boundary() -> None:
+    request = make_mocked_request("POST", "/v1/realtime/calls", headers={"Content-Type": FORM})
+    form = b'--b\r\nContent-Disposition: form-data; name="sdp"\r\n\r\nv=0\r\n--b--\r\n'
+    for before in (b"", b"\r\n", b"\r\n" * 30_000):
+        assert asyncio.run(intake._read_form(request, before + form)) == (b"v=0", None)
+    with pytest.raises(intake.Refusal, match="does not begin with a boundary") as caught:
+        asyncio.run(_read_form(request, b"x\r\n" * 15_000 + form))
+    assert (caught.value.status, caught.value.code) == (400, "invalid_form")
+
+
 def test_json_has_so_many_levels() -> None:
     for levels in (1, 10, intake.LEVELS_MAX - 1):
         text = b'{"a": ' * levels + b"1" + b"}" * levels
