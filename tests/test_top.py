@@ -221,7 +221,9 @@ def test_the_live_view_goes_on_until_interrupted(make):
     relay = make()
     relay.publish()
     ours, theirs = pty.openpty()
-    program = "import sys, settings, top; top.PERIOD_S = 0.01;"
+    # A shell that runs this in the background has it ignore SIGINT, and so do its children.
+    program = "import signal, sys, settings, top; top.PERIOD_S = 0.01;"
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler);"
     program += "top.run(settings.load(sys.argv[1], settings.Relay))"
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", program, relay.path],
