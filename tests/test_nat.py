@@ -112,7 +112,7 @@ class House:
 
     def start(self) -> None:
         public, internal, _ = self.dev.free_ports(3, socket.SOCK_DGRAM)
-        media, self.web, metrics = self.dev.free_ports(3, socket.SOCK_STREAM)
+        media, self.web, metrics, figures = self.dev.free_ports(4, socket.SOCK_STREAM)
         (self.folder / "keys").write_text("0 " + "42" * 32)
         (self.folder / "keys").chmod(0o600)
         relay = self.dev.RELAY.format(
@@ -127,6 +127,7 @@ class House:
             listen=f"127.0.0.1:{self.web}",
             relay=nat,
             transceivers=f'"127.0.0.1:{media}"',
+            metrics=f"127.0.0.1:{figures}",
             web=SCRIPTS.parent / "web",
         )
         self._run("signaling", signaling)
