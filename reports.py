@@ -31,17 +31,13 @@ class Reports:
         self._playout, self._clock_hz, self._meter = playout, clock_hz, measured
         self._reception: rtp.Reception | None = None
 
-    @property
-    def silent(self) -> bool:
-        """Whether the client has not sent anything yet."""
-        return self._reception is None
-
-    def received(self, packet: rtp.Packet, now: float) -> None:
-        """A packet of the client's."""
-        reception = self._reception
+    def received(self, packet: rtp.Packet, now: float) -> bool:
+        """A packet of the client's. True for the first of all."""
+        reception = before = self._reception
         if reception is None or reception.ssrc != packet.ssrc:
             reception = self._reception = rtp.Reception(packet.ssrc, clock_hz=self._clock_hz)
         reception.received(packet.sequence, packet.timestamp, now)
+        return before is None
 
     def read(self, packet: bytes, now: float, unix: float) -> list[rtp.Block]:
         """A compound packet of the client's; what it says of our stream."""

@@ -85,6 +85,7 @@ TAG_CHARACTERS = 6
 
 log = logging.getLogger("session")
 Timing = metrics.Timing
+OPUS = sdp.Codec.OPUS
 
 
 class State(enum.Enum):
@@ -259,10 +260,9 @@ class Session:
         found = rtp.read(packet)
         if found is None or found.payload_type != self.offer.payload_type or self._closed:
             return
-        if self.reports.silent:
+        if self.reports.received(found, now):
             self._meter.set_up(Timing.SETUP_AUDIO, now)
-        self.reports.received(found, now)
-        if self.offer.codec is not sdp.Codec.OPUS:
+        if self.offer.codec is not OPUS:
             found = speech.in_opus_clock(found, self.offer.codec)
         for pcm in self._receiver.receive(found, now):
             self._hear(pcm, now)
