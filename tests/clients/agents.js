@@ -54,6 +54,10 @@ guest.connect = async ({ url, apiKey, insecure = false, config = {}, tools = fal
   guest.session = session;
   guest.transport = transport;
   await session.connect({ apiKey });
+  // The SDK is connected once its channel is; on a busy machine the track's event may come later.
+  for (let tries = 0; !audioElement.srcObject && tries < 500; tries += 1) {
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
   listen(audioElement);
   return transport.callId;
 };
