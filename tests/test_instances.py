@@ -542,8 +542,9 @@ def test_a_burst_is_spread_evenly_and_never_over_assigned(tmp_path):
         spread = await visit.sessions()
         print(f"of 120: {spread}")
         assert sum(spread) == 120
-        # Reports are up to BEAT_S + READ_S old, in which the other instance places some forty.
-        assert abs(spread[0] - spread[1]) <= 24
+        # Reports are up to BEAT_S + READ_S old, longer than this burst: each instance knows its own
+        # half of it and little of the other's. One of two that is asked always would have it all.
+        assert max(spread) <= 2 * min(spread)
         found = await burst(visit, 200, 1.0)
         assert found.count(201) == 2 * SESSIONS_MAX - 120, "each that there is room for"
         assert await visit.sessions() == [SESSIONS_MAX] * 2
