@@ -45,11 +45,10 @@ class Buckets:
 
         Who has to wait has taken nothing.
         """
-        full_at = max(self._full_at.get(name, now), now)
-        wait = full_at - now - (max(burst, 1) - 1) / per_s
+        wait = self.peek(name, per_s, burst, now)
         if wait > 0:
             return wait
-        self._full_at[name] = full_at + 1 / per_s
+        self._full_at[name] = max(self._full_at.get(name, now), now) + 1 / per_s
         self._full_at.move_to_end(name)
         self._forget(now)
         return 0.0

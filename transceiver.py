@@ -106,7 +106,7 @@ class Transceiver:
         self.draining = False
         self.drained = asyncio.Event()
         """Set once a drain is over: the last call has ended, or its deadline has come."""
-        self._config, self.limits = config, config.transceiver
+        self.limits = config.transceiver
         self._keyring = config.keys.load()
         self._cluster = config.cluster[0].hints()
         self._slots: dict[Session, int] = {}  # the step of a second in which each is swept

@@ -97,10 +97,11 @@ class Program:
 class Premises:
     """Signaling before a transceiver."""
 
-    def __init__(self, folder: Path, more: str = "") -> None:
-        keys = folder / "keys"
-        keys.touch(mode=0o600)
-        keys.write_text("0 " + bytes(range(32)).hex())
+    def __init__(self, folder: Path, more: str, api_keys: str) -> None:
+        master = "0 " + bytes(range(32)).hex()
+        for name, secrets in (("keys", master), ("api-keys", api_keys)):
+            (folder / name).touch(mode=0o600)
+            (folder / name).write_text(secrets + "\n")
         self.port = free_port()
         self.control = f"http://127.0.0.1:{self.port}"
         paths = {name: folder / f"{name}.toml" for name in ("transceiver", "signaling")}
@@ -140,9 +141,12 @@ def _read(url: str) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def open_for_business(folder: Path, more: str = "") -> Iterator[Premises]:
-    """Signaling and a transceiver, until the block is left."""
-    found = Premises(folder, more)
+def open_for_business(folder: Path, more: str = "", api_keys: str = "") -> Iterator[Premises]:
+    """Signaling and a transceiver, until the block is left.
+
+    `more` is of signaling's table; it may name the file `api-keys`, which has the lines `api_keys`.
+    """
+    found = Premises(folder, more, api_keys)
     try:
         yield found
     finally:

@@ -8,6 +8,7 @@ networks do on bad days.
 import asyncio
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import signal
@@ -31,6 +32,25 @@ DOWN_MS = 500
 
 NODE_TIMEOUT_MS = 1000
 """The same in a Cluster. Less, and a busy machine's pauses are failures."""
+
+
+class Lines(logging.Handler):
+    """What a log said."""
+
+    def __init__(self):
+        super().__init__()
+        self.all = []
+
+    def emit(self, record):
+        self.all.append(record.getMessage())
+
+
+async def until_true(condition):
+    """The same as `until`, in an event loop that goes on meanwhile."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
 
 
 def binary():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import queue
 import re
@@ -252,21 +253,9 @@ def page(browser: Any, stranger: str, system: dict[str, Any]) -> Iterator[Page]:
     assert [line for line in complaints if "Failed to load resource" not in line] == []
 
 
-def until(page: Page, condition: str, seconds: float = 20.0) -> None:
-    """Wait until a JavaScript expression holds; fails with what the page knows if it does not."""
-    held = page.evaluate(
-        f"""async (seconds) => {{
-          const deadline = performance.now() + seconds * 1000;
-          while (!({condition}) && performance.now() < deadline) {{
-            await new Promise((resolve) => setTimeout(resolve, 10));
-          }}
-          return Boolean({condition});
-        }}""",
-        seconds,
-    )
-    if not held:
-        known = page.evaluate("[guest.changes, guest.errors, guest.history, guest.events]")
-        pytest.fail(f"not within {seconds} s: {condition}; the page knows {json.dumps(known)}")
+until = functools.partial(
+    test_browser.until, known="[guest.changes, guest.errors, guest.history, guest.events]"
+)
 
 
 TURN = (

@@ -49,10 +49,7 @@ some megabytes that stay with the allocator."""
 
 @pytest.fixture(scope="module")
 def premises(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Premises]:
-    folder = tmp_path_factory.mktemp("premises")
-    (folder / "api-keys").touch(mode=0o600)
-    (folder / "api-keys").write_text(KEY_LINE + "\n")
-    with open_for_business(folder, MORE) as found:
+    with open_for_business(tmp_path_factory.mktemp("premises"), MORE, KEY_LINE) as found:
         yield found
 
 

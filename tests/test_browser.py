@@ -201,7 +201,10 @@ def pages(chromium: Any, system: dict[str, Any]) -> Iterator[Opener]:
     assert [line for line in complaints if "Failed to load resource" not in line] == []
 
 
-def until(page: Page, condition: str, seconds: float = 20.0) -> None:
+KNOWN = "[earshot.state, earshot.counters, earshot.turns, earshot.events]"
+
+
+def until(page: Page, condition: str, seconds: float = 20.0, known: str = KNOWN) -> None:
     """Wait until a JavaScript expression holds; fails with what the page knows if it does not."""
     held = page.evaluate(
         f"""async (seconds) => {{
@@ -214,8 +217,8 @@ def until(page: Page, condition: str, seconds: float = 20.0) -> None:
         seconds,
     )
     if not held:
-        known = page.evaluate("[earshot.state, earshot.counters, earshot.turns, earshot.events]")
-        pytest.fail(f"not within {seconds} s: {condition}; the page knows {json.dumps(known)}")
+        found = json.dumps(page.evaluate(known))
+        pytest.fail(f"not within {seconds} s: {condition}; the page knows {found}")
 
 
 def start(page: Page) -> None:
@@ -473,9 +476,10 @@ def test_an_interruption_is_heard_at_once(
         median_ms = float(np.median(silent_ms))
         figures = {"silent_after_ms": silent_ms, "median_ms": median_ms}
         print(json.dumps({"client": client, "interrupted_by": by, **figures}))
-        # The best of them: what a browser has buffered since a busy machine held up its audio, 2 s
-        # at the most, is played to its end, and is not ours. Ours would be late every time.
-        assert silent_ms[0] < SILENT_MS_MAX
+        # The page drops what is buffered. Elsewhere the best of them counts: what a browser has
+        # buffered since a busy machine held up its audio, 2 s at the most, is played to its end,
+        # and is not ours. Ours would be late every time.
+        assert (median_ms if client == "page" else silent_ms[0]) < SILENT_MS_MAX
     opener.close()
     browser.close()
 

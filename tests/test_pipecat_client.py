@@ -1,6 +1,7 @@
 """Pipecat's client and its small WebRTC transport in a browser, unmodified from npm, on a page of
 another origin."""
 
+import functools
 import json
 import signal
 import time
@@ -98,21 +99,7 @@ def connect(page: Page, system: dict[str, Any], **options: Any) -> dict[str, Any
     return ready
 
 
-def until(page: Page, condition: str, seconds: float = 20.0) -> None:
-    """Wait until a JavaScript expression holds; fails with what the page knows if it does not."""
-    held = page.evaluate(
-        f"""async (seconds) => {{
-          const deadline = performance.now() + seconds * 1000;
-          while (!({condition}) && performance.now() < deadline) {{
-            await new Promise((resolve) => setTimeout(resolve, 10));
-          }}
-          return Boolean({condition});
-        }}""",
-        seconds,
-    )
-    if not held:
-        known = page.evaluate("[guest.states, guest.errors, guest.heard]")
-        pytest.fail(f"not within {seconds} s: {condition}; the page knows {json.dumps(known)}")
+until = functools.partial(test_browser.until, known="[guest.states, guest.errors, guest.heard]")
 
 
 def sessions(system: dict[str, Any]) -> list[int]:

@@ -135,18 +135,9 @@ def test_what_is_believed():
 # --- through Redis --------------------------------------------------------------------------------
 
 
-class Lines(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.all = []
-
-    def emit(self, record):
-        self.all.append(record.getMessage())
-
-
 @pytest.fixture
 def lines():
-    handler = Lines()
+    handler = redises.Lines()
     presence.log.addHandler(handler)
     presence.log.setLevel(logging.INFO)
     yield handler.all

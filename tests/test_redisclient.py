@@ -13,23 +13,12 @@ from redisclient import Refused, Unavailable
 
 from . import redises
 
-PATIENCE_S = redises.PATIENCE_S
-
-
-class Lines(logging.Handler):
-    """What the log said."""
-
-    def __init__(self):
-        super().__init__()
-        self.all = []
-
-    def emit(self, record):
-        self.all.append(record.getMessage())
+PATIENCE_S, until = redises.PATIENCE_S, redises.until_true
 
 
 @contextlib.asynccontextmanager
 async def opened(url, timeout_s=0.25, **more):
-    log, lines = logging.Logger("redisclient"), Lines()
+    log, lines = logging.Logger("redisclient"), redises.Lines()
     log.addHandler(lines)
     client = redisclient.Client(endpoints.RedisUrl(url), timeout_s, log, **more)
     watching = asyncio.create_task(client.watch())
@@ -40,13 +29,6 @@ async def opened(url, timeout_s=0.25, **more):
         watching.cancel()
         await asyncio.wait([watching])
         await client.close()
-
-
-async def until(condition):
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)

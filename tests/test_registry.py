@@ -16,6 +16,7 @@ import settings
 
 from . import redises
 from .redises import PATIENCE_S, SLOW_S
+from .redises import until_true as until
 
 TIMEOUT_S = settings.Redis(endpoints.RedisUrl("redis://h")).timeout_s
 LATE_S = 1.0
@@ -43,16 +44,7 @@ def stored(number):
     return registry.PREFIX + key(number)
 
 
-class Lines(logging.Handler):
-    """What the log said."""
-
-    def __init__(self):
-        super().__init__()
-        self.all = []
-
-    def emit(self, record):
-        self.all.append(record.getMessage())
-
+class Lines(redises.Lines):
     def begin(self):
         """How each line begins, as far as the names above go."""
         names = UNREACHABLE, BACK, LOST, REFUSES, TAKES
@@ -73,13 +65,6 @@ async def opened(url, **more):
         watching.cancel()
         await asyncio.wait([watching])
         await found.close()
-
-
-async def until(condition):
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 async def fails(call):
