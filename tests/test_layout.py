@@ -57,6 +57,8 @@ SANS_IO = {
     "replies",
     "channel",
     "conversation",
+    "countries",
+    "steering",
 }
 
 FUNCTION_LINES_MAX = 70

@@ -1,0 +1,471 @@
+"""Steering: where a client enters, and which cluster takes its call.
+
+    Steering(sites, places).decide(Request(35.7, 139.7, key=b"…"), {"tokyo": State()}, {1: State()})
+        -> Decision(clusters=(2, 1), relays=((tokyo, [2001:db8::5]:3478), …), why=("…",))
+
+What it owns: nearness on the sphere, who gives clients away and to whom, and the order of relay
+addresses, in which a client's ICE falls over from one site to the next by itself.
+
+A decision is a walk from the nearest site outwards. Each site that the walk comes to
+- keeps the client, or gives it away: above the load `busy` it gives away a share that grows in
+  proportion and is everything at `full`. A number drawn from the client's key says who is among
+  them, so that it is the same clients each time, and more of them as load grows, never others;
+- if it is not healthy passes on those whom it would have kept, and each of the next takes as many
+  of them as it has room for: else all who were at a site that fails would fall upon its neighbour.
+
+Rules that stay true:
+- The same arguments give the same decision. There is neither a clock nor chance in it.
+- What happens to a site moves nobody who was not there.
+- Load moves little by little, never all at once: what is known of it is a second old, and whoever
+  sends everybody to the emptiest fills that, and then the next one.
+- An opinion turns nobody away. Where nothing is known of a site's health it is taken to be healthy,
+  and where none is healthy all are: to be sent to a site that is thought dead is better than
+  nowhere.
+- At least two sites are named where there are two, each by both families if it has them, and in
+  each family two where there are two that have it.
+
+The cluster is the one that is nearest to the first site, since from there on the way is ours; its
+room is judged in the same way.
+
+The angle between two places is a scalar product of unit vectors. The order by distance is
+remembered for places that are asked about again (a country's centre, a city): with 50 sites and 10
+clusters a decision takes 20 us then, and 35 us else.
+
+The order becomes one of candidates (sdp.py): https://www.rfc-editor.org/rfc/rfc8445#section-5.1.2;
+two families: https://www.rfc-editor.org/rfc/rfc8421#section-4.
+
+Sans-IO.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import countries
+from endpoints import Endpoint
+
+BUSY = 0.8
+"""Load from which on a site or a cluster gives clients away. Lower wastes what there is nearby;
+higher leaves less room for what comes before the next report does."""
+
+FULL = 1.0
+"""Load at which it gives away all. Nearer to BUSY, and the answer to a report that is a second old
+would be the stronger: load would go to and fro between neighbours."""
+
+SITES_NAMED = 2
+"""Sites in an answer, of each family. More cost every client checks on paths that it does not need;
+a third helps only who loses two at once."""
+
+PLACES_REMEMBERED = 4096
+"""Places whose order by distance is remembered: all countries and some thousand cities; 2 KB each
+with 50 sites."""
+
+EARTH_KM = 6371.0
+
+LISTED = 4
+"""Places whose distance `why` names."""
+
+NOWHERE = 2.0
+"""In an order by distance: of what is at no known place. Every cosine is smaller."""
+
+_Order = Sequence[tuple[float, int]]
+"""Places, nearest first: the negative cosine of the angle to each, and its number."""
+_Notes = list[tuple[str, tuple[Any, ...]]]
+
+_MASK = (1 << 64) - 1
+_FACTOR = 0xBF58476D1CE4E5B9
+"""Of the finalizer of SplitMix64."""
+_MOVED, _RELAY = 0x5851F42D4C957F2D, 0x14057B7EF767814F
+"""Tell further draws at the same place from the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place where clients enter."""
+
+    name: str
+    latitude: float
+    longitude: float
+    relays: tuple[Endpoint, ...]
+    """Public addresses of its relays, of one family or both."""
+    capacity: int
+    """Flows that it takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a cluster is."""
+
+    id: int
+    latitude: float | None = None
+    longitude: float | None = None
+    """None if nobody said: then it comes after those of whom somebody did."""
+    capacity: int = 0
+    """Sessions that it takes; 0 if that is not known."""
+
+
+class State(NamedTuple):
+    """A site or a cluster, as last heard."""
+
+    healthy: bool = True
+    load: float = 0.0
+    """0 to 1 of its capacity; more if it has more than it should."""
+    capacity: int | None = None
+    """What it takes now; None: what was configured."""
+
+
+UNKNOWN = State()
+"""Of whom nothing was heard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is known of a client."""
+
+    latitude: float | None = None
+    longitude: float | None = None
+    country: str | None = None
+    """ISO 3166-1 alpha-2. Counts where there are no coordinates."""
+    key: bytes = b""
+    """What spreads clients: its address, or anything else that stays the same with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a client goes."""
+
+    clusters: tuple[int, ...]
+    """Of all clusters, in the order in which to ask them."""
+    relays: tuple[tuple[Site, Endpoint], ...]
+    """Addresses in order of preference."""
+    notes: tuple[tuple[str, tuple[Any, ...]], ...]
+    """What `why` is written from, when somebody asks."""
+
+    @property
+    def why(self) -> tuple[str, ...]:
+        """The reasons, a sentence each."""
+        return tuple(text.format(*values) for text, values in self.notes)
+
+    @property
+    def site(self) -> str:
+        """Name of the first site; empty without sites."""
+        return self.relays[0][0].name if self.relays else ""
+
+
+class Steering:
+    """Decides for clients, one at a time."""
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        places: Sequence[Place],
+        *,
+        named: int = SITES_NAMED,
+        busy: float = BUSY,
+        full: float = FULL,
+        home: tuple[float, float] | None = None,
+    ) -> None:
+        """`named` is how many sites an answer names. `home` is where those clients are taken to be
+        of whom nothing is known; without it they are spread over all sites."""
+        self.sites, self.places = tuple(sites), tuple(places)
+        self._named, self._home = named, home
+        self._entrances = _Field(
+            {
+                site.name: (site.name, _position(site.latitude, site.longitude), site.capacity)
+                for site in sites
+            },
+            busy,
+            full,
+        )
+        self._clusters = _Field(
+            {
+                place.id: (
+                    f"cluster {place.id}",
+                    _position(place.latitude, place.longitude),
+                    place.capacity,
+                )
+                for place in places
+            },
+            busy,
+            full,
+        )
+        self._families = [
+            [[at for at in site.relays if at.address.version == version] for version in (6, 4)]
+            for site in sites
+        ]
+        self._having = [sum(bool(each[way]) for each in self._families) for way in (0, 1)]
+
+    def decide(
+        self, request: Request, sites: Mapping[str, State], clusters: Mapping[int, State]
+    ) -> Decision:
+        """Where the client goes; any values of a request are survived."""
+        notes: _Notes = []
+        digest = int.from_bytes(hashlib.blake2b(request.key, digest_size=8).digest(), "big")
+        where = self._where(request, notes)
+        relays: list[tuple[Site, Endpoint]] = []
+        if self.sites:
+            first, rest = self._entrances.ranked(where, digest, sites, notes)
+            relays = self._relays(first, rest, digest)
+            entrance = self.sites[first]
+            where = entrance.latitude, entrance.longitude
+            notes.append(("It enters at {}.", (entrance.name,)))
+            others = list(dict.fromkeys(site.name for site, _ in relays if site is not entrance))
+            if others:
+                text = "Should that be lost, its ICE goes on by itself at {}."
+                notes.append((text, (" and then at ".join(others),)))
+            else:
+                notes.append(("There is no other site where it could go on.", ()))
+        chosen: list[int] = []
+        if self.places:
+            first, rest = self._clusters.ranked(where, digest, clusters, notes)
+            chosen = [self.places[at].id for at in (first, *rest)]
+            notes.append(("Its call goes to cluster {}.", (chosen[0],)))
+        return Decision(tuple(chosen), tuple(relays), tuple(notes))
+
+    def _where(self, request: Request, notes: _Notes) -> tuple[float, float] | None:
+        """Where the client is taken to be; None if nothing says it."""
+        found = _position(request.latitude, request.longitude)
+        if found is not None:
+            notes.append(("The client is at {:.2f}, {:.2f}.", found))
+            return found
+        country = request.country
+        found = countries.CENTRES.get(country.upper()) if country is not None else None
+        if found is not None:
+            text = "The client is somewhere in {}: taken to be at {:.1f}, {:.1f}."
+            notes.append((text, (country, *found)))
+            return found
+        if self._home is not None:
+            text = "Nothing says where the client is: taken to be at {:.2f}, {:.2f}, as configured."
+            notes.append((text, self._home))
+            return self._home
+        notes.append(("Nothing says where the client is: it is given any, by their capacity.", ()))
+        return None
+
+    def _relays(self, first: int, rest: Iterator[int], digest: int) -> list[tuple[Site, Endpoint]]:
+        """Addresses of the first site, then of the others, as many sites as are to be named.
+
+        IPv6 before IPv4 within a site: so families alternate, and a client with one that is broken
+        loses a check by it and not the site (RFC 8421 section 4).
+        """
+        # Without a second site, a second relay of the only one.
+        most = self._named if len(self.sites) == 1 else 1
+        left = [min(self._named, having) for having in self._having]
+        found, at = list[tuple[Site, Endpoint]](), first
+        while True:
+            site, draw = self.sites[at], _draw(digest, self._entrances.salts[at] ^ _RELAY)
+            for number in range(most):
+                for way, relays in enumerate(self._families[at]):
+                    if left[way] and number < len(relays):
+                        begin = int(draw * len(relays))
+                        found.append((site, relays[(begin + number) % len(relays)]))
+            for way, relays in enumerate(self._families[at]):
+                left[way] -= bool(left[way] and relays)
+            if left == [0, 0]:
+                return found
+            at = next(rest)
+
+
+class _Field:
+    """Sites, or clusters: in which order a client comes to them, and which one keeps it."""
+
+    def __init__(
+        self,
+        known: Mapping[Any, tuple[str, tuple[float, float] | None, int]],
+        busy: float,
+        full: float,
+    ) -> None:
+        """`known` has name, coordinates and capacity of each, by its key in the states."""
+        self._busy, self._full = busy, full
+        self._keys = list(known)
+        self._labels = [label for label, _, _ in known.values()]
+        self._capacities = [capacity for _, _, capacity in known.values()]
+        self.salts = [
+            int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "big")
+            for label in self._labels
+        ]
+        self._shares = [
+            (salt, -1.0 / (capacity or 1), at)
+            for at, (salt, capacity) in enumerate(zip(self.salts, self._capacities, strict=True))
+        ]
+        positions = enumerate(position for _, position, _ in known.values())
+        self._vectors = [(*_unit(*each), at) for at, each in positions if each is not None]
+        placed = {at for *_, at in self._vectors}
+        self._nowhere = [(NOWHERE, at) for at in range(len(known)) if at not in placed]
+        self._nearest = lru_cache(PLACES_REMEMBERED)(self._by_distance)
+
+    def ranked(
+        self,
+        where: tuple[float, float] | None,
+        digest: int,
+        states: Mapping[Any, State],
+        notes: _Notes,
+    ) -> tuple[int, Iterator[int]]:
+        """Which one has the client, and all others in the order in which it would go on."""
+        order = self._drawn(digest) if where is None else self._nearest(where)
+        notes.append(("In this order: {}.", (_Listed(self._labels, order, where is not None),)))
+        if not states:
+            notes.append(("Nothing is known of their health: all are taken to be healthy.", ()))
+        first = self._keeper(order, digest, states, notes)
+        if first is None:
+            notes.append(("None of them is known to be healthy: all are taken to be.", ()))
+            states = {key: state._replace(healthy=True) for key, state in states.items()}
+            first = self._keeper(order, digest, states, notes)
+        assert first is not None, "somebody is healthy now"
+        return first, self._others(first, order, digest, states)
+
+    def _by_distance(self, where: tuple[float, float]) -> _Order:
+        """Equally near ones stay in the order in which they are configured."""
+        x, y, z = _unit(*where)
+        found = [(-x * a - y * b - z * c, at) for a, b, c, at in self._vectors]
+        found.sort()
+        return found + self._nowhere
+
+    def _drawn(self, digest: int) -> _Order:
+        """In an order drawn for the client, each as often first as its capacity says. Without one
+        of them, nobody moves who was not there (weighted rendezvous hashing)."""
+        log, unit = math.log, 2.0**-64
+        # Fifty draws in a decision: without the second step of `_draw`, at half its cost.
+        return sorted(
+            [
+                (log((((digest ^ salt) * _FACTOR & _MASK) + 1) * unit) * per_flow, at)
+                for salt, per_flow, at in self._shares
+            ]
+        )
+
+    def _keeper(
+        self,
+        order: _Order,
+        digest: int,
+        states: Mapping[Any, State],
+        notes: _Notes | None,
+        lost: int = -1,
+    ) -> int | None:
+        """The first that keeps this client; None if none is healthy. `lost` counts as unhealthy."""
+        moving = 0.0  # what the unhealthy ones had that would have kept this client
+        for _, at in order:
+            healthy, load, capacity = states.get(self._keys[at], UNKNOWN)
+            if load > self._busy:
+                given = min(1.0, (load - self._busy) / (self._full - self._busy))
+                among = _draw(digest, self.salts[at]) < given
+                if notes is not None:
+                    text = "{} has a load of {:.2f} and gives {:.0%} of its clients away, {}."
+                    told = "this one too" if among else "not this one"
+                    notes.append((text, (self._labels[at], load, given, told)))
+                if among:
+                    continue
+            if capacity is None:
+                capacity = self._capacities[at]
+            if not healthy or at == lost:
+                moving += load * capacity
+                if notes is not None:
+                    notes.append(("{} is not healthy.", (self._labels[at],)))
+                continue
+            if moving > 0.0:
+                room = max(0.0, self._busy - load) * capacity
+                if _draw(digest, self.salts[at] ^ _MOVED) * moving >= room:
+                    moving -= room
+                    if notes is not None:
+                        text = "{} has no room for all who come from there: not for this one."
+                        notes.append((text, (self._labels[at],)))
+                    continue
+            return at
+        return self._any(order, digest, states, notes, lost)
+
+    def _any(
+        self,
+        order: _Order,
+        digest: int,
+        states: Mapping[Any, State],
+        notes: _Notes | None,
+        lost: int,
+    ) -> int | None:
+        """When none keeps the client: one of the healthy ones, in proportion to the room that each
+        has left; without any room, the nearest of them."""
+        best, least, nearest = None, math.inf, None
+        for _, at in order:
+            healthy, load, capacity = states.get(self._keys[at], UNKNOWN)
+            if not healthy or at == lost:
+                continue
+            nearest = at if nearest is None else nearest
+            room = (self._full - load) * (
+                (self._capacities[at] if capacity is None else capacity) or 1
+            )
+            if room > 0:
+                score = -math.log(_draw(digest, self.salts[at] ^ _MOVED)) / room
+                if score < least:
+                    best, least = at, score
+        if best is None:
+            if notes is not None and nearest is not None:
+                notes.append(("All are full: it stays with the nearest.", ()))
+            return nearest
+        if notes is not None:
+            text = "None has room enough: they share such clients by what each has left."
+            notes.append((text, ()))
+        return best
+
+    def _others(
+        self, first: int, order: _Order, digest: int, states: Mapping[Any, State]
+    ) -> Iterator[int]:
+        """Where the client would go if the first were lost; then the rest: those with room, those
+        without, those that are not healthy, each of them nearest first."""
+        second = self._keeper(order, digest, states, None, first) if len(order) > 1 else None
+        if second is not None:
+            yield second
+        full, ailing = list[int](), list[int]()
+        for _, at in order:
+            if at in (first, second):
+                continue
+            healthy, load, _ = states.get(self._keys[at], UNKNOWN)
+            if healthy and load < self._full:
+                yield at
+            elif healthy:
+                full.append(at)
+            else:
+                ailing.append(at)
+        yield from full
+        yield from ailing
+
+
+class _Listed(NamedTuple):
+    """The first few of an order, as text when somebody asks."""
+
+    labels: list[str]
+    order: _Order
+    far: bool
+
+    def __str__(self) -> str:
+        shown = [
+            f"{self.labels[at]} ({EARTH_KM * math.acos(max(-1.0, min(1.0, -score))):.0f} km)"
+            if self.far and score < NOWHERE
+            else self.labels[at]
+            for score, at in self.order[:LISTED]
+        ]
+        more = len(self.order) - len(shown)
+        return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _position(latitude: float | None, longitude: float | None) -> tuple[float, float] | None:
+    """Coordinates that can be used: None for none, and for such as are not on Earth."""
+    if latitude is None or longitude is None:
+        return None
+    if not (-90.0 <= latitude <= 90.0 and -180.0 <= longitude <= 180.0):  # also not a number
+        return None
+    return latitude, longitude
+
+
+def _unit(latitude: float, longitude: float) -> tuple[float, float, float]:
+    """The unit vector that leads there from the centre of the Earth."""
+    up, around = math.radians(latitude), math.radians(longitude)
+    return math.cos(up) * math.cos(around), math.cos(up) * math.sin(around), math.sin(up)
+
+
+def _draw(digest: int, salt: int) -> float:
+    """A number above 0 and below 1 that belongs to a client and a place: the same each time, and
+    independent of any other place's (the finalizer of SplitMix64)."""
+    mixed = digest ^ salt
+    mixed = (mixed ^ mixed >> 30) * _FACTOR & _MASK
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _MASK
+    return ((mixed ^ mixed >> 31) + 1) / (_MASK + 3)
