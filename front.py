@@ -6,19 +6,24 @@ together.
 Rules that stay true:
 - Without API keys nobody but this machine may call.
 - Transceivers are named, or there is a Redis in which they announce themselves, or both.
+- Relays are listed once for all clients, or by site; then there is something to steer by.
 
 `settings.py` gives these tables their names, and reads the file.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+import steering
 from endpoints import Endpoint, Prefix
 from tables import Cluster, HeaderName, Keys, SharedRedis, Table
 
 PerSecond = Annotated[float, Meta(gt=0, le=1_000_000)]
+Latitude = Annotated[float, Meta(ge=-90, le=90)]
+Longitude = Annotated[float, Meta(ge=-180, le=180)]
 
 
 class SignalingTable(Table, frozen=True):
@@ -27,8 +32,9 @@ class SignalingTable(Table, frozen=True):
     listen: Endpoint
     """Where the HTTP API and the demo page are served. With TLS, here or at a proxy in front of it:
     browsers give a microphone only to https and to localhost."""
-    relays: Annotated[tuple[Endpoint, ...], Meta(min_length=1, max_length=8)]
-    """Public addresses of relays, as clients reach them: they stand in every answer."""
+    relays: Annotated[tuple[Endpoint, ...], Meta(max_length=8)] = ()
+    """Public addresses of relays, as clients reach them: they stand in every answer. Where relays
+    are at several sites, `[[site]]` has them, and this is left out."""
     tls_certificate: Path | None = None
     """The certificate and those between it and its root (PEM, `fullchain.pem`), for TLS here.
     SIGHUP reads it again."""
@@ -100,12 +106,70 @@ class Whip(Table, frozen=True):
     """`full`: when no transceiver here takes the call. `always`: at once."""
 
 
+class Site(Table, frozen=True):
+    """`[[site]]`: a place where clients enter, with one relay or several."""
+
+    name: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+    """What logs and reasons know it by."""
+    latitude: Latitude
+    longitude: Longitude
+    """In degrees; south and west are negative."""
+    relays: Annotated[tuple[Endpoint, ...], Meta(min_length=1, max_length=16)]
+    """Public addresses of its relays, as clients reach them, of one family or both. A client is
+    told one of each family."""
+    capacity: Annotated[int, Meta(ge=1, le=100_000_000)]
+    """Flows that all its relays together carry well: load is measured by it."""
+    status: Annotated[
+        tuple[Annotated[str, Meta(pattern=r"\Ahttps?://[0-9A-Za-z.:\[\]-]{1,256}\Z")], ...],
+        Meta(max_length=16),
+    ] = ()
+    """The `relay.metrics` address of each, `http://10.9.0.5:9464`: there /readyz says whether it
+    takes clients and /metrics how many it has. Without any the site is taken to be well."""
+
+
+class PlacedCluster(Cluster, frozen=True):
+    """`[[cluster]]` of signaling: the same as in every other file, and where it is."""
+
+    latitude: Latitude | None = None
+    longitude: Longitude | None = None
+    """Needed where there are sites and more than one cluster."""
+
+
+class Steering(Table, frozen=True):
+    """`[steering]`: how it is known where a client is, and when load moves on."""
+
+    country_header: HeaderName | None = None
+    """In it a trusted proxy says the client's country, two letters. The proxy must set it whatever
+    the client sends; from anybody else it is not read. So also for the next two."""
+    latitude_header: HeaderName | None = None
+    longitude_header: HeaderName | None = None
+    """Coordinates in degrees, which go before the country."""
+    database: Path | None = None
+    """A file in MaxMind's format that says where addresses are, for clients of whom no header says
+    it. SIGHUP reads it again."""
+    latitude: Latitude | None = None
+    longitude: Longitude | None = None
+    """Where clients are taken to be of whom nothing says it; without this they are spread over all
+    sites. Give the place of this instance where clients come to the nearest one."""
+    sites_named: Annotated[int, Meta(ge=2, le=4)] = steering.SITES_NAMED
+    """Sites whose addresses a client is told: the next one is where its ICE goes by itself."""
+    busy: Annotated[float, Meta(gt=0, lt=1)] = steering.BUSY
+    """Load from which on a site or a cluster gives away a share of its new clients."""
+    full: Annotated[float, Meta(gt=0, le=2)] = steering.FULL
+    """Load at which it gives away all of them. The nearer to `busy`, the more load swings."""
+    poll_s: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
+    """How often the relays' `status` addresses are asked. One that does not answer three times is
+    lost; a site all of whose relays are lost gets nobody."""
+
+
 class Signaling(Table, frozen=True):
     """Signaling's file."""
 
     signaling: SignalingTable
     keys: Keys
-    cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1)]
+    cluster: Annotated[tuple[PlacedCluster, ...], Meta(min_length=1)]
+    site: Annotated[tuple[Site, ...], Meta(max_length=256)] = ()
+    steering: Steering | None = None
     redis: SharedRedis | None = None
     ice_server: Annotated[tuple[IceServer, ...], Meta(max_length=8)] = ()
     whip: Whip = Whip()
@@ -139,3 +203,77 @@ def agree(found: Signaling) -> None:
             "signaling.client_address_header: Forwarded (RFC 7239) is not read; let the proxy send"
             " X-Forwarded-For"
         )
+    _agree_on_sites(found)
+    _agree_on_steering(found)
+
+
+def _agree_on_sites(found: Signaling) -> None:
+    if found.site and found.signaling.relays:
+        raise ValueError(
+            "signaling.relays: [[site]] has the relays that clients are told; take these away"
+        )
+    if not (found.site or found.signaling.relays):
+        raise ValueError("signaling.relays: name the relays, here or by [[site]]")
+    relays = [each for site in found.site for each in site.relays]
+    for what, listed in (
+        ("name", [site.name for site in found.site]),
+        ("relays", relays),
+        ("status", [each for site in found.site for each in site.status]),
+    ):
+        twice = _twice(listed)
+        if twice is not None:
+            raise ValueError(f"site: {what} {twice} stands there twice")
+    for at in relays:
+        if not at.port:
+            raise ValueError(f"site: relays {at}: clients cannot send to port 0")
+    for number, cluster in enumerate(found.cluster):
+        _pair(cluster.latitude, cluster.longitude, f"cluster[{number}]")
+    placed = [cluster.latitude is not None for cluster in found.cluster]
+    if not all(placed) and (any(placed) or (found.site and len(placed) > 1)):
+        raise ValueError(
+            f"cluster[{placed.index(False)}]: needs latitude and longitude: without them nobody"
+            " knows which cluster is near to a client"
+        )
+
+
+def _agree_on_steering(found: Signaling) -> None:
+    table = found.steering
+    if table is None:
+        return
+    if not found.site and found.cluster[0].latitude is None:
+        raise ValueError(
+            "steering: there is nothing to choose from: neither [[site]] nor clusters with latitude"
+            " and longitude"
+        )
+    _pair(table.latitude, table.longitude, "steering")
+    if (table.latitude_header is None) != (table.longitude_header is None):
+        raise ValueError("steering.latitude_header: goes together with longitude_header")
+    headers = [
+        name.lower()
+        for name in (table.country_header, table.latitude_header, table.longitude_header)
+        if name is not None
+    ]
+    if headers and not found.signaling.trusted_proxies:
+        raise ValueError(
+            "steering: headers are believed of signaling.trusted_proxies alone, and there are none"
+        )
+    twice = _twice([*headers, found.signaling.client_address_header.lower()])
+    if twice is not None:
+        raise ValueError(f"steering: header {twice} cannot say two things")
+    if table.busy >= table.full:
+        raise ValueError("steering.busy: not below steering.full: load would move all at once")
+
+
+def _pair(latitude: float | None, longitude: float | None, where: str) -> None:
+    if (latitude is None) != (longitude is None):
+        raise ValueError(f"{where}.latitude: goes together with longitude")
+
+
+def _twice(listed: Iterable[Any]) -> Any:
+    """The first that stands there for the second time; None if there is none."""
+    seen = set()
+    for each in listed:
+        if each in seen:
+            return each
+        seen.add(each)
+    return None

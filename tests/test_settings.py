@@ -214,6 +214,9 @@ def test_example_files_show_every_key_at_its_default(
     spelt_out = re.sub(r"^#(\w+ = |\[+\w+\]+$)", r"\1", text, flags=re.MULTILINE)
     # The address and the files of a model server are refused for the kind that has none.
     spelt_out = spelt_out.replace('kind = "parrot"', 'kind = "realtime"', 1)
+    if shape is settings.Signaling:  # relays stand here or at sites, never both
+        spelt_out = spelt_out.replace('relays = ["203.0.113.5:3478"]\n', "", 1)
+        spelt_out = spelt_out.replace("trusted_proxies = []", 'trusted_proxies = ["192.0.2.1/32"]')
     everything = settings.load(write(tmp_path, spelt_out), shape)
     if isinstance(everything, settings.Relay):
         # Tables that may be left out: at their defaults too but for what has none.
@@ -236,10 +239,14 @@ def test_example_files_show_every_key_at_its_default(
         assert everything.ice_server and everything.whip.elsewhere
         whip = msgspec.structs.replace(everything.whip, elsewhere=None)
         everything = msgspec.structs.replace(everything, ice_server=(), whip=whip)
+        everything = without_sites(everything)
     if isinstance(everything, settings.Signaling):
         table = everything.signaling
         assert table.keys_file and table.tls_certificate and table.tls_key
-        table = msgspec.structs.replace(table, keys_file=None, tls_certificate=None, tls_key=None)
+        table = msgspec.structs.replace(
+            table, keys_file=None, tls_certificate=None, tls_key=None, trusted_proxies=()
+        )
+        table = msgspec.structs.replace(table, relays=as_shipped.signaling.relays)
         assert everything.limits == front.Limits()
         everything = msgspec.structs.replace(everything, signaling=table, limits=None)
     # The id to mint with has no default in the file: by default it follows the key file.
@@ -253,6 +260,20 @@ def test_example_files_show_every_key_at_its_default(
         fields = [getattr(each, "__struct_fields__", ()) for each in (kind, *typing.get_args(kind))]
         for key in itertools.chain(*fields):
             assert re.search(rf"^#?{key} = ", text, re.MULTILINE) or (table, key) in OTHERS_ONLY
+
+
+def without_sites(found: settings.Signaling) -> settings.Signaling:
+    """What says where sites and clusters are has no default; the rest of it is at its own."""
+    assert found.steering and found.site[0].status
+    shown = {
+        name: getattr(found.steering, name)
+        for name in ("country_header", "latitude_header", "longitude_header", "database")
+    }
+    assert all(shown.values())
+    at = {"latitude": found.steering.latitude, "longitude": found.steering.longitude}
+    assert found.steering == front.Steering(**shown, **at)
+    cluster = msgspec.structs.replace(found.cluster[0], latitude=None, longitude=None)
+    return msgspec.structs.replace(found, site=(), steering=None, cluster=(cluster,))
 
 
 # Only a transceiver mints.
