@@ -177,6 +177,26 @@ class Host:
         with self.inside():
             return rig.spawn(argv, cpus, log)
 
+    def converse(
+        self, argv: Sequence[str | Path], cpus: set[int], log: Path
+    ) -> "subprocess.Popen[str]":
+        """Start a program here that is told what to do, and answers, line by line."""
+
+        def settle_in() -> None:
+            os.sched_setaffinity(0, cpus)
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+        with self.inside(), log.open("ab") as file:
+            return subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                start_new_session=True,
+                preexec_fn=settle_in,  # noqa: PLW1509  # one thread: nothing to deadlock
+            )
+
     def close(self) -> None:
         """Let go of it; it is gone with the last program in it."""
         os.close(self.link)
@@ -401,7 +421,10 @@ class _Router:
         point = (
             ("sent" if leaving else "received") if caller else "answered" if leaving else "heard"
         )
-        other = socket.inet_ntoa(packet[16:20] if leaving else packet[12:16])
+        end = packet[16:20] if leaving else packet[12:16]
+        if end not in self._by_address:  # a question to a name server can look like RTP
+            return
+        other = socket.inet_ntoa(end)
         sequence, _, ssrc = struct.unpack_from("!HII", packet, at + 2)
         assert self._seen is not None
         self._seen.append((now, point, host.name, other, ssrc, sequence))
