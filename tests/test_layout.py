@@ -32,6 +32,8 @@ SANS_IO = {
     "admission",
     "meter",
     "endpoints",
+    "backbone",
+    "contests",
     "frame",
     "ufrag",
     "stun",
@@ -115,6 +117,7 @@ IMPORTERS = {
     "concurrent": set(),
     "cryptography": {"ufrag", "sealing"},
     "ctypes": {"udp", "opus"},
+    "maxminddb": {"geography"},
     "msgspec": {"settings", "tables", "front", "realtime", "relay"},
     "OpenSSL": {"dtls"},
     "orjson": {
