@@ -56,6 +56,40 @@ class Endpoint:
         return hash((self.address, self.port))
 
 
+class Endpoints:
+    """An address and one port or several, written `10.4.0.1:3600` or `10.4.0.1:3600-3603`."""
+
+    __slots__ = ("each",)
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError with the reason."""
+        start, dash, last = text.rpartition("-")
+        first = Endpoint(start if dash else text)
+        end = Endpoint(f"{start.rpartition(':')[0]}:{last}") if dash else first
+        if not 0 < first.port <= end.port < first.port + PORTS_MAX:
+            raise ValueError(f"{text!r} is not ADDRESS:PORT or ADDRESS:FIRST-LAST, 1 to 65535")
+        at = text.rpartition(":")[0]
+        self.each = tuple(Endpoint(f"{at}:{port}") for port in range(first.port, end.port + 1))
+        """One or more, in order."""
+
+    def __str__(self) -> str:
+        last = self.each[-1].port
+        return f"{self.each[0]}-{last}" if len(self.each) > 1 else str(self.each[0])
+
+    def __repr__(self) -> str:
+        return f"Endpoints({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Endpoints) and self.each == other.each
+
+    def __hash__(self) -> int:
+        return hash(self.each)
+
+
+PORTS_MAX = 256
+"""Ports in one such text: as many as a relay may have workers."""
+
+
 class Address:
     """An address without a port, written `192.0.2.1` or `2001:db8::1`."""
 

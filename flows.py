@@ -20,7 +20,7 @@ Rules that stay true:
 - A slot's state is written last when it fills and first when it empties: whenever the process dies,
   every slot that is not FREE is whole. A slot changes its client only after it was FREE.
 - An assured flow goes to another transceiver only when its own has said nothing for
-  `FLOW_HELD_S` after it was contested: a repeated check moves no live call.
+  `contests.FLOW_HELD_S` after it was contested: a repeated check moves no live call.
 - Nothing is evicted to make room. Full is full, and counted. One exception: of the flows that
   follow and were never answered, the oldest makes room for the next.
 - Slots are freed by `sweep` and `follow` alone, never while a batch is in hand.
@@ -42,25 +42,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import contests
 import expiry
 import frame
 import roaming
 
 SLOT_OCTETS = 128
 """A slot: two cache lines. 65,536 flows are 8 MiB."""
-
-FLOW_HELD_S = 3.0
-"""How long an assured flow's transceiver may be silent before a check for another one takes the
-client's address over. A live session sends reports every second at least; three of them lost is
-unlikely. Shorter would let a replay move a call that has hiccups, longer delays the next call of a
-client that reuses its port (its ICE agent repeats checks for far longer)."""
-
-CONTESTED_MAX = 1024
-"""Assured flows that may be contested at one time, beyond which a check counts as held. Each costs
-100 octets and some microseconds; honest clients contest a handful an hour."""
-
-CONTEST_S_MAX = 60.0
-"""How long a contest is remembered: longer than any ICE agent goes on checking."""
 
 SWEEP_S = 0.02
 """Between two sweeps. A process may wake ten thousand times a second, and looking costs 3 us."""
@@ -168,7 +156,7 @@ class Table:
         self._memory, self._limits = memory, limits
         self._followers_max = max(1, limits.tentative // roaming.FOLLOWERS_SHARE)
         self.listening = roaming.Listening()
-        self._contested: dict[bytes, float] = {}
+        self._contested = contests.Contests()
         self._interned: dict[bytes, bytes] = {}
         self._hands = (
             expiry.Hand(State.ASSURED, limits.flows, limits.idle_s, now),
@@ -224,19 +212,34 @@ class Table:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def slot(self, header: bytes) -> int:
+        """The number of a client's slot: another one where its flow has been replaced since.
+
+        Raises KeyError without a flow.
+        """
+        return self._slots[header]
+
+    def find(self, header: bytes) -> Flow | None:
+        """A copy of a client's flow, if it has one."""
+        number = self._slots.get(header)
+        return None if number is None else self._flow(number)
+
     def ufrag(self, header: bytes) -> bytes | None:
         """The ufrag that opened a client's flow; None without a flow."""
-        number = self._slots.get(header)
-        return None if number is None else self._flow(number).ufrag
+        flow = self.find(header)
+        return None if flow is None else flow.ufrag
 
-    def open(self, header: bytes, hop: bytes, ufrag: bytes, now: float) -> Refusal | None:
+    def open(
+        self, header: bytes, hop: bytes, ufrag: bytes, now: float, other: bool = False
+    ) -> Refusal | None:
         """A client has proved that it was given `ufrag`, which names `hop`: open its flow.
 
         A flow that this address already has is moved there if that may be (see above). None means
-        that the client's flow now leads to `hop`.
+        that the client's flow now leads to `hop`. `other`: the same hop, and another transceiver
+        behind it.
         """
         if header in self._slots:
-            return self._reopen(header, hop, ufrag, now)
+            return self._reopen(header, hop, ufrag, now, other)
         flow = Flow(State.TENTATIVE, header, hop, ufrag, now, 0.0)
         refusal = self._refusal(flow)
         if refusal is None:
@@ -295,11 +298,15 @@ class Table:
                 self._put(flow)
         return len(self) - before
 
-    def _reopen(self, header: bytes, hop: bytes, ufrag: bytes, now: float) -> Refusal | None:
+    def _reopen(
+        self, header: bytes, hop: bytes, ufrag: bytes, now: float, other: bool
+    ) -> Refusal | None:
         number = self._slots[header]
         old = self._flow(number)
-        tentative, same_hop = old.state is State.TENTATIVE, old.hop == hop
-        if not (same_hop or tentative) and self._held(header, now):
+        tentative, same_hop = old.state is State.TENTATIVE, old.hop == hop and not other
+        if not (same_hop or tentative) and self._contested.held(header, now):
+            if header in self._contested:
+                self.watched.add(header)
             return Refusal.FLOW_HELD
         if not tentative and not same_hop and self.tentative >= self._limits.tentative:
             return Refusal.TENTATIVE_LIMIT
@@ -311,7 +318,11 @@ class Table:
         if same_hop:
             ssrc = old.ssrc if old.ufrag == ufrag else 0
             flow = old._replace(ufrag=ufrag, ssrc=ssrc, origin=Origin.CHECKED)
-        # Into another slot, if there is one: the flow stands in one of the two at every moment.
+        self._replace(number, old, flow)
+        return None
+
+    def _replace(self, number: int, old: Flow, flow: Flow) -> None:
+        """Into another slot, if there is one: the flow stands in one of the two at every moment."""
         self._unindex(old)
         if self._free:
             self._put(flow)
@@ -319,17 +330,16 @@ class Table:
         else:
             self._empty(number)
             self._put(flow)
-        return None
 
-    def _held(self, header: bytes, now: float) -> bool:
-        """True while an assured flow's own transceiver may still be there."""
-        since = self._contested.get(header)
-        if since is not None:
-            return now - since < FLOW_HELD_S
-        if len(self._contested) < CONTESTED_MAX:
-            self._contested[header] = now
+    def redirect(self, header: bytes, hop: bytes) -> None:
+        """The same session is reached by another way. Not to be called with a batch in hand."""
+        number = self._slots[header]
+        old = self._flow(number)
+        contested = self._contested.get(header)
+        self._replace(number, old, old._replace(hop=hop))
+        if contested is not None:
+            self._contested[header] = contested
             self.watched.add(header)
-        return True
 
     def answered(self, headers: Iterable[bytes], now: float) -> None:
         """Transceivers have sent these clients something other than STUN."""
@@ -394,17 +404,8 @@ class Table:
         for flow in gone:
             self._empty(self._slots[flow.header])
             self._unindex(flow)
-        self._end_contests(now)
+        self.watched.difference_update(self._contested.forgotten(now))
         return [flow.header for flow in gone]
-
-    def _end_contests(self, now: float) -> None:
-        """Forget contests that no owner answered and nobody came back for, the oldest first."""
-        while self._contested:
-            header, since = next(iter(self._contested.items()))
-            if now - since <= CONTEST_S_MAX:
-                return
-            del self._contested[header]
-            self.watched.discard(header)
 
     # --- slots and index ------------------------------------------------------------------------
 

@@ -113,6 +113,12 @@ def endpoint(octets: bytes) -> tuple[str, int]:
     return str(address.ipv4_mapped or address), _PORT.unpack(at)[0]
 
 
+def reachable(octets: bytes, family: int) -> tuple[str, int]:
+    """A `name` as Python's sockets of that family take it: v4-mapped where they are AF_INET6."""
+    host, port = endpoint(octets)
+    return (f"::ffff:{host}" if family == _FAMILY_INET6 and ":" not in host else host), port
+
+
 def name_octets(family: int) -> int:
     """Size of a `name` of that family."""
     return _IPV4_NAME.size if family == _FAMILY_INET else _IPV6_NAME.size

@@ -14,12 +14,16 @@ Rules that stay true:
 - The dear steps are last, and the dearest, the integrity check, has a budget.
 - No exception, whatever a peer sends.
 
+Where a flow leads is its transceiver, or a relay of the transceiver's cluster where that one is
+reached by a backbone (backbone.py): then any of that cluster's relays may answer.
+
 Sans-IO: `now` is an argument, in seconds. RFC 7983 (the first octet), RFC 8489 (STUN), RFC 8445
 """
 
 import ipaddress
 from collections.abc import Mapping
 
+import backbone
 import flows
 import frame
 import metrics
@@ -50,8 +54,10 @@ class Gate:
         octets_max: int,
         checks_per_s: int,
         now: float,
+        ways: backbone.Backbone | None = None,
     ) -> None:
         """Judge by `table` and open its flows; hops are socket addresses of `family`."""
+        self._ways = ways or backbone.Backbone({}, 1.0, now)
         self._keyring, self._clusters, self._flows = keyring, clusters, table
         self._family, self._octets_max = family, octets_max
         self._checks_per_s = self._checks_left = checks_per_s
@@ -115,21 +121,55 @@ class Gate:
         hop = self._flows.hops.get(header)
         if hop is not None:
             return hop
-        hint = ufrag.parse(self._keyring, self._clusters, text)
-        if isinstance(hint, ufrag.Reject):
+        hop = self.lead(text)
+        if hop is None:
             return metrics.Inbound.DROPPED_RECOVERED_INVALID
-        hop = frame.name(hint.address, hint.port, self._family)
         if follows is None:
             refusal = self._flows.open(header, hop, text, now)
         else:
             refusal = self._flows.follow(header, hop, text, *follows, now)
         return hop if refusal is None else metrics.Inbound.DROPPED_RECOVERED_INVALID
 
+    def introduced(
+        self, header: bytes, text: bytes, assured: bool, now: float
+    ) -> bytes | metrics.Inbound:
+        """Another relay has this client's flow, and leads it here: believed like Redis."""
+        hop = self._flows.hops.get(header)
+        if hop is not None and self._flows.ufrag(header) == text:
+            return hop
+        if hop is None and assured and (hop := self.lead(text)) is not None:
+            flow = flows.Flow(flows.State.ASSURED, header, hop, text, now, now)
+            if self._flows.adopt([flow]):
+                return hop
+        hint = ufrag.parse(self._keyring, self._clusters, text)
+        if isinstance(hint, ufrag.Reject):
+            return metrics.Inbound.DROPPED_RECOVERED_INVALID
+        return self._open(header, hint, text, now)
+
+    def lead(self, text: bytes) -> bytes | None:
+        """Where the flow of a session goes now; None if its ufrag is none of ours."""
+        hint = ufrag.parse(self._keyring, self._clusters, text)
+        return None if isinstance(hint, ufrag.Reject) else self._hop(hint, text)
+
+    def _hop(self, hint: ufrag.Hint, text: bytes) -> bytes:
+        if hint.cluster in self._ways:
+            return self._ways.choose(hint.cluster, text)
+        return frame.name(hint.address, hint.port, self._family)
+
     def _open(
         self, header: bytes, hint: ufrag.Hint, text: bytes, now: float
     ) -> bytes | metrics.Inbound:
-        hop = frame.name(hint.address, hint.port, self._family)
-        refusal = self._flows.open(header, hop, text, now)
+        hop, other = self._hop(hint, text), False
+        before = self._flows.hops.get(header)
+        if before is not None and self._ways.same(before, hop):
+            # Behind one way there are many transceivers, and a session stays on the way it goes.
+            old = self._flows.ufrag(header) or b""
+            named = ufrag.parse(self._keyring, self._clusters, old)
+            other = not (
+                isinstance(named, ufrag.Hint) and _transceiver(named) == _transceiver(hint)
+            )
+            hop = before if old == text else hop
+        refusal = self._flows.open(header, hop, text, now, other)
         return hop if refusal is None else _REFUSED[refusal]
 
     def outbound(self, header: bytes, length: int, source: bytes) -> metrics.Outbound | None:
@@ -137,11 +177,9 @@ class Gate:
         if length > self._octets_max + frame.HEADER_OCTETS:
             return metrics.Outbound.DROPPED_OVERSIZED
         owner = self._flows.hops.get(header)
-        if owner == source and length >= frame.HEADER_OCTETS:
+        if length >= frame.HEADER_OCTETS and (owner == source or self._ways.same(owner, source)):
             return None
-        address, port = frame.endpoint(source)
-        at = ipaddress.ip_address(address)
-        if not any(cluster.contains(at, port) for cluster in self._clusters.values()):
+        if source not in self._ways.ways and not self.is_transceiver(source):
             return metrics.Outbound.DROPPED_NOT_TRANSCEIVER
         if length < frame.HEADER_OCTETS or not frame.is_frame(header):
             return metrics.Outbound.DROPPED_BAD_FRAME
@@ -150,3 +188,13 @@ class Gate:
             if owner is None
             else metrics.Outbound.DROPPED_WRONG_OWNER
         )
+
+    def is_transceiver(self, source: bytes) -> bool:
+        """Whether a transceiver of a configured cluster may have this socket address."""
+        address, port = frame.endpoint(source)
+        at = ipaddress.ip_address(address)
+        return any(cluster.contains(at, port) for cluster in self._clusters.values())
+
+
+def _transceiver(hint: ufrag.Hint) -> tuple[int, object, int]:
+    return hint.cluster, hint.address, hint.port

@@ -4,7 +4,8 @@ What it owns: all sockets and all shared memory of the relay's workers, opened b
 them is forked and kept open to the end, so that nothing of it is lost with a process.
 
     a worker       public and internal socket; a memory with control words, counters, flow table,
-                   the two batches that it has in hand and the datagrams that wait for the keeper
+                   the two batches that it has in hand and the datagrams that wait for the keeper;
+                   where it has a transit face (transit.py), two sockets and a memory for that
     the relay      the pairs of sockets between workers and keeper; a memory with the counters of
                    the supervisor and the keeper
 
@@ -18,6 +19,7 @@ Rules that stay true:
 
 import dataclasses
 import enum
+import functools
 import itertools
 import logging
 import socket
@@ -25,6 +27,7 @@ import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import flows
 import frame
@@ -35,9 +38,11 @@ import manager
 import metrics
 import recovery
 import settings
+import sockets
 import udp
+from endpoints import Endpoint
 
-LAYOUT = 3
+LAYOUT = 4
 """Version of the memory: any change to its sections, slots or counters is a new one."""
 
 MEMORY = "earshot-relay"
@@ -49,6 +54,9 @@ _RELAY_SECTIONS = {
     "keeper": ledger.octets(metrics.Keeper),
 }
 
+BACK_OCTETS = 32
+"""For each slot of a face's flow table: length and socket address of the relay it answers to."""
+
 _log = logging.getLogger("handover")
 
 
@@ -59,6 +67,16 @@ class Control(enum.IntEnum):
     """CLOCK_MONOTONIC in nanoseconds when the worker last woke up."""
     PID = 1
     """Its process."""
+
+
+class Ends(NamedTuple):
+    """What one worker's transit face works with."""
+
+    transit: socket.socket
+    """Towards other relays."""
+    inner: socket.socket
+    """Towards transceivers."""
+    memory: host.SharedMemory
 
 
 class Shared:
@@ -93,6 +111,7 @@ class Shared:
         # anybody's flow may be asked for anywhere. Those that are not, expire.
         self._all_to_all = bool(left) and len(left) != len(numbers)
         self._fresh = {number for number in numbers if taken[number] is None} if left else set()
+        self.faces = list(map(functools.partial(_face, estate, found), numbers))
         shape = _RELAY_SECTIONS, {"counters": _names(metrics.Supervisor, metrics.Keeper)}
         self.relay = estate.take_memory("relay", LAYOUT, *shape) or host.SharedMemory(
             MEMORY, shape[0], LAYOUT, shape[1]
@@ -136,8 +155,22 @@ class Shared:
             *((f"public-{number}", sock.fileno()) for number, sock in enumerate(self.public)),
             *((f"internal-{number}", sock.fileno()) for number, sock in enumerate(self.internal)),
             *((f"memory-{number}", memory.fd) for number, memory in enumerate(self.memories)),
+            *itertools.chain.from_iterable(
+                (
+                    (f"transit-{number}", face.transit.fileno()),
+                    (f"inner-{number}", face.inner.fileno()),
+                    (f"face-{number}", face.memory.fd),
+                )
+                for number, face in enumerate(self.faces)
+                if face
+            ),
             ("relay", self.relay.fd),
         ]
+
+    def publish(self, path: Path) -> None:
+        """Write down how `Running.of` finds all memories. Raises OSError."""
+        faces = [face.memory for face in self.faces if face]
+        host.publish(path, LAYOUT, [*faces, *self.memories, self.relay])
 
     def store(self) -> bool:
         """Have the service manager, if there is one, keep all of it for the next start; true if it
@@ -155,9 +188,9 @@ def _public(
     mapped = at.host if at.address.version == 6 else f"::ffff:{at.host}"
     found = estate.take_socket(f"public-{number}", socket.AF_INET6, mapped, at.port)
     if found is None:
-        return udp.open_public(at.host, at.port, octets, to_come=virtual)
+        return sockets.open_public(at.host, at.port, octets, to_come=virtual)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # others may be opened beside
-    udp._prepare(found, octets)
+    sockets.prepare(found, octets)
     return found
 
 
@@ -166,9 +199,30 @@ def _internal(estate: legacy.Estate, table: settings.RelayTable, number: int) ->
     port = at.port + number
     found = estate.take_socket(f"internal-{number}", internal_family(table), at.host, port)
     if found is None:
-        return udp.open_internal(at.host, port, octets)
-    udp._prepare(found, octets)
+        return sockets.open_internal(at.host, port, octets)
+    sockets.prepare(found, octets)
     return found
+
+
+def _face(estate: legacy.Estate, found: settings.Relay, number: int) -> Ends | None:
+    """A worker's transit face, if the relay has any. Flows in a memory that does not fit are not
+    brought over: the relays that have those clients introduce them again."""
+    table, octets = found.transit, found.relay.receive_buffer_octets
+    if table.listen is None or table.internal is None:
+        return None
+    ends = []
+    for name, at in (("transit", table.listen), ("inner", table.internal)):
+        family, port = family_of(at), at.port + number
+        sock = estate.take_socket(f"{name}-{number}", family, at.host, port)
+        if sock is None:
+            sock = sockets.open_internal(at.host, port, octets)
+        sockets.prepare(sock, octets)
+        ends.append(sock)
+    family = ends[0].family
+    shape = face_sections(found, family), parameters(found.relay, family)
+    memory = estate.take_memory(f"face-{number}", LAYOUT, *shape)
+    memory = memory or host.SharedMemory(MEMORY, shape[0], LAYOUT, shape[1])
+    return Ends(ends[0], ends[1], memory)
 
 
 def _carry(
@@ -198,15 +252,30 @@ def _carry(
 def sections(found: settings.Relay, family: int) -> dict[str, int]:
     """Octets of each section of a worker's memory."""
     table = found.relay
-    batch = udp.octets(table.batch_size, table.datagram_octets_max, family)
+    shape = table.batch_size, table.datagram_octets_max, family
     return {
         "control": 8 * len(Control),
         "inbound": ledger.ledger_octets(metrics.Inbound),
         "outbound": ledger.ledger_octets(metrics.Outbound),
         "flows": flows.octets(limits(table).flows),
+        "batch_in": udp.octets(*shape, udp.Way.INBOUND),
+        "batch_out": udp.octets(*shape, udp.Way.OUTBOUND),
+        "waiting": recovery.octets(waiting_limits(found).waiting, table.datagram_octets_max),
+        "ways": ledger.octets(metrics.Way) * settings.WAYS_MAX,
+    }
+
+
+def face_sections(found: settings.Relay, family: int) -> dict[str, int]:
+    """The same for the memory of a worker's transit face."""
+    table = found.relay
+    batch = udp.octets(table.batch_size, table.datagram_octets_max, family, udp.Way.TRANSIT)
+    return {
+        "inbound": ledger.ledger_octets(metrics.Inbound),
+        "outbound": ledger.ledger_octets(metrics.Outbound),
+        "flows": flows.octets(limits(table).flows),
+        "backs": BACK_OCTETS * limits(table).flows,
         "batch_in": batch,
         "batch_out": batch,
-        "waiting": recovery.octets(waiting_limits(found).waiting, table.datagram_octets_max),
     }
 
 
@@ -217,7 +286,7 @@ def parameters(table: settings.RelayTable, family: int) -> dict[str, int]:
         "datagram_octets_max": table.datagram_octets_max,
         "flows": limits(table).flows,
         "family": family,
-        "counters": _names(metrics.Inbound, metrics.Outbound),
+        "counters": _names(metrics.Inbound, metrics.Outbound, metrics.Way),
     }
 
 
@@ -257,7 +326,12 @@ def workers(table: settings.RelayTable) -> int:
 
 def internal_family(table: settings.RelayTable) -> int:
     """Address family of the sockets towards transceivers."""
-    return socket.AF_INET if table.internal.address.version == 4 else socket.AF_INET6
+    return family_of(table.internal)
+
+
+def family_of(at: Endpoint) -> int:
+    """Of a socket that is not for clients: IPv4 where the address is."""
+    return socket.AF_INET if at.address.version == 4 else socket.AF_INET6
 
 
 def counters_in(memory: host.Memory) -> tuple[ledger.Ledger, ledger.Ledger]:
@@ -266,6 +340,24 @@ def counters_in(memory: host.Memory) -> tuple[ledger.Ledger, ledger.Ledger]:
         ledger.Ledger(metrics.Inbound, memory.section("inbound")),
         ledger.Ledger(metrics.Outbound, memory.section("outbound")),
     )
+
+
+class Running(NamedTuple):
+    """The memories of a relay that runs, to read."""
+
+    workers: list[host.Memory]
+    faces: list[host.Memory]
+    """Of the workers' transit faces; none without."""
+    own: host.Memory
+
+    @classmethod
+    def of(cls, table: settings.RelayTable) -> "Running":
+        """Of the relay with this configuration. Raises OSError and ValueError like
+        `host.attach`."""
+        found = host.attach(state_file(table), LAYOUT, MEMORY)
+        faces = [memory for memory in found if "backs" in memory.sections]
+        *workers, own = [memory for memory in found if "backs" not in memory.sections]
+        return cls(workers, faces, own)
 
 
 def state_file(table: settings.RelayTable) -> Path:

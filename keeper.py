@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator
 
 import census
+import entrance
 import handover
 import host
 import inquiries
@@ -104,6 +105,14 @@ class Keeper:
         self._supervisor = ledger.Counters(metrics.Supervisor, shared.relay.section("supervisor"))
         self._controls = [memory.section("control").cast("Q") for memory in shared.memories]
         self._ways = [handover.counters_in(memory) for memory in shared.memories]
+        faces = [face.memory for face in shared.faces if face]
+        self._face_ways = [handover.counters_in(memory) for memory in faces]
+        self._face_tables = [memory.section("flows") for memory in faces]
+        self._addresses = entrance.addresses_of(found)
+        self._rows = [
+            entrance.rows_in(memory.section("ways"), len(self._addresses))
+            for memory in shared.memories
+        ]
         ends = [ours for _, ours in shared.asks]
         self._inquiries = inquiries.Inquiries(ends, self.index, self.counters, redis)
         self._due = asyncio.Event()
@@ -152,7 +161,9 @@ class Keeper:
                     await self._inquiries.wanted.wait()
                 await asyncio.sleep(self._looked_at + LOOK_AGAIN_S - time.monotonic())
             now, late = time.monotonic(), self._inquiries.take_late()
-            received = sum(way.values[0] for ways in self._ways for way in ways)
+            received = sum(
+                way.values[0] for ways in (*self._ways, *self._face_ways) for way in ways
+            )
             idle = received == self._received and not self._is_draining()
             # What has received nothing has assured nothing, and an idle relay costs nothing.
             if late or not idle or now - self._looked_at >= LOOK_IDLE_S:
@@ -185,6 +196,8 @@ class Keeper:
                 self._due.set()
             values[metrics.Keeper.REDIS_UP] = self._redis.up
             values[metrics.Keeper.STORE_DUE] = len(self.index.due)
+        if draining:
+            counts += [census.count(census.states(each).tobytes()) for each in self._face_tables]
         values[metrics.Keeper.FLOWS_LEFT] = sum(map(sum, counts))
         values[metrics.Keeper.DRAINED] = draining and not any(assured for _, assured in counts)
         self._note_health(now, draining)
@@ -297,17 +310,26 @@ class Keeper:
         self._look(time.monotonic())
         labels = [{"worker": str(number)} for number in range(len(self._ways))]
         inbound, outbound = zip(*self._ways, strict=True)
+        into, out = zip(*self._face_ways, strict=True) if self._face_ways else ((), ())
         return b"".join(
             metrics.exposition(f"earshot_relay_{name}", rows)
             for name, rows in (
                 ("inbound", list(zip(labels, inbound, strict=True))),
                 ("outbound", list(zip(labels, outbound, strict=True))),
+                ("transit_inbound", list(zip(labels, into, strict=bool(into)))),
+                ("transit_outbound", list(zip(labels, out, strict=bool(out)))),
+                ("way", list(self._way_rows())),
                 ("worker", list(zip(labels, self._workers(), strict=True))),
                 ("socket", list(self._sockets())),
                 ("supervisor", [({}, self._supervisor)]),
                 ("keeper", [({}, self.counters)]),
             )
         )
+
+    def _way_rows(self) -> Iterator[tuple[dict[str, str], ledger.Counters]]:
+        for number, rows in enumerate(self._rows):
+            for address, row in zip(self._addresses, rows, strict=True):
+                yield {"worker": str(number), "address": address}, row
 
     def _workers(self) -> Iterator[ledger.Counters]:
         kinds, now_ns = metrics.Worker, time.monotonic_ns()
@@ -321,7 +343,13 @@ class Keeper:
             yield row
 
     def _sockets(self) -> Iterator[tuple[dict[str, str], ledger.Counters]]:
-        sides = ("public", self._shared.public), ("internal", self._shared.internal)
+        faces = [face for face in self._shared.faces if face]
+        sides = (
+            ("public", self._shared.public),
+            ("internal", self._shared.internal),
+            ("transit", [face.transit for face in faces]),
+            ("transit_internal", [face.inner for face in faces]),
+        )
         for side, socks in sides:
             for number, sock in enumerate(socks):
                 row = of_socket(sock)

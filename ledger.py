@@ -8,8 +8,8 @@ Rules that stay true:
 - Counting costs one increment of a number in memory; reading, summing and printing happen
   elsewhere, by whoever asks, without a lock: one process writes a block of counters, any may read.
 - Within a stage each datagram ends in exactly one counter: for every enumeration that has them,
-  RECEIVED equals FORWARDED plus RECOVERED plus WAITING plus the sum of all DROPPED_* whenever no
-  datagram is in hand (`Counters.missing` is 0). Tests assert it after everything they do.
+  RECEIVED equals FORWARDED plus RECOVERED, WAITING and CONTROL plus the sum of all DROPPED_*
+  whenever no datagram is in hand (`Counters.missing` is 0). Tests assert it after all they do.
 - The order of members is the layout in memory: a version of its own stands where memory outlives a
   process (`handover.py`).
 
@@ -27,8 +27,8 @@ COUNTER_OCTETS = 8
 """An unsigned 64-bit number each: at a million a second it lasts half a million years."""
 
 _DROPPED = "DROPPED_"
-_ELSEWHERE = ("RECOVERED", "WAITING")
-"""Where a received datagram may also be: sent on late, or waiting for that."""
+_ELSEWHERE = ("RECOVERED", "WAITING", "CONTROL")
+"""Where a received datagram may also be: sent on late, waiting for that, or meant for us."""
 
 
 class Kinds(enum.IntEnum):
@@ -145,6 +145,26 @@ class Ledger(Counters):
             new[reason] += 1
         new[-1] = mark
         self._switch[0] = self._valid = valid
+
+    def book_batch(
+        self,
+        mark: int,
+        lengths: Sequence[int],
+        header: int,
+        holes: Mapping[int, Kinds],
+        refused: Sequence[int],
+    ) -> None:
+        """Count a batch by its lengths, each of them with `header` octets that are no payload: all
+        of it, what went on, and why not (`holes`), or that the kernel `refused` it."""
+        n, octets = len(lengths), sum(lengths)
+        if not (holes or refused):
+            self.book(mark, n, n, octets - header * n)
+            return
+        failed = self.kinds["DROPPED_SEND_FAILED"]
+        reasons = [*holes.values(), *(failed for _ in refused)]
+        octets -= sum(lengths[i] for i in (*holes, *refused))
+        passed = n - len(reasons)
+        self.book(mark, n, passed, octets - header * passed, reasons)
 
     def change(self, changes: Mapping[Kinds, int]) -> None:
         """Add to some counters, gauges also below what they are, outside of any batch."""

@@ -7,6 +7,7 @@ hands over), and reading the flows out of memories that this version does not wo
     public-N        worker N's socket towards clients
     internal-N      worker N's socket towards transceivers
     memory-N        worker N's memory, which describes itself (host.py)
+    transit-N, inner-N, face-N      the same three of worker N's transit face
     relay           the memory of supervisor and keeper
     anything else   a socket of a socket unit: what it is bound to says what it is for
 
@@ -37,7 +38,7 @@ _log = logging.getLogger("legacy")
 
 _LAYOUT_UNDESCRIBED = 1
 
-_OURS = re.compile(r"(public|internal|memory)-\d+|relay")
+_OURS = re.compile(r"(public|internal|memory|transit|inner|face)-\d+|relay")
 _MEMORY_NUMBER = re.compile(r"memory-(\d+)")
 
 
@@ -236,6 +237,20 @@ def _read_second(memory: host.Memory) -> Iterator[flows.Flow]:
             yield flows.Flow(flows.State(state), *fields)
 
 
+_THIRD_SLOT = struct.Struct("<BBHI32s32p24pdd")
+_THIRD_SLOT_OCTETS = 128
+
+
+def _read_third(memory: host.Memory) -> Iterator[flows.Flow]:
+    """Layout 3: state, origin, when the SSRC was noted, SSRC, header, hop, ufrag, two times."""
+    slots = memory.section("flows")
+    for at in range(0, len(slots) - _THIRD_SLOT_OCTETS + 1, _THIRD_SLOT_OCTETS):
+        if slots[at]:
+            state, origin, _, ssrc, *fields = _THIRD_SLOT.unpack_from(slots, at)
+            flow = flows.Flow(flows.State(state), *fields)
+            yield flow._replace(ssrc=ssrc, origin=flows.Origin(origin))
+
+
 def _read_present(memory: host.Memory) -> Iterator[flows.Flow]:
     return flows.read_all(memory.section("flows"))
 
@@ -243,6 +258,7 @@ def _read_present(memory: host.Memory) -> Iterator[flows.Flow]:
 READERS: dict[int, Callable[[host.Memory], Iterator[flows.Flow]]] = {
     1: _read_first,
     2: _read_second,
-    3: _read_present,
+    3: _read_third,
+    4: _read_present,
 }
 """How the flows of each layout are read. The last one is flows.py's, as it is now."""

@@ -39,6 +39,22 @@ class Inbound(ledger.Kinds):
         "Sent on to a transceiver once the keeper had found their client's session.",
     )
     WAITING = "datagrams", "Waiting for the keeper to find their client's session.", "", True
+    CONTROL = "datagrams", "Messages of other relays, at the transit face: read, and answered."
+    DROPPED_NOT_RELAY = (
+        "datagrams",
+        "At the transit face, from outside relay_prefixes.",
+        "A relay that the settings do not name, or somebody on the backbone who is none.",
+    )
+    DROPPED_BAD_FRAME = (
+        "datagrams",
+        "At the transit face, without the header that stands before a client's datagram.",
+        "A relay of another version.",
+    )
+    DROPPED_BAD_TAG = (
+        "datagrams",
+        "At the transit face, without a tag under one of the keys.",
+        "A relay with other keys or without tags, or somebody who is none.",
+    )
     DROPPED_OVERSIZED = (
         "datagrams",
         "Larger than datagram_octets_max.",
@@ -158,6 +174,7 @@ class Outbound(ledger.Kinds):
     RECEIVED = "datagrams", "Taken from the internal socket."
     FORWARDED = "datagrams", "Sent on to a client."
     OCTETS = "octets", "Payload of what was forwarded, without the frame's header."
+    CONTROL = "datagrams", "Messages of other clusters' relays: answers to probes, and questions."
     DROPPED_OVERSIZED = (
         "datagrams",
         "Larger than datagram_octets_max and a header.",
@@ -188,6 +205,20 @@ class Outbound(ledger.Kinds):
         "Refused by the kernel when sent to the client.",
         "No route, or a firewall, or a send buffer that stayed full.",
     )
+
+
+class Way(ledger.Kinds):
+    """The relay, a transit address of another cluster, as one worker finds it."""
+
+    UP = "state", "1 while it answers, or has not been asked for long enough.", "", True
+    DRAINING = "state", "1 while the relay there says that it drains.", "", True
+    ROUND_TRIP = "microseconds", "Of the last probe that was answered.", "", True
+    LOST = (
+        "times",
+        "It stopped answering, and its sessions were led to others.",
+        "A relay that was restarted or lost, or a path through the backbone.",
+    )
+    INTRODUCED = "flows", "Led to it from another one that was lost or drains."
 
 
 class Signaling(ledger.Kinds):

@@ -48,6 +48,7 @@ import keeper
 import ledger
 import metrics
 import settings
+import sockets
 import succession
 import supervisor
 import top
@@ -74,7 +75,7 @@ class Relay:
         table = self._found.relay
         self._state = handover.state_file(table)
         self._shared = handover.Shared(self._found, successor.estate if successor else None)
-        granted = udp.receive_buffer_octets(self._shared.public[0])
+        granted = sockets.receive_buffer_octets(self._shared.public[0])
         if granted < table.receive_buffer_octets:
             _log.warning("the kernel grants buffers of %d octets: raise net.core.rmem_max", granted)
         self._counted = ledger.Counters(
@@ -116,8 +117,12 @@ class Relay:
             self._testator.close()
             host.unpublish(self._state)
         self._retire(code)
-        for way in zip(*map(handover.counters_in, self._shared.memories), strict=True):
-            _log.info("stopped: %s", ledger.total(way))
+        for what, memories in (
+            ("stopped", self._shared.memories),
+            ("stopped: transit", [face.memory for face in self._shared.faces if face]),
+        ):
+            for way in zip(*map(handover.counters_in, memories), strict=True):
+                _log.info("%s: %s", what, ledger.total(way))
         return code
 
     def _retire(self, code: int) -> None:
@@ -134,6 +139,8 @@ class Relay:
 
     def _work(self, number: int, link: socket.socket) -> int:
         self._shared.memories[number].claim()
+        if face := self._shared.faces[number]:
+            face.memory.claim()
         works = worker.Worker(self._shared, number, self._found, self._keyring, time.monotonic())
         left = works.take_over()
         if left:
@@ -150,8 +157,7 @@ class Relay:
 
     def _publish(self) -> None:
         try:
-            memories = [*self._shared.memories, self._shared.relay]
-            host.publish(self._state, handover.LAYOUT, memories)
+            self._shared.publish(self._state)
         except OSError as error:
             _log.warning("%s: relay flows, top and the like will not work", error)
 
@@ -195,8 +201,15 @@ class Relay:
         if recovery.waiting_max != waiting_max:
             _log.warning("recovery.waiting_max is changed by a restart, and not by a reload")
             recovery = msgspec.structs.replace(recovery, waiting_max=waiting_max)
+        transit = found.transit
+        for key in ("listen", "internal"):
+            if str(getattr(transit, key)) != str(getattr(before.transit, key)):
+                _log.warning("transit.%s is changed by a restart, and not by a reload", key)
+                transit = msgspec.structs.replace(transit, **{key: getattr(before.transit, key)})
         table = msgspec.structs.replace(found.relay, **kept)
-        self._found = msgspec.structs.replace(found, relay=table, recovery=recovery)
+        self._found = msgspec.structs.replace(
+            found, relay=table, recovery=recovery, transit=transit
+        )
         self._keyring = keyring
         self._counted[metrics.Supervisor.RELOADED] += 1
         ids = ", ".join(map(str, sorted(keyring.keys)))
@@ -209,7 +222,7 @@ def load(path: Path) -> tuple[settings.Relay, ufrag.Keyring]:
     found = settings.load(path, settings.Relay)
     if handover.internal_family(found.relay) == socket.AF_INET:
         for cluster in found.cluster:
-            if cluster.prefix.network.version == 6:
+            if cluster.prefix.network.version == 6 and not cluster.transit:
                 raise settings.SettingsError(
                     f"{path}: relay.internal: an IPv4 address cannot reach cluster {cluster.id}"
                 )
@@ -290,38 +303,40 @@ def show_flows(config: _Config) -> None:
     """Print the running relay's flows: client (masked), state, transceiver, age, request id: the
     one that signaling and the transceiver have in their logs."""
     now = time.monotonic()
-    *workers, _ = _attached(config)
+    workers, faces, _ = _attached(config)
     with _exit_codes():
         found, keyring = load(config)
     clusters = settings.clusters(found.cluster)
-    for number, memory in enumerate(workers):
-        for flow in flows.read_all(memory.section("flows")):
-            client, (at, port) = frame.masked(flow.header), frame.endpoint(flow.hop)
-            state, age_s = flow.state.name.lower(), now - flow.opened_at
-            where = f"[{at}]:{port}" if ":" in at else f"{at}:{port}"
-            hint = ufrag.parse(keyring, clusters, flow.ufrag)
-            request = f"{hint.nonce:08x}" if isinstance(hint, ufrag.Hint) else hint.name.lower()
-            line = f"{client:<28} {state:<9}  {where}  {age_s:.0f} s  {request}"
-            typer.echo(f"worker {number}  {line}")
+    for kind, memories in (("worker ", workers), ("transit", faces)):
+        for number, memory in enumerate(memories):
+            for flow in flows.read_all(memory.section("flows")):
+                client, (at, port) = frame.masked(flow.header), frame.endpoint(flow.hop)
+                state, age_s = flow.state.name.lower(), now - flow.opened_at
+                where = f"[{at}]:{port}" if ":" in at else f"{at}:{port}"
+                hint = ufrag.parse(keyring, clusters, flow.ufrag)
+                request = f"{hint.nonce:08x}" if isinstance(hint, ufrag.Hint) else hint.name.lower()
+                line = f"{client:<28} {state:<9}  {where}  {age_s:.0f} s  {request}"
+                typer.echo(f"{kind} {number}  {line}")
 
 
 @cli.command()
 def counters(config: _Config) -> None:
     """Print the running relay's counters as Prometheus reads them."""
-    *workers, _ = _attached(config)
-    rows = list(map(handover.counters_in, workers))
-    labels = [{"worker": str(number)} for number in range(len(rows))]
-    for way, of_way in zip(("inbound", "outbound"), zip(*rows, strict=True), strict=True):
-        pairs = list(zip(labels, of_way, strict=True))
-        typer.echo(metrics.exposition(f"earshot_relay_{way}", pairs).decode(), nl=False)
+    workers, faces, _ = _attached(config)
+    for prefix, memories in (("", workers), ("transit_", faces)):
+        rows = list(map(handover.counters_in, memories))
+        labels = [{"worker": str(number)} for number in range(len(rows))]
+        for way, of_way in zip(("inbound", "outbound"), zip(*rows, strict=True), strict=False):
+            pairs = list(zip(labels, of_way, strict=True))
+            text = metrics.exposition(f"earshot_relay_{prefix}{way}", pairs)
+            typer.echo(text.decode(), nl=False)
 
 
-def _attached(config: Path) -> list[host.Memory]:
-    """The workers' memories and, last, the relay's own."""
+def _attached(config: Path) -> handover.Running:
     with _exit_codes():
         table = settings.load(config, settings.Relay).relay
     with _running():
-        return host.attach(handover.state_file(table), handover.LAYOUT, handover.MEMORY)
+        return handover.Running.of(table)
 
 
 @contextlib.contextmanager
@@ -353,7 +368,7 @@ def drain(
     status: Annotated[bool, typer.Option("--status", help="Only say how far it is.")] = False,
 ) -> None:
     """Have the running relay serve what it has to the end and stop; exit status 1 if none runs."""
-    *_, own = _attached(config)
+    own = _attached(config).own
     if not status:
         table = settings.load(config, settings.Relay).relay
         with _running():

@@ -22,7 +22,7 @@ from msgspec import Meta
 
 import front
 import tables
-from endpoints import Address, Endpoint, ModelUrl, Prefix, RedisUrl
+from endpoints import Address, Endpoint, Endpoints, ModelUrl, Prefix, RedisUrl
 from tables import HeaderName, HeaderValue, Seconds, Table
 
 # What is read elsewhere has its name here: one module for all who ask.
@@ -111,12 +111,46 @@ class Vip(Table, frozen=True):
     """The interface that carries them: loopback or a dummy one."""
 
 
+class RelayCluster(Cluster, frozen=True):
+    """`[[cluster]]` of a relay."""
+
+    transit: Annotated[tuple[Endpoints, ...], Meta(max_length=16)] = ()
+    """Where that cluster's own relays listen for others: `10.5.0.1:3600-3603`, a port for each of
+    their workers. Its sessions then go by these; without any, straight to its transceivers."""
+
+    def ways(self) -> list[Endpoint]:
+        """All of its transit addresses."""
+        return [each for some in self.transit for each in some.each]
+
+
+class Transit(Table, frozen=True):
+    """`[transit]`: what relays of several sites and clusters pass on for one another."""
+
+    listen: Endpoint | None = None
+    """Of a cluster's relay: where relays elsewhere send frames for its transceivers. Worker i binds
+    this port plus i. Without it, this relay only sends."""
+    internal: Endpoint | None = None
+    """The same relay's address towards its transceivers, for these frames; worker i binds this port
+    plus i. The transceivers' `relay_prefixes` must have it."""
+    relay_prefixes: Annotated[tuple[Prefix, ...], Meta(max_length=64)] = ()
+    """Where frames may come from: the `relay.internal` addresses of the others. From anywhere else
+    they are dropped."""
+    tag: bool = False
+    """Frames between relays carry a tag under the keys, and are dropped without it: for a backbone
+    on which others can send. All relays need the same keys and this setting; clients at link-local
+    addresses cannot be served then."""
+    timeout_s: Annotated[float, Meta(ge=0.1, le=10)] = 0.5
+    """A transit address that is silent for so long is left, and its sessions go by another one.
+    Each is probed five times in it, while there are sessions."""
+
+
 class Relay(Table, frozen=True):
     """The relay's file."""
 
     relay: RelayTable
     keys: Keys
-    cluster: Annotated[tuple[Cluster, ...], Meta(min_length=1)]
+    cluster: Annotated[tuple[RelayCluster, ...], Meta(min_length=1)]
+    transit: Transit = Transit()
     recovery: Recovery = Recovery()
     redis: Redis | None = None
     vip: Vip | None = None
@@ -214,6 +248,9 @@ class Transceiver(Table, frozen=True):
     redis: SharedRedis | None = None
 
 
+WAYS_MAX = 256
+"""Transit addresses of all clusters together: a worker probes each of them ten times a second."""
+
 File = TypeVar("File", Relay, Transceiver, Signaling)
 
 
@@ -228,7 +265,9 @@ def load(path: Path | str, shape: type[File]) -> File:
     def convert(kind: type, value: Any) -> Any:
         if kind is Path and isinstance(value, str) and value:
             return path.parent / value
-        if kind in (Endpoint, Address, ModelUrl, Prefix, RedisUrl) and isinstance(value, str):
+        if kind in (Endpoint, Endpoints, Address, ModelUrl, Prefix, RedisUrl) and isinstance(
+            value, str
+        ):
             return kind(value)
         raise ValueError(f"expected text, got {value!r}")
 
@@ -283,6 +322,34 @@ def _agree(found: Relay | Transceiver | Signaling) -> None:
             raise ValueError("relay.flows_tentative_max: larger than relay.flows_max")
         if not found.relay.internal.port:
             raise ValueError("relay.internal: needs a port, so that it is the same after a restart")
+        _agree_on_transit(found)
+
+
+def _agree_on_transit(found: Relay) -> None:
+    table = found.transit
+    for key in ("internal", "relay_prefixes"):
+        if bool(getattr(table, key)) != (table.listen is not None):
+            raise ValueError(f"transit.{key}: goes together with transit.listen")
+    for at, of in ((table.listen, "listen"), (table.internal, "internal")):
+        if at is not None and not at.port:
+            raise ValueError(f"transit.{of}: needs a port, so that others can be told of it")
+    families = {at.address.version for at in (table.listen, table.internal) if at}
+    if len(families) > 1:
+        raise ValueError("transit.internal: frames pass from one family to the same")
+    version, ways = found.relay.internal.address.version, 0
+    for cluster in found.cluster:
+        names = cluster.ways()
+        ways += len(names)
+        if len(set(names)) != len(names):
+            raise ValueError(f"cluster {cluster.id}: transit: an address stands there twice")
+        if version == 4 and any(each.address.version == 6 for each in names):
+            raise ValueError(
+                f"cluster {cluster.id}: transit: relay.internal is IPv4 and cannot reach IPv6"
+            )
+    if ways > WAYS_MAX:
+        raise ValueError(f"cluster: {ways} transit addresses are more than {WAYS_MAX}")
+    if table.listen and all(cluster.transit for cluster in found.cluster):
+        raise ValueError("transit.listen: no cluster here is reached without transit")
 
 
 def _agree_on_models(found: Transceiver) -> None:

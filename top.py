@@ -301,8 +301,13 @@ def run(found: settings.Relay, *, once: bool = False, as_json: bool = False) -> 
 
 def _sample(found: settings.Relay) -> Sample:
     # Attached anew each time: the relay may have been replaced.
-    memories = host.attach(handover.state_file(found.relay), handover.LAYOUT, handover.MEMORY)
-    return sample(memories, time.monotonic(), host.cpu_seconds, _kernel_drops(found.relay))
+    running = handover.Running.of(found.relay)
+    return sample(
+        [*running.workers, running.own],
+        time.monotonic(),
+        host.cpu_seconds,
+        _kernel_drops(found.relay),
+    )
 
 
 def _uptime_s(found: settings.Relay) -> float | None:

@@ -1,8 +1,7 @@
-"""UDP sockets, and batches of datagrams that the kernel fills and empties with one call each.
+"""UDP: batches of datagrams that the kernel fills and empties with one call each.
 
-What it owns: opening the relay's sockets with the options that matter, and `Batch`: room for n
-datagrams laid out once in (shared) memory, with everything that recvmmsg(2) and sendmmsg(2) need
-to know about it. No other module of the relay uses ctypes.
+What it owns: `Batch`, room for n datagrams laid out once in (shared) memory, with everything that
+recvmmsg(2) and sendmmsg(2) need to know about it. No other module of the relay uses ctypes.
 
 A batch is made of frames (frame.py). Which way it goes decides what the kernel puts where:
 
@@ -13,10 +12,12 @@ A batch is made of frames (frame.py). Which way it goes decides what the kernel 
     INBOUND           ^ source name     ^ received here                 sent: the whole frame
     OUTBOUND ^ received here
                       ^ destination     ^ sent from here
+    TRANSIT  ^ received here, and sent from here as it is
 
 So the header is written by the kernel, as the name of the source, and read by it, as the name of
 the destination: it is never built, and no payload is ever copied. The other end's names (the
-transceivers') lie one behind the other in an array of their own.
+transceivers') lie one behind the other in an array of their own; in transit there are two, of where
+frames came from and of where they go.
 
 Rules that stay true:
 - Nothing here loops over the datagrams of a batch in Python but the portable twin and the skipping
@@ -38,7 +39,6 @@ recvmmsg(2), sendmmsg(2), ip(7), ipv6(7), socket(7) https://man7.org/linux/man-p
 import ctypes
 import enum
 import errno
-import ipaddress
 import select
 import socket
 import struct
@@ -46,6 +46,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import frame
+import sockets
 
 SEND_WAIT_MS = 5
 """How long a full send buffer may hold up a batch. Buffers drain in microseconds; a device that
@@ -62,78 +63,8 @@ _MMSGHDR_WORDS = _MMSGHDR_OCTETS // _WORD_OCTETS
 _IOVEC_WORDS = _IOVEC.size // _WORD_OCTETS
 
 _NAME_AT = len(frame.MAGIC)
+_SCOPE_WORD = frame.HEADER_OCTETS // _WORD_OCTETS - 1
 _NOTHING = 0xFFFF_FFFF  # a length that no datagram has
-
-# Linux's names that Python's socket module does not have.
-_SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
-_IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER = 10, 23
-_PMTUDISC_DONT, _PMTUDISC_PROBE = 0, 3
-_IPV6_FREEBIND = 78
-
-
-def open_public(host: str, port: int, buffer_octets: int, to_come: bool = False) -> socket.socket:
-    """A socket for clients: AF_INET6 also for an IPv4 host, so that all clients look alike.
-
-    Several may be opened for one address (SO_REUSEPORT): the kernel spreads clients over them.
-    An address that is `to_come` need not be this host's yet. Raises OSError.
-    """
-    sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-    if to_come:  # ipv6(7), and for IPv4-mapped addresses too
-        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
-    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    mapped = host if ipaddress.ip_address(host).version == 6 else f"::ffff:{host}"
-    return _bound(sock, mapped, port, buffer_octets)
-
-
-def open_internal(host: str, port: int, buffer_octets: int) -> socket.socket:
-    """A socket towards transceivers, alone on its port. Raises OSError.
-
-    AF_INET where the host is IPv4: what the kernel need not map and unmap a datagram is free.
-    """
-    version = ipaddress.ip_address(host).version
-    sock = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
-    return _bound(sock, host, port, buffer_octets)
-
-
-def _bound(sock: socket.socket, host: str, port: int, buffer_octets: int) -> socket.socket:
-    try:
-        _prepare(sock, buffer_octets)
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise OSError(error.errno, f"{host} port {port}: {error.strerror}") from error
-    return sock
-
-
-def _prepare(sock: socket.socket, buffer_octets: int) -> None:
-    sock.setblocking(False)
-    for force, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, force, buffer_octets)
-        except OSError:  # only CAP_NET_ADMIN may go beyond net.core.rmem_max: take what is given
-            sock.setsockopt(socket.SOL_SOCKET, plain, buffer_octets)
-    _forbid_fragments(sock)
-
-
-def _forbid_fragments(sock: socket.socket, forbidden: bool = True) -> None:
-    """IP_PMTUDISC_PROBE (ip(7)): Don't Fragment, and no forged ICMP shrinks the path.
-
-    Nearly all of WebRTC stays under 1,200 octets, and a datagram without fragments needs no
-    identification: choosing one was 4.6 % of the relay's time a datagram (Linux 6.18, loopback).
-    """
-    how = _PMTUDISC_PROBE if forbidden else _PMTUDISC_DONT
-    try:
-        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, how)
-        if sock.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, how)
-    except OSError:  # other kernels: fragments, as they please
-        pass
-
-
-def receive_buffer_octets(sock: socket.socket) -> int:
-    """What the kernel granted: it counts its own overhead, hence twice what was asked."""
-    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
 
 
 class Way(enum.Enum):
@@ -141,6 +72,7 @@ class Way(enum.Enum):
 
     INBOUND = "clients to transceivers"
     OUTBOUND = "transceivers to clients"
+    TRANSIT = "frames of other relays' clients, either way"
 
 
 class _View(NamedTuple):
@@ -151,6 +83,7 @@ class _View(NamedTuple):
     received: memoryview
     to_send: memoryview
     hops: memoryview
+    scopes: memoryview
     sources: Callable[[memoryview], tuple[bytes, ...]]
     shift: int
     to_receive_table: memoryview
@@ -184,22 +117,28 @@ class Batch:
         self._stride = _stride(octets_max)
         self._name = frame.name_octets(self._family)
         self._names_at = size * self._stride
-        self._tables_at = _aligned(self._names_at + size * self._name)
+        hops_at = self._hops_at = self._names_at + (way is Way.TRANSIT) * size * self._name
+        self._tables_at = _aligned(hops_at + size * self._name)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._receive_table = ctypes.c_void_p(self._base + self._tables_at)
         self._send_table = ctypes.c_void_p(self._send_entry(0))
         header = frame.HEADER_OCTETS
-        self._receive_at, self._send_at = (header, 0) if inbound else (0, header)
-        self._shift = header if inbound else -header
+        self._receive_at, self._send_at, self._shift = {
+            Way.INBOUND: (header, 0, header),
+            Way.OUTBOUND: (0, header, -header),
+            Way.TRANSIT: (0, 0, 0),
+        }[way]
         if inbound:
             for at in range(0, self._names_at, self._stride):
                 memory[at : at + _NAME_AT] = frame.MAGIC
         self._write_tables()
-        end = octets(size, octets_max, self._family)
+        end = octets(size, octets_max, self._family, way)
         self._number = memory[end - CACHE_LINE_OCTETS : end].cast("Q")
         tables = memory[self._tables_at : end].cast("I")
         self._frames = memory[: self._names_at]
         self._names = memory[self._names_at : self._names_at + size * self._name]
+        self._hops = memory[hops_at : hops_at + size * self._name]
+        self._scopes = self._frames.cast("I")[_SCOPE_WORD :: self._stride // _WORD_OCTETS]
         self._lengths = tables[_LENGTH_WORD : size * _MMSGHDR_WORDS : _MMSGHDR_WORDS]
         sent = tables[size * _MMSGHDR_WORDS :]
         self._sent = sent[_LENGTH_WORD : size * _MMSGHDR_WORDS : _MMSGHDR_WORDS]
@@ -211,7 +150,7 @@ class Batch:
         self._receive_blank = _with_lengths(self._receive_octets, _NOTHING)
         self._send_blank = _with_lengths(self._send_octets, _NOTHING)
         self._views = [self._view(n) for n in range(size + 1)]
-        _forbid_fragments(target)  # a process may have died while it allowed them
+        sockets.forbid_fragments(target)  # a process may have died while it allowed them
         self._taken = size
         self.number = self._number[0]
 
@@ -222,12 +161,14 @@ class Batch:
     def _write_tables(self) -> None:
         """Two arrays of struct mmsghdr (to receive, to send), then two of struct iovec."""
         memory, size, room = self._memory, self.size, self.octets_max + frame.HEADER_OCTETS
-        inbound = self._way is Way.INBOUND
+        way = self._way
         for i in range(size):
             at = self._base + i * self._stride
             client = at + _NAME_AT, frame.HEADER_OCTETS - _NAME_AT
             other = self._base + self._names_at + i * self._name, self._name
-            receive, send = (client, other) if inbound else (other, client)
+            hop = self._base + self._hops_at + i * self._name, self._name
+            receive = client if way is Way.INBOUND else other
+            send = client if way is Way.OUTBOUND else hop
             for array, peer, start, length in (
                 (0, receive, self._receive_at, room - self._receive_at),
                 (1, send, self._send_at, 0),
@@ -247,7 +188,8 @@ class Batch:
             kinds=self._frames[frame.HEADER_OCTETS : n * self._stride : self._stride],
             received=self._lengths[:n],
             to_send=self._to_send[:n],
-            hops=self._names[: n * self._name],
+            hops=self._hops[: n * self._name],
+            scopes=self._scopes[:n],
             sources=struct.Struct(f"{self._name}s" * n).unpack_from,
             shift=int.from_bytes(abs(self._shift).to_bytes(_WORD_OCTETS, "little") * n, "little"),
             to_receive_table=self._receive_octets[: n * _MMSGHDR_OCTETS],
@@ -300,8 +242,12 @@ class Batch:
         return headers(self._frames), received.tolist(), kinds.tobytes()
 
     def sources(self, n: int) -> tuple[bytes, ...]:
-        """OUTBOUND: the socket address that each frame came from."""
+        """OUTBOUND, TRANSIT: the socket address that each frame came from."""
         return self._views[n].sources(self._names)
+
+    def stamp(self, n: int, tags: Iterable[bytes]) -> None:
+        """The last four octets of n headers (backbone.py). Zeros take them out again."""
+        self._views[n].scopes[:] = memoryview(b"".join(tags)).cast("I")
 
     def payload(self, i: int, length: int) -> memoryview:
         """A view of datagram i, without header, valid until the next receive."""
@@ -309,7 +255,7 @@ class Batch:
         return self._frames[at : at + length]
 
     def direct(self, n: int, hops: Iterable[bytes]) -> None:
-        """INBOUND: where each of n datagrams goes, n socket addresses."""
+        """INBOUND, TRANSIT: where each of n datagrams goes, n socket addresses."""
         self._views[n].hops[:] = b"".join(hops)
 
     def send(self, n: int, holes: Sequence[int]) -> list[int]:
@@ -324,7 +270,7 @@ class Batch:
         if holes:
             octets = _with_holes(octets, holes)
         lengths, shift = int.from_bytes(octets, "little"), view.shift
-        shifted = lengths + shift if self._shift > 0 else lengths - shift
+        shifted = lengths + shift if self._shift >= 0 else lengths - shift
         view.to_send[:] = memoryview(shifted.to_bytes(n * _WORD_OCTETS, "little")).cast("I")
         if not holes:
             sent: int = self._send_first(n)
@@ -364,13 +310,13 @@ class Batch:
     def _send_in_fragments(self, i: int) -> bool:
         """What fitted the client's path may be 32 octets too long for that to its transceiver: a
         flight of DTLS with a large certificate, once a call. True if it has been sent."""
-        if self._way is not Way.INBOUND:
+        if self._way is Way.OUTBOUND:
             return False
-        _forbid_fragments(self.target, False)
+        sockets.forbid_fragments(self.target, False)
         try:
             return self._send_alone(i)
         finally:
-            _forbid_fragments(self.target)
+            sockets.forbid_fragments(self.target)
 
     def _send_alone(self, i: int) -> bool:
         entry = ctypes.c_void_p(self._send_entry(i))
@@ -412,10 +358,10 @@ class PortableBatch(Batch):
 
     def _send_one(self, i: int, in_fragments: bool = False) -> bool:
         at = i * self._stride
-        if self._way is Way.INBOUND:
-            peer = bytes(self._names[i * self._name : (i + 1) * self._name])
-        else:
+        if self._way is Way.OUTBOUND:
             peer = bytes(self._frames[at + _NAME_AT : at + frame.HEADER_OCTETS])
+        else:
+            peer = bytes(self._hops[i * self._name : (i + 1) * self._name])
         host, port = frame.endpoint(peer)
         if self.target.family == socket.AF_INET6 and ":" not in host:
             host = f"::ffff:{host}"
@@ -452,9 +398,10 @@ def _with_holes(octets: bytes, holes: Iterable[int]) -> bytes:
     return lengths.tobytes()
 
 
-def octets(size: int, octets_max: int, family: int) -> int:
+def octets(size: int, octets_max: int, family: int, way: Way) -> int:
     """Memory that a batch takes: frames, names, tables, and its number in a line of its own."""
-    names_end = _aligned(size * (_stride(octets_max) + frame.name_octets(family)))
+    names = 2 if way is Way.TRANSIT else 1
+    names_end = _aligned(size * (_stride(octets_max) + names * frame.name_octets(family)))
     tables_end = _aligned(names_end + 2 * size * (_MMSGHDR_OCTETS + _IOVEC.size))
     return tables_end + CACHE_LINE_OCTETS
 

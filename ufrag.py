@@ -98,6 +98,8 @@ class Key:
     _decrypt: CipherContext = field(repr=False, compare=False)
     sealing: bytes = field(default=b"", repr=False)
     """What sealing.py makes its keys from, 32 octets. No relay uses it."""
+    transit: bytes = field(default=b"", repr=False)
+    """HMAC-SHA256 key of what relays say to one another (backbone.py), 32 octets."""
 
     @classmethod
     def derive(cls, key_id: int, master: bytes) -> "Key":
@@ -118,6 +120,7 @@ class Key:
             cipher.encryptor(),
             cipher.decryptor(),
             hkdf(b"earshot seal", 32),
+            hkdf(b"earshot transit", 32),
         )
 
     def encrypt(self, block: bytes) -> bytes:

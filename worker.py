@@ -16,6 +16,9 @@ Rules that stay true:
 It keeps no session, decrypts nothing and knows no Redis. DTLS, RTP and RTCP pass unread, but for
 the SSRC of a client's first media.
 
+Sessions of clusters elsewhere go by other relays, which entrance.py knows; what other relays send
+here, for transceivers of this cluster, passes by a face of its own (transit.py), in turns.
+
 RFC 8445 (ICE), RFC 7983 (telling STUN from the rest by the first octet)
 """
 
@@ -27,6 +30,8 @@ import socket
 import time
 from collections.abc import Container, Mapping, Sequence
 
+import backbone
+import entrance
 import flows
 import frame
 import gate
@@ -37,6 +42,7 @@ import recovery
 import roaming
 import settings
 import stun
+import transit
 import udp
 import ufrag
 
@@ -81,6 +87,7 @@ class Worker:
             metrics.Supervisor, shared.relay.section("supervisor")
         ).values
         self.flows = flows.Table(memory.section("flows"), handover.limits(table), now)
+        ways = entrance.ways_of(found, self._family, now)
         self._gate = gate.Gate(
             keyring,
             settings.clusters(found.cluster),
@@ -89,7 +96,16 @@ class Worker:
             table.datagram_octets_max,
             table.integrity_checks_per_s,
             now,
+            ways,
         )
+        self._ways, self._has_ways = ways, bool(ways.ways)
+        tags = backbone.Tags(keyring, found.transit.tag and self._has_ways)
+        self._tagged, self._no_tags = tags.used, [backbone.NO_TAG] * table.batch_size
+        self._entrance = entrance.Entrance(
+            self._internal, ways, tags, self.flows, self._gate, memory.section("ways")
+        )
+        face = shared.faces[number]
+        self._face = transit.Face(face, found, keyring, now) if face else None
         batch = udp.best()
         shape = table.batch_size, table.datagram_octets_max
         ends = self._public, self._internal
@@ -118,7 +134,7 @@ class Worker:
         if m:
             self._pass_outbound(m, outbound.sent(m))
         self._ask()
-        return n + m
+        return n + m + (self._face.take_over() if self._face else 0)
 
     def _agree_on_waiting(self) -> None:
         """What lies there waits, but for what the process before had counted and not yet freed."""
@@ -132,27 +148,33 @@ class Worker:
         """Relay until `link` becomes readable."""
         # Not epoll(7): it stays in the sockets' wait queues while nobody waits, and the kernel then
         # wakes it for every datagram that has left: 6 % of the time a datagram takes in a flood.
-        poll = select.poll()
-        for sock in (self._public, self._internal, self._keeper, link):
+        poll, face = select.poll(), self._face
+        socks = [self._public, self._internal, self._keeper]
+        if face:
+            socks += [face.socket, face.inner]
+        for sock in (*socks, link):
             poll.register(sock, select.POLLIN)
-        public, internal, keeper = map(
-            socket.socket.fileno, (self._public, self._internal, self._keeper)
-        )
-        coalesce_s, flows_, waiting = self._coalesce_s, self.flows, self._recovery.asked_at
+        public, internal, keeper, transit, inner = [*(s.fileno() for s in socks), -1, -1][:5]
+        coalesce_s, flows_ = self._coalesce_s, self.flows
         beat = self._control[handover.Control.BEAT : handover.Control.BEAT + 1]
         rounds = range(ROUNDS_MAX)
+        now = time.monotonic()
         while True:
-            from_clients = from_transceivers = heard = False
-            for ready, _ in poll.poll(POLL_WAITING_MS if waiting else POLL_MS):
+            from_clients = from_transceivers = from_relays = to_relays = heard = False
+            for ready, _ in poll.poll(self._patience_ms(now)):
                 if ready == public:
                     from_clients = True
                 elif ready == internal:
                     from_transceivers = True
                 elif ready == keeper:
                     heard = True
+                elif ready == transit:
+                    from_relays = True
+                elif ready == inner:
+                    to_relays = True
                 else:
                     return
-            if coalesce_s and (from_clients or from_transceivers):
+            if coalesce_s and (from_clients or from_transceivers or from_relays or to_relays):
                 time.sleep(coalesce_s)
             # In turns, so that neither way starves while the other never runs dry; until a batch
             # comes back short, since waking up costs more than anything done with a datagram.
@@ -161,15 +183,37 @@ class Worker:
                     from_clients = self.inbound()
                 if from_transceivers:
                     from_transceivers = self.outbound()
-                if not (from_clients or from_transceivers):
+                if face:
+                    from_relays = from_relays and face.inbound()
+                    to_relays = to_relays and face.outbound()
+                if not (from_clients or from_transceivers or from_relays or to_relays):
                     break
             self._overloaded = from_clients
             beat[0] = now_ns = time.monotonic_ns()
             now = now_ns * 1e-9
             if now >= flows_.due:
-                flows_.sweep(now)
-            if heard or waiting:
+                self._entrance.forget(flows_.sweep(now))
+            if face or self._has_ways:
+                self._tend(now)
+            if heard or self._recovery.asked_at:
                 self._hear(now)
+
+    def _patience_ms(self, now: float) -> float:
+        """How long an idle worker may sleep."""
+        most = POLL_WAITING_MS if self._recovery.asked_at else POLL_MS
+        if not self._has_ways:
+            return most
+        return 0 if self._entrance.moving else min(most, max(0.0, (self._ways.due - now) * 1000))
+
+    def _tend(self, now: float) -> None:
+        """What is to be done for sessions that go by several relays."""
+        if self._has_ways and now >= self._ways.due:
+            self._entrance.tend(now)
+        if self._entrance.moving:
+            self._entrance.move()
+        if self._face:
+            self._face.draining = self._supervisor[metrics.Supervisor.DRAINING_UNTIL] > 0
+            self._face.sweep(now)
 
     def inbound(self) -> bool:
         """A batch from clients to transceivers; True if more may be waiting."""
@@ -193,11 +237,10 @@ class Worker:
         if table.listening and not table.listening.keys().isdisjoint(headers):
             self._note_ssrcs(headers, lengths)
         batch.direct(n, hops)  # type: ignore[arg-type]  # judged: no None is left
+        if self._tagged:
+            self._entrance.stamp(batch, headers)
         refused = batch.send(n, _skipped(holes, sent) if holes or sent else ())
-        if holes or refused:
-            _book(self.inbound_ledger, batch.number, lengths, 0, holes, refused)
-        else:
-            self.inbound_ledger.book(batch.number, n, n, sum(lengths))
+        self.inbound_ledger.book_batch(batch.number, lengths, 0, holes, refused)
 
     def outbound(self) -> bool:
         """A batch from transceivers to clients; True if more may be waiting."""
@@ -209,8 +252,12 @@ class Worker:
     def _pass_outbound(self, n: int, sent: Sequence[int] = ()) -> None:
         """As `_pass_inbound`, the other way."""
         batch, table = self._outbound, self.flows
+        if self._tagged:
+            batch.stamp(n, self._no_tags[:n])
         headers, lengths, kinds = batch.read(n)
         sources = batch.sources(n)
+        if self._has_ways:
+            self._ways.seen.update(sources)
         # Each frame comes from the transceiver that its client's flow leads to.
         if (
             tuple(map(table.hops.get, headers)) == sources
@@ -223,11 +270,7 @@ class Worker:
         if not table.watched.isdisjoint(headers):
             self._note_answers(headers, lengths, kinds, holes)
         refused = batch.send(n, _skipped(holes, sent) if holes or sent else ())
-        header = frame.HEADER_OCTETS
-        if holes or refused:
-            _book(self.outbound_ledger, batch.number, lengths, header, holes, refused)
-        else:
-            self.outbound_ledger.book(batch.number, n, n, sum(lengths) - header * n)
+        self.outbound_ledger.book_batch(batch.number, lengths, frame.HEADER_OCTETS, holes, refused)
 
     # --- one by one: what misses, and STUN ------------------------------------------------------
 
@@ -281,7 +324,12 @@ class Worker:
         """What must not be sent to a client, and the counter for it."""
         holes: dict[int, ledger.Kinds] = {}
         for i, (header, length, source) in enumerate(zip(headers, lengths, sources, strict=True)):
-            drop = self._gate.outbound(header, length, source)
+            drop: metrics.Outbound | None
+            if self._has_ways and length >= frame.HEADER_OCTETS and backbone.is_message(header):
+                rest = self._outbound.payload(i, length - frame.HEADER_OCTETS)
+                drop = self._entrance.hear(header, rest, source, time.monotonic())
+            else:
+                drop = self._gate.outbound(header, length, source)
             if drop is not None and i not in sent:
                 holes[i] = drop
         return holes
@@ -355,6 +403,8 @@ class Worker:
         elif status == recovery.UNKNOWN:
             self._recovery.unknown(header, now)
             verdict = metrics.Inbound.DROPPED_UNKNOWN_CLIENT
+        if self._has_ways and isinstance(verdict, bytes):
+            self._entrance.introduce(header, verdict)
         self._release(self._recovery.take(header), verdict)
 
     def _release(self, slots: Sequence[int], verdict: bytes | metrics.Inbound) -> None:
@@ -377,11 +427,13 @@ class Worker:
 
     def _send_waiting(self, slot: int, hop: bytes) -> int:
         """Octets of the frame that was sent; 0 if the kernel refused it."""
-        address, port = frame.endpoint(hop)
-        if self._family == socket.AF_INET6 and ":" not in address:
-            address = f"::ffff:{address}"
+        whole = self._recovery.frame(slot)
+        if self._tagged:
+            header, payload = bytes(whole[: frame.HEADER_OCTETS]), whole[frame.HEADER_OCTETS :]
+            stamp = self._entrance.stamp_of(header)
+            whole = memoryview(header[: -len(stamp)] + stamp + payload)
         try:
-            return self._internal.sendto(self._recovery.frame(slot), (address, port))
+            return self._internal.sendto(whole, frame.reachable(hop, self._family))
         except OSError:
             return 0
 
@@ -392,20 +444,3 @@ _NONE: dict[int, ledger.Kinds] = {}
 
 def _skipped(holes: Mapping[int, object], sent: Sequence[int]) -> Sequence[int]:
     return sorted({*holes, *sent})
-
-
-def _book(
-    book: ledger.Ledger,
-    number: int,
-    lengths: list[int],
-    header: int,
-    holes: Mapping[int, ledger.Kinds],
-    refused: Sequence[int],
-) -> None:
-    """Count a batch of which something went nowhere: all of it, what went on, and why not."""
-    n, octets = len(lengths), sum(lengths)
-    failed = book.kinds["DROPPED_SEND_FAILED"]
-    reasons = [*holes.values(), *(failed for _ in refused)]
-    octets -= sum(lengths[i] for i in (*holes, *refused))
-    passed = n - len(reasons)
-    book.book(number, n, passed, octets - header * passed, reasons)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import stateful
 from hypothesis import strategies as some
 
+import contests
 import expiry
 import flows
 import frame
@@ -96,8 +97,10 @@ def test_a_silent_owner_loses_a_contest():
     flow.open(client(1), A, ufrag(1), 0)
     flow.answered([client(1)], 0)
     assert flow.open(client(1), B, ufrag(2), 10) is flows.Refusal.FLOW_HELD
-    assert flow.open(client(1), B, ufrag(2), 10 + flows.FLOW_HELD_S / 2) is flows.Refusal.FLOW_HELD
-    assert flow.open(client(1), B, ufrag(2), 10 + flows.FLOW_HELD_S) is None
+    assert (
+        flow.open(client(1), B, ufrag(2), 10 + contests.FLOW_HELD_S / 2) is flows.Refusal.FLOW_HELD
+    )
+    assert flow.open(client(1), B, ufrag(2), 10 + contests.FLOW_HELD_S) is None
     assert flow.hops[client(1)] == B and flow.tentative == 1
 
 
@@ -110,8 +113,8 @@ def test_contests_are_bounded_and_forgotten():
     for number in range(2000):
         refused = flow.open(client(number), B, ufrag(number + 5000), 1)
         assert refused is flows.Refusal.FLOW_HELD
-    assert len(flow.watched) == flows.CONTESTED_MAX
-    assert not flow.sweep(2 + flows.CONTEST_S_MAX)
+    assert len(flow.watched) == contests.CONTESTED_MAX
+    assert not flow.sweep(2 + contests.CONTEST_S_MAX)
     assert not flow.watched
 
 
@@ -595,7 +598,7 @@ class Model(stateful.RuleBasedStateMachine):
             flow = told.flow._replace(ufrag=text, ssrc=ssrc, origin=flows.Origin.CHECKED)
         elif told.flow.state is flows.State.ASSURED:
             since = self.contested.setdefault(header, self.now)
-            if self.now - since < flows.FLOW_HELD_S:
+            if self.now - since < contests.FLOW_HELD_S:
                 return flows.Refusal.FLOW_HELD
         earns = told is None or told.flow.state is not flow.state
         if earns and len(tentative_others) >= self.limits.tentative:
@@ -693,7 +696,7 @@ class Model(stateful.RuleBasedStateMachine):
             for header, told in self.told.items():
                 assert self.now - told.heard_at <= 2 * self.period(told) + LATE_S, header
             for header, since in list(self.contested.items()):
-                if self.now - since > flows.CONTEST_S_MAX:
+                if self.now - since > contests.CONTEST_S_MAX:
                     del self.contested[header]
 
     def period(self, told):

@@ -224,6 +224,16 @@ def test_example_files_show_every_key_at_its_default(
         assert everything.vip
         assert everything.vip == settings.Vip(addresses=everything.vip.addresses)
         everything = msgspec.structs.replace(everything, redis=None, vip=None)
+        face = everything.transit
+        assert face.listen and face.internal and face.relay_prefixes
+        assert (
+            msgspec.structs.replace(face, listen=None, internal=None, relay_prefixes=())
+            == settings.Transit()
+        )
+        assert everything.cluster[1].ways()
+        everything = msgspec.structs.replace(
+            everything, transit=settings.Transit(), cluster=everything.cluster[:1]
+        )
     else:
         assert everything.redis
         assert everything.redis == settings.SharedRedis(url=everything.redis.url)

@@ -8,6 +8,7 @@ import socket
 import pytest
 
 import frame
+import sockets
 import udp
 
 OCTETS_MAX = 1500
@@ -20,15 +21,15 @@ class Ends:
     def __init__(self, kind, size, stack, v6=False):
         loopback, self.family = ("::1", socket.AF_INET6) if v6 else ("127.0.0.1", socket.AF_INET)
         opened = stack.enter_context
-        self.public = opened(udp.open_public(loopback, 0, 1 << 20))
-        self.internal = opened(udp.open_internal(loopback, 0, 1 << 20))
+        self.public = opened(sockets.open_public(loopback, 0, 1 << 20))
+        self.internal = opened(sockets.open_internal(loopback, 0, 1 << 20))
         self.client = opened(socket.socket(self.family, socket.SOCK_DGRAM))
         self.transceiver = opened(socket.socket(self.family, socket.SOCK_DGRAM))
         for sock in (self.client, self.transceiver):
             sock.bind((loopback, 0))
             sock.settimeout(10)
         self.client.connect((loopback, self.public.getsockname()[1]))
-        octets = udp.octets(size, OCTETS_MAX, self.family)
+        octets = udp.octets(size, OCTETS_MAX, self.family, udp.Way.INBOUND)
         shape = size, OCTETS_MAX
         self.inbound = kind(memory(octets), udp.Way.INBOUND, *shape, self.public, self.internal)
         self.outbound = kind(memory(octets), udp.Way.OUTBOUND, *shape, self.internal, self.public)
@@ -145,13 +146,13 @@ def test_a_batch_takes_no_more_than_its_size(kind, stack):
 
 
 def test_a_taken_port_names_itself(stack):
-    sock = stack.enter_context(udp.open_internal("127.0.0.1", 0, 1 << 16))
+    sock = stack.enter_context(sockets.open_internal("127.0.0.1", 0, 1 << 16))
     port = sock.getsockname()[1]
     with pytest.raises(OSError, match=rf"127\.0\.0\.1 port {port}: "):
-        udp.open_internal("127.0.0.1", port, 1 << 16)
+        sockets.open_internal("127.0.0.1", port, 1 << 16)
 
 
 def test_public_sockets_share_a_port(stack):
-    first = stack.enter_context(udp.open_public("127.0.0.1", 0, 1 << 16))
-    stack.enter_context(udp.open_public("127.0.0.1", first.getsockname()[1], 1 << 16))
-    assert udp.receive_buffer_octets(first) >= 1 << 16
+    first = stack.enter_context(sockets.open_public("127.0.0.1", 0, 1 << 16))
+    stack.enter_context(sockets.open_public("127.0.0.1", first.getsockname()[1], 1 << 16))
+    assert sockets.receive_buffer_octets(first) >= 1 << 16

@@ -1,0 +1,180 @@
+"""The entrance: what a worker does, beside its datagrams, for sessions of clusters elsewhere.
+
+What it owns: the worker's end of the backbone (backbone.py has the choice, the health and the
+messages): probes, answers, questions; moving flows from a way that is lost or drains to another
+one, and introducing their clients there; the tags on frames, where relays use them.
+
+Rules that stay true:
+- Flows are moved some at a time, between batches: a worker with 60,000 of them goes on forwarding.
+- What is sent to a client's new way first is its introduction.
+- Only transit addresses of the configuration are spoken to, and listened to.
+
+It judges no client: gate.py does.
+"""
+
+import collections
+import socket
+from collections.abc import Sequence
+
+import backbone
+import flows
+import frame
+import gate
+import ledger
+import metrics
+import settings
+import udp
+
+MOVES_AT_ONCE = 128
+"""Flows moved between two batches, some 15 us each: 2 ms in which datagrams wait in their queue."""
+
+
+def ways_of(found: settings.Relay, family: int, now: float) -> backbone.Backbone:
+    """The ways of a configuration, as a socket of that family reaches them."""
+    groups = {
+        cluster.id: [frame.name(each.address, each.port, family) for each in cluster.ways()]
+        for cluster in found.cluster
+        if cluster.transit
+    }
+    return backbone.Backbone(groups, found.transit.timeout_s, now)
+
+
+def addresses_of(found: settings.Relay) -> list[str]:
+    """The ways' addresses by their numbers."""
+    return [str(each) for cluster in found.cluster for each in cluster.ways()]
+
+
+def rows_in(memory: memoryview, count: int) -> list[ledger.Counters]:
+    """What a worker says of each way, for others to read."""
+    octets = ledger.octets(metrics.Way)
+    return [
+        ledger.Counters(metrics.Way, memory[at : at + octets])
+        for at in range(0, count * octets, octets)
+    ]
+
+
+class Entrance:
+    """One worker's."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        ways: backbone.Backbone,
+        tags: backbone.Tags,
+        table: flows.Table,
+        judge: gate.Gate,
+        memory: memoryview,
+    ) -> None:
+        """Speak from `sock`, the one towards transceivers; `memory` is for `rows_in`."""
+        self._socket, self._ways, self._tags = sock, ways, tags
+        self._flows, self._gate = table, judge
+        self._rows = rows_in(memory, len(ways.ways))
+        self._open = self._opened()
+        self._stamps: dict[bytes, bytes] = {}
+        self._moving: collections.deque[bytes] = collections.deque()
+        strays = {hop for hop in set(table.hops.values()) if self._is_stray(hop)}
+        self._move_from(strays)  # the configuration was another one when these were opened
+
+    def _is_stray(self, hop: bytes) -> bool:
+        return hop not in self._ways.ways and not self._gate.is_transceiver(hop)
+
+    @property
+    def moving(self) -> bool:
+        """True while there are flows to move."""
+        return bool(self._moving)
+
+    # --- frames -----------------------------------------------------------------------------------
+
+    def stamp(self, batch: udp.Batch, headers: Sequence[bytes]) -> None:
+        """Put the tags on a batch of frames."""
+        stamps = list(map(self._stamps.get, headers))
+        if None in stamps:
+            stamps = list(map(self.stamp_of, headers))
+        batch.stamp(len(headers), stamps)  # type: ignore[arg-type]
+
+    def stamp_of(self, header: bytes) -> bytes:
+        """A client's tag. Strangers' are not remembered, and not sent."""
+        if header not in self._flows.hops:
+            return backbone.NO_TAG
+        found = self._stamps.get(header)
+        if found is None:
+            found = self._stamps[header] = self._tags.stamp(header)
+        return found
+
+    def forget(self, headers: Sequence[bytes]) -> None:
+        """These clients' flows have ended."""
+        for header in headers:
+            self._stamps.pop(header, None)
+
+    # --- the ways ---------------------------------------------------------------------------------
+
+    def tend(self, now: float) -> None:
+        """Probe the ways, leave those that are lost or drain. To be called when `ways.due`."""
+        lost = self._ways.tend(now, busy=bool(len(self._flows)))
+        for name in lost:
+            self._rows[self._ways.ways[name].number].values[metrics.Way.LOST] += 1
+        probe = self._tags.probe(backbone.token(now))
+        kinds = metrics.Way
+        for name, way in self._ways.ways.items():
+            self._say(probe, name)
+            values = self._rows[way.number].values
+            values[kinds.UP], values[kinds.DRAINING] = way.up, way.draining
+            values[kinds.ROUND_TRIP] = int(way.round_trip_s * 1e6)
+        opened = self._opened()
+        if opened != self._open:
+            self._open = opened
+            self._move_from(self._ways.ways.keys() - opened)
+
+    def _opened(self) -> set[bytes]:
+        return {name for name, way in self._ways.ways.items() if way.open}
+
+    def _move_from(self, hops: set[bytes]) -> None:
+        if hops:
+            self._moving.extend(header for header, hop in self._flows.hops.items() if hop in hops)
+
+    def move(self) -> None:
+        """Some of the flows that have to leave their way. Not with a batch in hand."""
+        for _ in range(min(MOVES_AT_ONCE, len(self._moving))):
+            header = self._moving.popleft()
+            flow = self._flows.find(header)
+            if flow is None:
+                continue
+            hop = self._gate.lead(flow.ufrag)
+            if hop is None or hop == flow.hop:  # there is no better one
+                continue
+            self._flows.redirect(header, hop)
+            self.introduce(header, hop)
+            way = self._ways.ways.get(hop)
+            if way is not None:
+                self._rows[way.number].values[metrics.Way.INTRODUCED] += 1
+
+    def introduce(self, header: bytes, hop: bytes) -> None:
+        """Say there whose client this is, if that is another relay: it has seen no check of it."""
+        flow = self._flows.find(header)
+        if flow is not None and hop in self._ways.ways:
+            if self._tags.used:
+                header = header[: -backbone.TAG_OCTETS] + self.stamp_of(header)
+            assured = flow.state is flows.State.ASSURED
+            self._say(self._tags.introduction(header, flow.ufrag, assured), hop)
+
+    def hear(self, header: bytes, rest: memoryview, source: bytes, now: float) -> metrics.Outbound:
+        """A message instead of a transceiver's frame."""
+        if source not in self._ways.ways:
+            return metrics.Outbound.DROPPED_NOT_TRANSCEIVER
+        said = self._tags.read(header, rest)
+        if said is None:
+            return metrics.Outbound.DROPPED_BAD_FRAME
+        if said.kind is backbone.Kind.ANSWER:
+            if self._ways.answered(source, said.body, now):
+                self._ways.due = now  # its sessions are to leave it
+        elif said.kind is backbone.Kind.QUESTION:
+            hop = self._flows.hops.get(said.header)
+            if hop == source or self._ways.same(hop, source):
+                self.introduce(said.header, source)
+        return metrics.Outbound.CONTROL
+
+    def _say(self, message: bytes, to: bytes) -> None:
+        try:
+            self._socket.sendto(message, frame.reachable(to, self._socket.family))
+        except OSError:  # as lost as on the way
+            pass
