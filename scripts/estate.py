@@ -19,8 +19,9 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,147 +30,16 @@ import delays
 import dev
 import rig
 import world
+from blueprint import DOOR, PLAIN_DOOR, Blueprint, Cluster, Plan
 
 VISITOR = Path(__file__).with_name("visitor.py")
 BROWSER = Path(__file__).with_name("browsing.py")
-PATIENCE_S = 60.0
+PATIENCE_S = 90.0
 """For a program to be ready, and for an answer: on a machine with five times too much to do."""
-
-KEYS = """
-[keys]
-file = "{folder}/keys"
-"""
-
-CLUSTER = """
-[[cluster]]
-id = {id}
-prefix = "{prefix}"
-ports = [9000, 9099]
-"""
-
-RELAY = """[relay]
-public = "{public}:3478"
-internal = "{internal}:3500"
-workers = 1
-flows_max = 4096
-flows_tentative_max = 1024
-drain_s = 0.0
-metrics = "127.0.0.1:9464"
-state_dir = "."
-"""
-
-TRANSIT = """
-[transit]
-listen = "{at}:3600"
-internal = "{at}:3700"
-relay_prefixes = ["10.9.0.0/16"]
-"""
-
-REDIS = """
-[redis]
-url = "redis://{at}:6379/0"
-"""
-
-TRANSCEIVER = """[transceiver]
-listen = "{at}:{port}"
-relay_prefixes = [{relays}]
-control_prefixes = ["10.4.0.0/16", "10.5.0.0/16"]
-"""
-
-SIGNALING = """[signaling]
-listen = "{at}:{port}"
-relays = [{relays}]
-keys_file = "{folder}/api-keys"
-metrics = "127.0.0.1:{metrics}"
-"""
 
 
 class LabError(Exception):
     """The laboratory cannot go on; the message says why."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A way in."""
-
-    name: str
-    number: int
-
-    @property
-    def host(self) -> str:
-        """Its host's name."""
-        return f"site-{self.name}"
-
-    @property
-    def public(self) -> str:
-        """Where callers send."""
-        return f"203.0.113.{self.number}"
-
-    @property
-    def backbone(self) -> str:
-        """Where it sends from, towards clusters."""
-        return f"10.9.{self.number}.1"
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Two relays, and a host with everything else."""
-
-    region: str
-    id: int
-
-    @property
-    def network(self) -> str:
-        """The first half of all its addresses."""
-        return f"10.{self.id + 3}"
-
-    @property
-    def prefix(self) -> str:
-        """As `[[cluster]]` has it."""
-        return f"{self.network}.0.0/16"
-
-    @property
-    def machine(self) -> str:
-        """The name of the host with transceivers, Redis and signaling."""
-        return f"cluster-{self.id}"
-
-    @property
-    def at(self) -> str:
-        """That host's address."""
-        return f"{self.network}.1.1"
-
-    @property
-    def door(self) -> str:
-        """Signaling's public address."""
-        return f"203.0.113.{10 * self.id + 5}"
-
-    def relay(self, which: str) -> str:
-        """The name of a relay's host."""
-        return f"cluster-{self.id}-{which}"
-
-    def backbone(self, which: str) -> str:
-        """A relay's address towards other relays and its transceivers."""
-        return f"{self.network}.0.{'ab'.index(which) + 1}"
-
-    def public(self, which: str) -> str:
-        """A relay's public address."""
-        return f"203.0.113.{10 * self.id + 'ab'.index(which) + 1}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be built."""
-
-    sites: tuple[str, ...] = ("tokyo", "frankfurt", "virginia")
-    clusters: tuple[str, ...] = ("frankfurt", "virginia")
-    callers: tuple[str, ...] = ("tokyo", "singapore", "frankfurt", "london", "virginia", "saopaulo")
-    browsers: tuple[str, ...] = ()
-    """Regions with a Chromium besides."""
-    transceivers: int = 2
-    """In each cluster."""
-    model: world.Model = field(default_factory=world.Model)
-    tiers: bool = True
-    """False: a flat backbone, sites reach transceivers without a second hop."""
 
 
 class Voice:
@@ -209,21 +79,16 @@ class Estate:
     def __init__(
         self, plan: Plan, folder: Path, seed: int, cpus: Sequence[int], say: Callable[[str], None]
     ) -> None:
-        """Makes hosts; `start` starts programs. The router has the last CPU for itself as far as
-        real-time priority gives it that."""
+        """Starts nothing: `running` does. The router is on the last CPU."""
         self.plan, self.folder, self._say = plan, folder, say
-        self.sites = {name: Site(name, n) for n, name in enumerate(plan.sites, 1)}
-        self.clusters = {n: Cluster(name, n) for n, name in enumerate(plan.clusters, 1)}
+        self.blueprint = Blueprint(plan, folder)
+        self.sites, self.clusters = self.blueprint.sites, self.blueprint.clusters
         self.programs: dict[str, subprocess.Popen[bytes]] = {}
         self.voices: dict[str, Voice] = {}
         self.key = ""
         self._argv: dict[str, tuple[str, list[str | Path]]] = {}
         self._cpus = set(cpus)
         self._spots: dict[str, world.Spot] = {}
-        self._callers = {name: f"198.51.100.{n}" for n, name in enumerate(plan.callers, 1)}
-        self._callers |= {
-            f"{name}/chromium": f"198.51.100.{n}" for n, name in enumerate(plan.browsers, 101)
-        }
         self.fabric = delays.Fabric(self._way, cpus[-1], seed)
 
     def _way(self, source: str, target: str) -> Callable[[Any], float | None]:
@@ -261,7 +126,7 @@ class Estate:
                     cluster.public(which),
                 )
             host(cluster.machine, cluster.region, cluster.at, cluster.door, kind="transceivers")
-        for name, address in self._callers.items():
+        for name, address in self.blueprint.callers.items():
             host(name, name.partition("/")[0], address, kind="caller")
 
     def _make_secrets(self) -> None:
@@ -274,29 +139,24 @@ class Estate:
         self.key = made.stderr.decode().split()[-1]
 
     def _start_programs(self) -> None:
-        begun = time.monotonic()
+        begun, papers = time.monotonic(), self.blueprint
         for cluster in self.clusters.values():
             self._start_redis(cluster)
-        for cluster in self.clusters.values():
             for number in range(self.plan.transceivers):
-                self._start(
-                    f"transceiver-{cluster.id}-{number}",
-                    cluster.machine,
-                    "transceiver",
-                    self._transceiver(cluster, number),
-                )
+                name = f"transceiver-{cluster.id}-{number}"
+                text = papers.transceiver(cluster, number)
+                self._start(name, cluster.machine, "transceiver", text)
             for which in "ab":
-                self._start(
-                    cluster.relay(which), cluster.relay(which), "relay", self._inner(cluster, which)
-                )
+                name = cluster.relay(which)
+                self._start(name, name, "relay", papers.inner(cluster, which))
         for site in self.sites.values():
-            self._start(site.host, site.host, "relay", self._edge(site))
-        for name in self._callers:
+            self._start(site.host, site.host, "relay", papers.edge(site))
+        for name in papers.callers:
             self._start_voice(name)
         for name in list(self.programs):
             self.wait_ready(name)
         for cluster in self.clusters.values():
-            for name, text in self._doors(cluster).items():
+            for name, text in papers.doors(cluster).items():
                 self._start(name, cluster.machine, "signaling", text)
         for name in list(self.programs):
             self.wait_ready(name)
@@ -307,7 +167,7 @@ class Estate:
     def _start(self, name: str, host: str, program: str, text: str) -> None:
         folder = self.folder / name
         folder.mkdir()
-        (folder / "config.toml").write_text(text + KEYS.format(folder=self.folder))
+        (folder / "config.toml").write_text(text)
         self._argv[name] = host, [dev.BIN / program, "run", "--config", folder / "config.toml"]
         self.start_again(name)
 
@@ -363,65 +223,29 @@ class Estate:
             rig.end(process)
         self.fabric.close()
 
-    # --- the files --------------------------------------------------------------------------------
-
-    def _cluster_table(self, cluster: Cluster, transit: bool = False) -> str:
-        text = CLUSTER.format(id=cluster.id, prefix=cluster.prefix)
-        if transit:
-            faces = ", ".join(f'"{cluster.backbone(which)}:3600"' for which in "ab")
-            text += f"transit = [{faces}]\n"
-        return text
-
-    def _edge(self, site: Site) -> str:
-        """A site's relay: it knows every cluster."""
-        text = RELAY.format(public=site.public, internal=site.backbone)
-        return text + "".join(
-            self._cluster_table(each, self.plan.tiers) for each in self.clusters.values()
-        )
-
-    def _inner(self, cluster: Cluster, which: str) -> str:
-        """A cluster's relay: it knows its own."""
-        at = cluster.backbone(which)
-        text = RELAY.format(public=cluster.public(which), internal=at)
-        if self.plan.tiers:
-            text += TRANSIT.format(at=at)
-        return text + self._cluster_table(cluster) + REDIS.format(at=cluster.at)
-
-    def _transceiver(self, cluster: Cluster, number: int) -> str:
-        relays = f'"{cluster.network}.0.0/24"'
-        if not self.plan.tiers:
-            relays += ', "10.9.0.0/16"'
-        text = TRANSCEIVER.format(at=cluster.at, port=9000 + number, relays=relays)
-        return text + self._cluster_table(cluster) + REDIS.format(at=cluster.at)
-
-    def _doors(self, cluster: Cluster) -> Mapping[str, str]:
-        """Signaling's files: one that knows the sites, and one that knows its own relays only."""
-        found = {}
-        ways = {"plain": [cluster.public(which) for which in "ab"]}
-        for name in self.sites:
-            ordered = [name, *(other for other in self.sites if other != name)][:2]
-            ways[name] = [self.sites[each].public for each in ordered]
-        for number, (name, relays) in enumerate(ways.items()):
-            text = SIGNALING.format(
-                at=cluster.door,
-                port=8080 + number,
-                relays=", ".join(f'"{each}:3478"' for each in relays),
-                folder=self.folder,
-                metrics=9465 + number,
-            )
-            text += self._cluster_table(cluster) + REDIS.format(at=cluster.at)
-            found[f"signaling-{cluster.id}-{name}"] = text
-        return found
-
     # --- what an operator, or fate, does ----------------------------------------------------------
 
-    def door(self, cluster: Cluster, way: str) -> str:
-        """The URL of signaling: `plain`, or the nearest site's name."""
-        return f"http://{cluster.door}:{8080 + ['plain', *self.sites].index(way)}"
+    def door(self, cluster: Cluster, plain: bool = False) -> str:
+        """The URL of its signaling: the one that steers, or the one that knows of no sites."""
+        return f"http://{cluster.door}:{PLAIN_DOOR if plain else DOOR}"
 
     def headers(self, region: str) -> dict[str, str]:
-        """What a trusted proxy would add to a request from there."""
-        return {}
+        """What a proxy in front of signaling would add to a request from there."""
+        latitude, longitude = world.COORDINATES[region]
+        return {"Client-Latitude": str(latitude), "Client-Longitude": str(longitude)}
+
+    def nearest(self, region: str) -> Cluster:
+        """The cluster to which a caller's way is shortest: what a name server by latency says."""
+        caller = world.Spot(region, True)
+        return min(
+            self.clusters.values(),
+            key=lambda each: world.way(self.plan.model, caller, world.Spot(each.region)).delay_s,
+        )
+
+    def host_of(self, address: str) -> str:
+        """The name of the host with an address; empty if there is none."""
+        hosts = self.fabric.hosts.values()
+        return next((host.name for host in hosts if address in host.addresses), "")
 
     def kill(self, name: str) -> None:
         """A program and all its processes, at once."""
@@ -447,3 +271,35 @@ class Estate:
 def _secret(path: Path, content: bytes) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)
+
+
+@dataclass
+class Lab:
+    """What all parts share: what is built, and what did not hold."""
+
+    plan: Plan
+    folder: Path
+    seed: int
+    quick: bool
+    cpus: list[int]
+    stack: contextlib.ExitStack
+    failures: list[str] = field(default_factory=list)
+    part: str = ""
+    _estate: Estate | None = None
+
+    def say(self, text: str) -> None:
+        """A line of progress."""
+        print(f"{self.part or 'lab'}: {text}", file=sys.stderr, flush=True)
+
+    def must(self, holds: bool, sentence: str) -> None:
+        """Note a failure."""
+        if not holds:
+            self.failures.append(f"{self.part}: {sentence}")
+            self.say(f"FAILED {sentence}")
+
+    def estate(self) -> Estate:
+        """All programs, up: started by the first part that needs them."""
+        if self._estate is None:
+            built = Estate(self.plan, self.folder, self.seed, self.cpus, self.say)
+            self._estate = self.stack.enter_context(built.running())
+        return self._estate

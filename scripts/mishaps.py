@@ -1,0 +1,229 @@
+"""What happens to calls when parts of the Global Relay are lost in the middle of them.
+
+For lab.py. Both sides speak; then a site goes, or a cluster's relay, or the backbone between two of
+them, and the packets that the world has seen say for how long there was silence, each way.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import hearing
+from estate import Estate, Lab, Voice
+
+Figures = dict[str, Any]
+
+SETTLE_S = 1.5
+"""Of a reply that flows, before something happens."""
+
+REGAINED_S = 3.0
+"""How long is listened after something has happened, and after it is whole again."""
+
+SITE_PATIENCE_S = 40.0
+"""After a site is lost: aioice gives up after 24 to 36 s, Chromium after 15."""
+
+OLD_S = 45.0
+"""A call that is older has lost, in Chromium, whatever path it has not heard from for 30 s."""
+
+SILENCE_MS_MAX = 1_000.0
+"""What a lost transit path, or a lost relay behind it, may cost."""
+
+NOTICED_S = 6.0
+"""After this signaling has heard nothing three times over, and names a lost site no more."""
+
+
+@dataclass
+class Talk:
+    """A call in which both sides speak: the caller always, the parrot since some moments."""
+
+    voice: Voice
+    estate: Estate
+    begun: float
+    relays: list[str]
+
+    @property
+    def caller(self) -> str:
+        """The name of the caller's host."""
+        return self.voice.name
+
+    def carrier(self) -> tuple[str, str, str]:
+        """The hosts by which it goes: the site, the cluster's relay, the transceiver's."""
+        entry, hop, machine = hearing.carrier(self.estate.fabric.seen(), self.caller)
+        return self.estate.host_of(entry), self.estate.host_of(hop), machine
+
+    def around(self, at: float, until: float | None = None) -> dict[str, hearing.Heard]:
+        """What was heard from a moment until now."""
+        seen = self.estate.fabric.seen()
+        return hearing.around(seen, self.caller, at, until or time.monotonic())
+
+
+@contextmanager
+def talking(
+    estate: Estate, name: str, talk_s: float, age_s: float = 0.0, door: int | None = None
+) -> Iterator[Talk]:
+    """A call of `talk_s` of speech, then the parrot's as long reply, and so on; entered when a
+    reply flows and the call is at least so old."""
+    voice, region = estate.voices[name], name.partition("/")[0]
+    cluster = estate.clusters[door] if door else estate.nearest(region)
+    estate.fabric.watch()
+    call = voice.ask(
+        "call",
+        url=estate.door(cluster),
+        key=estate.key,
+        headers=estate.headers(region),
+        talk_s=talk_s,
+    )
+    try:
+        replies = 1
+        voice.ask("until", event="output_audio_buffer.started", count=replies, most_s=80)
+        while time.monotonic() < call["connected"] + age_s:
+            replies += 1
+            voice.ask("until", event="output_audio_buffer.started", count=replies, most_s=80)
+        estate.fabric.watch()
+        time.sleep(SETTLE_S)
+        yield Talk(voice, estate, call["connected"], call["relays"])
+    finally:
+        voice.ask("hangup")
+
+
+def site(lab: Lab) -> Figures:
+    """The nearest site is lost while both speak; later it comes back."""
+    rows: list[Figures] = []
+    estate, region = lab.estate(), lab.plan.callers[0]
+    cases = [] if lab.quick and lab.plan.browsers else [(region, 0.0)]
+    for name in lab.plan.browsers:
+        cases += [(f"{name}/chromium", age_s) for age_s in ((0.0,) if lab.quick else (0.0, OLD_S))]
+    for name, age_s in cases:
+        row = _lose_site(lab, estate, name, age_s)
+        if not rows:
+            row |= _new_callers(lab, estate, region)
+        rows.append(row)
+        estate.site_back(region)
+        time.sleep(NOTICED_S)
+    return {"rows": rows, "words": SITE_WORDS}
+
+
+SITE_WORDS = {
+    "silence_ms": "longest pause at the transceiver's link (up), at the caller's (down)",
+    "states": "what the client said of its connection, in seconds after the loss",
+    "new_callers_are_told": f"by signaling, {NOTICED_S:g} s after the call above has ended",
+}
+
+
+def _lose_site(lab: Lab, estate: Estate, name: str, age_s: float) -> Figures:
+    region, browser = name.partition("/")[0], "/" in name
+    talk_s = 6.0 if lab.quick else 24.0
+    with talking(estate, name, talk_s, age_s) as talk:
+        lab.must(len(talk.relays) >= 2, "the answer names fewer than two sites")
+        entry = talk.carrier()[0]
+        age = time.monotonic() - talk.begun
+        at = estate.lose_site(region)
+        patience_s = 4.0 if lab.quick else 14.0 if browser else SITE_PATIENCE_S
+        state = _until_heard(talk, at, patience_s)
+        heard = talk.around(at)
+        states = [(round(when - at, 1), what) for when, what in state["states"] if when >= at]
+    row = {
+        "client": "Chromium" if browser else "stock aiortc",
+        "call_age_s": round(age),
+        "entered_at": entry,
+        "goes_on_at": estate.host_of(state["by"] or "") if heard["down"].silence_ms else "",
+        **_flat(heard),
+        "states": states,
+    }
+    lab.say(str(row))
+    return row
+
+
+def _until_heard(talk: Talk, at: float, patience_s: float) -> Figures:
+    """Wait until the call is heard again both ways, or closed; what has become of it."""
+    while True:
+        time.sleep(0.5)
+        now = time.monotonic()
+        state: Figures = talk.voice.ask("state")
+        seen = talk.estate.fabric.seen()
+        back = [
+            any(each.point == point and each.at > at + 0.3 for each in seen)
+            for point in ("heard", "received")
+        ]
+        if all(back):
+            time.sleep(REGAINED_S)
+            return dict(talk.voice.ask("state"))
+        if now > at + patience_s or state["state"] in ("closed", "failed"):
+            return state
+
+
+def _flat(heard: dict[str, hearing.Heard]) -> Figures:
+    return {
+        f"{direction}_{name}": value
+        for direction, found in heard.items()
+        for name, value in found.figures().items()
+    }
+
+
+def _new_callers(lab: Lab, estate: Estate, lost: str) -> Figures:
+    """Somebody calls when signaling may know of the loss: what it is told, and how it enters."""
+    time.sleep(NOTICED_S)
+    region, voice = lost, estate.voices[lost]
+    call = voice.ask(
+        "call",
+        url=estate.door(estate.nearest(region)),
+        key=estate.key,
+        headers=estate.headers(region),
+    )
+    voice.ask("hangup")
+    told = [estate.host_of(each) for each in call["relays"]]
+    lab.must(estate.sites[lost].host not in told, f"new callers are still told of {told[0]}")
+    return {"new_callers_are_told": told, "new_caller_enters_at": estate.host_of(call["by"])}
+
+
+def relay(lab: Lab) -> Figures:
+    """A relay of the owning cluster is killed and not started again, or lost with its host."""
+    rows, estate = [], lab.estate()
+    region = lab.plan.callers[0]
+    for how in ("host lost",) if lab.quick else ("killed", "host lost") * 3:
+        with talking(estate, region, talk_s=6.0 if lab.quick else 10.0) as talk:
+            entry, hop, _ = talk.carrier()
+            at = estate.fabric.lose(hop) if how == "host lost" else time.monotonic()
+            estate.kill(hop)
+            time.sleep(REGAINED_S)
+            rows.append(_row(lab, talk, at, {"relay": hop, "how": how, "entered_at": entry}))
+        estate.start_again(hop)
+        estate.wait_ready(hop)
+        estate.fabric.restore(hop)
+    return {"rows": rows}
+
+
+def transit(lab: Lab) -> Figures:
+    """The backbone between the site and the cluster's relay is cut, and mended."""
+    rows, estate = [], lab.estate()
+    region = lab.plan.callers[0]
+    for _ in range(1 if lab.quick else 3):
+        with talking(estate, region, talk_s=8.0 if lab.quick else 12.0) as talk:
+            entry, hop, _ = talk.carrier()
+            ends = [estate.fabric.hosts[name].addresses[0] for name in (entry, hop)]
+            path = {"between": entry, "and": hop}
+            at = estate.fabric.cut(*ends)
+            time.sleep(REGAINED_S)
+            rows.append(_row(lab, talk, at, {"what": "cut", **path}))
+            at = estate.fabric.mend(*ends)
+            time.sleep(REGAINED_S)
+            rows.append(_row(lab, talk, at, {"what": "mended", **path}))
+    return {"rows": rows}
+
+
+def _row(lab: Lab, talk: Talk, at: float, about: Figures) -> Figures:
+    """What was heard from a moment until now; it is to be under a second of silence."""
+    heard = talk.around(at)
+    for direction, found in heard.items():
+        lab.must(
+            found.silence_ms is not None and found.silence_ms < SILENCE_MS_MAX,
+            f"{' '.join(map(str, about.values()))}: {direction} {found.figures()}",
+        )
+    row = {**about, "goes_on_by": talk.carrier()[1], **_flat(heard)}
+    lab.say(str(row))
+    return row
+
+
+PARTS = {"site": site, "relay": relay, "transit": transit}
