@@ -62,7 +62,7 @@ def routes(door: Door) -> list[web.RouteDef]:
             order = Order(
                 offer, session or caller.session, model, key=caller.key, resume=_resumed(request)
             )
-            placed = await door.place(order)
+            placed = await door.place(request, order)
         return web.Response(
             status=201,
             text=placed.answer,

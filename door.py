@@ -16,17 +16,21 @@ It knows no API: `calls.py` and its neighbours read requests and shape answers.
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 from aiohttp import ClientWebSocketResponse, web
 
+import guide
 import keys
 import ledger
 import metrics
 import observer
 import placement
 import reception
+import roster
 import settings
 from attendants import Crowded
 from intake import Refusal
@@ -61,6 +65,16 @@ class Door:
         self.stopping = asyncio.Event()
         """Set when the process is about to stop: what would go on has to end."""
         self.reception = reception.Reception(config)
+        self.guide = guide.Guide(config, self._peers, self.reception.client_of)
+
+    def _peers(self) -> list[roster.Peer]:
+        return self.placement.peers
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """While it lasts, calls can be placed, and what there is to know for that is known."""
+        async with self.placement.connected(), self.guide.informed():
+            yield
 
     async def admit(self, request: web.Request) -> Caller:
         """Who this is. Raises Refusal: 401, 403 or 429."""
@@ -75,19 +89,27 @@ class Door:
         """
         return self.reception.mint(caller, session, seconds)
 
-    async def place(self, order: placement.Order) -> placement.Placed:
+    def way(self, request: web.BaseRequest) -> guide.Way:
+        """Which way a call goes that this request is about."""
+        return self.guide.way(request, observer.trail().request_id)
+
+    async def place(self, request: web.BaseRequest, order: placement.Order) -> placement.Placed:
         """Place a call. Raises Refusal: 400 with the transceiver's sentence, 429, or 503."""
         trail, key = observer.trail(), order.key
         # One that goes on with another takes its place. Not with any id that somebody makes up.
         replaced = order.resume is not None and self.placement.knows(order.resume)
         self.reception.open_call(key, max(0, self.placement.calls_of(key) - replaced))
+        way = self.way(request)
+        order = replace(order, candidates=way.relays, request_id=trail.request_id)
         try:
-            placed = await self.placement.place(replace(order, request_id=trail.request_id))
+            placed = await self.placement.place(order, way.clusters)
         except placement.BadOffer as error:
             raise Refusal(400, str(error), code=error.code, param=error.param) from error
         except placement.Unavailable as error:
             raise self.unavailable(error) from error
+        self.guide.taken(way)
         trail.answered(placed.call_id, placed.request_id)
+        trail.site, trail.cluster = way.site, placed.cluster
         return placed
 
     async def ask(

@@ -84,6 +84,10 @@ class Trail:
     """Name of the caller's key, once it is known."""
     call: str = ""
     """Tag of the call that the request is about."""
+    site: str = ""
+    """Where the client of a new call was told to enter, if there are sites."""
+    cluster: int | None = None
+    """The cluster that took it."""
     placed: bool = False
     """True once a transceiver has taken a call for it."""
     call_request_id: str = ""
@@ -226,6 +230,8 @@ class Observer:
                 client=client,
                 key=found.key or None,
                 call=found.call or None,
+                site=found.site or None,
+                cluster=found.cluster,
                 unwritten=self._unwritten or None,
             ),
         )

@@ -81,7 +81,6 @@ class _Handlers:
 
     def __init__(self, door: Door) -> None:
         self._door = door
-        self._relays = [[at.host, at.port] for at in door.config.signaling.relays]
         self._servers = [_server(each) for each in door.config.ice_server]
 
     @property
@@ -98,7 +97,7 @@ class _Handlers:
                 raise _invalid("The type is not offer: this is where calls begin.", "type")
             session, model = self._wanted(request, found)
             if pc_id is not None and found.get("restart_pc") is not True:
-                return await self._again(pc_id, sdp, caller)
+                return await self._again(request, pc_id, sdp, caller)
             whole = SETTINGS
             for more in (caller.session, session):  # what came with the offer is nearest
                 whole = realtime.merged(whole, more or {})
@@ -110,7 +109,7 @@ class _Handlers:
                 dialect="rtvi",
                 resume=pc_id,
             )
-            placed = await self._door.place(order)
+            placed = await self._door.place(request, order)
         return _answer(placed.answer, placed.call_id)
 
     def _wanted(
@@ -122,9 +121,11 @@ class _Handlers:
         kept = None if session_id is None else self._opened(session_id)
         return _data(data if isinstance(data, dict) else kept)
 
-    async def _again(self, pc_id: str, sdp: str, caller: Caller) -> web.Response:
+    async def _again(
+        self, request: web.Request, pc_id: str, sdp: str, caller: Caller
+    ) -> web.Response:
         """Answer another offer on the connection that there is."""
-        body = {"offer": sdp, "candidates": self._relays}
+        body = {"offer": sdp, "candidates": self._door.way(request).relays}
         status, found = await self._door.ask(pc_id, "POST", "/offer", body, caller)
         if status != 200:
             wrong = found["error"]

@@ -23,7 +23,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -51,6 +51,10 @@ CALL_DEADLINE_S = 8.0
 RESUME_S = 0.75
 """What the transceiver of a call that is to be gone on with may take of it. If its host is dead,
 nothing answers at all: its client has waited for a second and more by then, in mid-sentence."""
+
+SLOW_S = 0.5
+"""A transceiver that takes so long to say nothing is out of reach, and others of its cluster may
+be: another cluster is asked first then. One whose process is gone says so at once."""
 
 KEY_HEADER = "X-Earshot-Key"
 """Names the key of whoever asks something of a call, to the transceiver that has it."""
@@ -105,6 +109,8 @@ class Order:
     """What the client speaks on its data channel: `realtime` or `rtvi`."""
     resume: str | None = None
     """Id of the call whose conversation goes on in this one."""
+    candidates: tuple[tuple[str, int], ...] = ()
+    """Public addresses of relays for the client, in order of preference."""
     request_id: str = ""
     """What the logs of all programs know the request by."""
 
@@ -120,6 +126,8 @@ class Placed:
     """A name of its ICE session: another one after each ICE restart."""
     request_id: str = ""
     """What the transceiver and the relay know it by."""
+    cluster: int | None = None
+    """Of the transceiver that has it."""
 
 
 class Placement:
@@ -136,7 +144,6 @@ class Placement:
         table = config.signaling
         self.roster = roster.Roster(table.transceivers)
         self._table = table
-        self._candidates = [[at.host, at.port] for at in table.relays]
         self._keyring = config.keys.load()
         self._clusters = settings.clusters(config.cluster)
         self._counters = counters
@@ -205,18 +212,21 @@ class Placement:
                     task.cancel()
                 await asyncio.wait(tasks)
 
-    async def place(self, order: Order) -> Placed:
-        """The answer of the first transceiver that takes the call.
+    async def place(self, order: Order, clusters: Sequence[int] = ()) -> Placed:
+        """The answer of the first transceiver that takes the call; those of `clusters` are asked in
+        the order of these, if any are named.
 
         Raises BadOffer for an offer that it cannot use, Unavailable if none takes it. One that
         times out may still have made a session: it ends by its own deadline, since no client will
         ever connect to it.
         """
-        request = orjson.dumps({**asdict(order), "candidates": self._candidates})
+        request = orjson.dumps(asdict(order))
+        peers = self._in_order(order.resume, clusters)
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
-                for peer, most_s in self._in_order(order.resume):
-                    found = None
+                while peers:
+                    peer, most_s = peers.pop(0)
+                    found, begun = None, time.monotonic()
                     with suppress(TimeoutError):
                         async with asyncio.timeout(most_s):
                             found = await self._try(peer, order.key, request)
@@ -224,14 +234,20 @@ class Placement:
                         if order.resume is not None and not self._has(peer, order.resume):
                             self._part(order.resume, order.key)
                         return found
+                    if clusters and time.monotonic() - begun >= SLOW_S:
+                        # Silence may be the whole cluster's: not all the time there is for that.
+                        silent = roster.home(peer, self._clusters)
+                        peers.sort(key=lambda each: roster.home(each[0], self._clusters) == silent)
         except TimeoutError:
             pass
         raise Unavailable("No transceiver can take this call now.")
 
-    def _in_order(self, resume: str | None) -> list[tuple[roster.Peer, float | None]]:
+    def _in_order(
+        self, resume: str | None, clusters: Sequence[int]
+    ) -> list[tuple[roster.Peer, float | None]]:
         """Whom to ask, and how long each may take if less than the settings say: first of all who
         has the conversation, if the call is to go on with one."""
-        peers = self.roster.order(self._rng.shuffle)
+        peers = self.roster.order(self._rng.shuffle, clusters, self._clusters)
         first = [p for p in self.peers if resume and p.serving and self._has(p, resume)]
         rest = [peer for peer in peers if peer not in first]
         return [(peer, RESUME_S) for peer in first] + [(peer, None) for peer in rest]
@@ -350,7 +366,7 @@ class Placement:
                 opened = body.get("opened")
                 peer.took(attempt, opened if isinstance(opened, int) else 0)
                 etag, request_id = (str(body.get(key) or "") for key in ("etag", "request_id"))
-                return Placed(call_id, answer, etag, request_id)
+                return Placed(call_id, answer, etag, request_id, roster.home(peer, self._clusters))
             case 400, {"error": {"message": str(message), **rest}}:
                 # The other transceivers read offers just as this one does.
                 raise BadOffer(

@@ -18,15 +18,18 @@ Sans-IO: `now` is an argument, chance is the caller's.
 """
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import endpoints
+import ufrag
 from presence import TRANSCEIVERS_MAX, Report
 
 FORGET_S = 10.0
 """How long a transceiver that is neither announced nor in the settings and does not answer is kept:
 the restart of a process, or a Redis that lists it again."""
+
+NONE: Mapping[int, ufrag.Cluster] = {}
 
 ATTEMPTS_MAX = 16
 """How many transceivers one offer is shown to. With hundreds that are all full, a burst would
@@ -196,9 +199,49 @@ class Roster:
             if peer.health is not Health.AWAY
         )
 
-    def order(self, shuffle: Shuffle) -> list[Peer]:
-        """Whom to show an offer, one after the other."""
-        return order_of(self.peers, shuffle)[:ATTEMPTS_MAX]
+    def order(
+        self, shuffle: Shuffle, near: Sequence[int] = (), homes: Mapping[int, ufrag.Cluster] = NONE
+    ) -> list[Peer]:
+        """Whom to show an offer, one after the other; those of the clusters in `near` in the order
+        of these, if any are named."""
+        if not near:
+            return order_of(self.peers, shuffle)[:ATTEMPTS_MAX]
+        groups: dict[int | None, list[Peer]] = {id: [] for id in (*near, None)}
+        for peer in self.peers:
+            at = home(peer, homes)
+            groups[at if at in groups else None].append(peer)
+        return nearest_first([group for group in groups.values() if group], shuffle)
+
+
+def home(peer: Peer, homes: Mapping[int, ufrag.Cluster]) -> int | None:
+    """The cluster that a transceiver belongs to: as it says itself, if it can be true, else the
+    first in which its address lies; None for none."""
+    at = peer.endpoint
+    said = homes.get(peer.report.cluster) if peer.report.cluster is not None else None
+    if said is not None and said.contains(at.address, at.port):
+        return said.id
+    for each in homes.values():
+        if each.contains(at.address, at.port):
+            return each.id
+    return None
+
+
+def nearest_first(groups: list[list[Peer]], shuffle: Shuffle) -> list[Peer]:
+    """In which order to ask those of several clusters, the nearest of these first.
+
+    No cluster but the last has more than half of the attempts that are left: hundreds that have
+    filled up within the age of their reports would else have them all, and nobody would hear of the
+    call in the next cluster, which has room.
+    """
+    able, later, last = list[Peer](), list[Peer](), list[Peer]()
+    for number, group in enumerate(groups, 1):
+        asked = order_of(group, shuffle)
+        most = max(1, (ATTEMPTS_MAX - len(able)) // (1 if number == len(groups) else 2))
+        willing = [peer for peer in asked if not peer.last]
+        able += willing[:most]
+        later += willing[most:]
+        last += [peer for peer in asked if peer.last]
+    return (able + later + last)[:ATTEMPTS_MAX]
 
 
 def order_of(peers: list[Peer], shuffle: Shuffle) -> list[Peer]:

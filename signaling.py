@@ -57,12 +57,12 @@ SHUTDOWN_S = 5.0
 """Requests in hand may finish for this long after SIGTERM. Calls do not notice: they need no
 signaling once they are answered."""
 
-RELOADED = {"signaling", "keys", "limits"}
+RELOADED = {"signaling", "keys", "limits", "site", "steering"}
 """Tables that SIGHUP reads again."""
 
 RELOADED_KEYS = {
     *("keys_file", "trusted_proxies", "client_address_header", "tls_certificate", "tls_key"),
-    *("connections_max", "connections_per_address_max"),
+    *("connections_max", "connections_per_address_max", "relays"),
 }
 """Of `[signaling]`."""
 
@@ -187,7 +187,7 @@ class Entrance:
         self.door.stopping.set()
 
     async def _connected(self, app: web.Application) -> AsyncIterator[None]:
-        async with self.door.placement.connected():
+        async with self.door.connected():
             yield
 
 
@@ -327,6 +327,7 @@ def _reload(
     for what, reload in (
         ("API keys and limits", door.reception.reload),
         ("secrets", door.placement.reload),
+        ("sites and steering", door.guide.reload),
         ("certificate and connections", listening.reload),
     ):
         try:

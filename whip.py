@@ -74,7 +74,6 @@ class _Handlers:
     def __init__(self, door: Door) -> None:
         self._door = door
         self._whip = door.config.whip
-        self._relays = [(at.host, at.port) for at in door.config.signaling.relays]
         self._links = list(map(_link, door.config.ice_server))
 
     async def create(self, request: web.Request) -> web.Response:
@@ -87,7 +86,8 @@ class _Handlers:
             offer, _ = await read_offer(request, self._door.offer_octets_max, (SDP,))
             model = request.query.get("model", "")[:MODEL_CHARACTERS_MAX] or None
             try:
-                placed = await self._door.place(Order(offer, caller.session, model, caller.key))
+                order = Order(offer, caller.session, model, caller.key)
+                placed = await self._door.place(request, order)
             except Refusal as refusal:
                 if goes_on and refusal.status == 503:
                     raise self._elsewhere(request) from refusal
@@ -131,7 +131,7 @@ class _Handlers:
         wanted = _if_match(request)
         fragment = await _read_fragment(request)
         if wanted is None:
-            return await self._restart(request.match_info["call_id"], fragment, caller)
+            return await self._restart(request, fragment, caller)
         _, found = await self._door.ask(request.match_info["call_id"], "GET", caller=caller)
         if found.get("etag") not in wanted:
             raise Refusal(
@@ -143,9 +143,10 @@ class _Handlers:
         return web.Response(status=204)
 
     async def _restart(
-        self, call_id: str, fragment: sdpfrag.Fragment, caller: Caller
+        self, request: web.Request, fragment: sdpfrag.Fragment, caller: Caller
     ) -> web.Response:
         """New credentials for both sides; or candidates of a client that matches any session."""
+        call_id = request.match_info["call_id"]
         if not fragment.ufrag:
             raise _invalid("The fragment has no a=ice-ufrag and a=ice-pwd: a restart needs both.")
         pair = {"ufrag": fragment.ufrag, "pwd": fragment.password}
@@ -159,7 +160,7 @@ class _Handlers:
         etag = {"ETag": f'"{ours["etag"]}"'}
         if "ufrag" not in ours:
             return web.Response(status=204, headers=etag)
-        text = sdpfrag.answer(fragment, ours["ufrag"], ours["pwd"], self._relays)
+        text = sdpfrag.answer(fragment, ours["ufrag"], ours["pwd"], self._door.way(request).relays)
         headers = {"Content-Type": sdpfrag.CONTENT_TYPE, **etag}
         return web.Response(body=text.encode(), headers=headers)
 

@@ -60,6 +60,7 @@ SANS_IO = {
     "channel",
     "conversation",
     "countries",
+    "standing",
     "steering",
 }
 
@@ -73,6 +74,8 @@ IMPORTERS = {
         "attendance",
         "sideband",
         "control",
+        "guide",
+        "sites",
         "uplink",
         "parrot_server",
         "transceiver",
@@ -95,6 +98,7 @@ IMPORTERS = {
         "attendance",
         "listener",
         "sideband",
+        "sites",
         "door",
         "mux",
         "pacer",
@@ -118,7 +122,7 @@ IMPORTERS = {
     "cryptography": {"ufrag", "sealing"},
     "ctypes": {"udp", "opus"},
     "maxminddb": {"geography"},
-    "msgspec": {"settings", "tables", "front", "realtime", "relay"},
+    "msgspec": {"guide", "settings", "tables", "front", "realtime", "relay"},
     "OpenSSL": {"dtls"},
     "orjson": {
         "pipecat",
