@@ -129,6 +129,8 @@ class Worker:
         self._agree_on_waiting()
         n = inbound.in_hand(self.inbound_ledger.mark)
         if n:
+            if self._tagged:  # it may have put tags on them
+                inbound.stamp(n, self._no_tags[:n])
             self._pass_inbound(n, inbound.sent(n))
         m = outbound.in_hand(self.outbound_ledger.mark)
         if m:

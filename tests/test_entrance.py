@@ -14,7 +14,7 @@ import metrics
 import recovery
 import ufrag
 
-from . import crossing
+from . import crossing, test_takeover
 from .crossing import counted
 
 
@@ -186,6 +186,25 @@ def test_a_client_that_is_found_in_redis_is_introduced(town):
     town.settle()
     framed, _ = town.transceiver.recvfrom(2048)
     assert framed[:28] == header[:28] and framed[32:] == crossing.MEDIA
+
+
+def test_an_entrance_that_dies_loses_and_doubles_nothing(town):
+    calls = [town.call(nonce) for nonce in range(3)]
+    n = deaths = 0
+    died = True
+    while died:
+        wanted = []
+        for number, (sock, header, _) in enumerate(calls):
+            sock.send(payload := b"\x80" + bytes([number]) * 20)
+            wanted.append(header[:28] + payload)
+        died = test_takeover.dies_at(town.entrance.worker.inbound, n, "line")
+        town.entrance.worker = town.entrance.successor()
+        town.entrance.worker.take_over()
+        town.settle()
+        found = test_takeover.received(town.transceiver)
+        assert sorted(each[:28] + each[32:] for each in found) == sorted(wanted), f"line {n}"
+        deaths, n = deaths + died, n + 1
+    assert deaths > 20
 
 
 def test_the_configuration_changed_while_calls_went_on(town):

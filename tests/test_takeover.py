@@ -22,7 +22,10 @@ from . import workbench
 IN, OUT = metrics.Inbound, metrics.Outbound
 MODULES = tuple(
     f"{name}.py"
-    for name in ("worker", "udp", "ledger", "gate", "flows", "roaming", "expiry", "recovery")
+    for name in (
+        *("worker", "udp", "ledger", "gate", "flows", "roaming", "expiry", "recovery"),
+        *("transit", "entrance"),
+    )
 )
 
 

@@ -1,10 +1,16 @@
 """The transit face: frames of other relays' clients, both ways, and what is let in there."""
 
 import contextlib
+import time
 
 import pytest
 
-from . import crossing
+import backbone
+import frame
+import transit
+import ufrag
+
+from . import crossing, test_takeover
 from .crossing import counted
 
 
@@ -41,3 +47,274 @@ def test_frames_pass_unchanged(tmp_path, stack):
         town.transceiver.sendto(framed, back)
         town.settle()
         assert sock.recv(2048) == payload
+
+
+# --- what is let in -------------------------------------------------------------------------------
+
+
+def face_of(town, number=0):
+    """The face, where relays send to, and its counters inbound."""
+    ends = town.faces[number].shared.faces[0]
+    ledger = town.faces[number].worker._face.inbound_ledger
+    return ends.transit.getsockname(), lambda: counted(ledger)
+
+
+def test_frames_come_from_relays_alone(tmp_path, stack):
+    town = crossing.Crossing(tmp_path, stack, faces=1)
+    node = town.faces[0]
+    sock, header, text = town.call(1)
+    to, found = face_of(town)
+    node.path.write_text(
+        node.path.read_text().replace(
+            'relay_prefixes = ["127.0.0.1/32', 'relay_prefixes = ["127.9.9.9/32'
+        )
+    )
+    node.worker = node.successor()
+    before = found()
+    stranger = stack.enter_context(crossing.bound())
+    for octets in (header + crossing.MEDIA, header + town.check(text), b"", b"x" * 40):
+        stranger.sendto(octets, to)
+    sock.send(town.check(text))  # a check is looked at, also by the way it came before
+    town.settle()
+    now = found()
+    assert now["DROPPED_NOT_RELAY"] == 4
+    assert now["FORWARDED"] == before["FORWARDED"] + 1  # a way that is known stays good
+    town.transceiver.recv(2048)
+    assert town.quiet()
+
+
+def test_what_is_no_frame_is_dropped_and_counted(tmp_path, stack):
+    town = crossing.Crossing(tmp_path, stack, faces=1)
+    _, header, text = town.call(1)
+    to, found = face_of(town)
+    relay = stack.enter_context(crossing.bound())
+    relay.sendto(b"", to)
+    relay.sendto(header[:31], to)
+    relay.sendto(b"\xc5\x02" + header[2:] + crossing.MEDIA, to)
+    relay.sendto(frame.MAGIC + b"\x02" + header[5:] + crossing.MEDIA, to)
+    town.settle()
+    assert found()["DROPPED_BAD_FRAME"] == 4
+    relay.sendto(header + b"\x80" * 1501, to)
+    relay.sendto(backbone.frame.MAGIC[:2] + b"\x07\0" + header[4:] + b"body", to)
+    relay.sendto(header + town.check(text)[:-1], to)
+    forged = text[:-3] + ("AAE" if not text.endswith("AAE") else "AAI")
+    relay.sendto(header + town.check(forged), to)
+    town.settle()
+    now = found()
+    assert now["DROPPED_OVERSIZED"] == now["DROPPED_BAD_TAG"] == 1
+    assert now["DROPPED_STUN_TRUNCATED"] == now["DROPPED_UFRAG_FORGED"] == 1
+    assert town.quiet()
+
+
+def test_media_of_a_stranger_is_asked_about_within_a_budget(tmp_path, stack):
+    town = crossing.Crossing(tmp_path, stack, faces=1)
+    to, found = face_of(town)
+    relay = stack.enter_context(crossing.bound())
+    relay.setblocking(False)
+    asked = 0
+    for number in range(transit.QUESTIONS_PER_S + 100):
+        relay.sendto(frame.header("192.0.2.1", number + 1) + crossing.MEDIA, to)
+        if number % 50 == 49:
+            town.settle()
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    octets = relay.recv(100)
+                    assert backbone.is_message(octets[:32])
+                    asked += 1
+    assert asked == transit.QUESTIONS_PER_S
+    assert found()["DROPPED_UNKNOWN_CLIENT"] == transit.QUESTIONS_PER_S + 100
+
+
+@pytest.mark.parametrize("text", ["forged", "elsewhere", "unknown"])
+def test_an_introduction_leads_to_transceivers_of_this_cluster_alone(tmp_path, stack, text):
+    town = crossing.Crossing(tmp_path, stack, faces=1)
+    to, found = face_of(town)
+    home, address, port = town.home
+    wide = ufrag.Cluster(9 if text == "unknown" else 1, home.prefix, 1, 65535)
+    ufrags = {
+        "forged": "A" * 23,
+        "elsewhere": ufrag.mint(town.keyring, wide, address, port - 1, 1),
+        "unknown": ufrag.mint(town.keyring, wide, address, port, 1),
+    }
+    relay = stack.enter_context(crossing.bound())
+    tags = backbone.Tags(town.keyring, False)
+    header = frame.header("192.0.2.1", 5)
+    relay.sendto(tags.introduction(header, ufrags[text].encode(), True), to)
+    relay.sendto(header + crossing.MEDIA, to)
+    town.settle()
+    assert found()["DROPPED_RECOVERED_INVALID"] == 1 and "FORWARDED" not in found()
+
+
+def test_where_tags_are_used_nothing_passes_without_one(tmp_path, stack):
+    town = crossing.Crossing(tmp_path, stack, faces=1, tag=False, face_tag=True)
+    sock, header, text = town.client(1)
+    to, found = face_of(town)
+    sock.send(town.check(text))
+    sock.send(crossing.MEDIA)
+    town.settle()
+    assert found() == {"RECEIVED": 2, "DROPPED_BAD_TAG": 2}
+    relay = stack.enter_context(crossing.bound())
+    tags, others = backbone.Tags(town.keyring, True), backbone.Tags(town.keyring, False)
+    for message in (others.probe(b"12345678"), others.introduction(header, text.encode(), True)):
+        relay.sendto(message, to)
+    wrong = header[:28] + bytes([*tags.stamp(header)[:3], tags.stamp(header)[3] ^ 1])
+    relay.sendto(wrong + town.check(text), to)
+    relay.sendto(tags.introduction(wrong, text.encode(), True), to)
+    town.settle()
+    assert found() == {"RECEIVED": 6, "DROPPED_BAD_TAG": 6}
+    right = header[:28] + tags.stamp(header)
+    relay.sendto(right + town.check(text), to)
+    town.settle()
+    assert town.transceiver.recv(2048)[:32] == right
+
+
+def test_a_frame_with_another_clients_tag_is_none(tmp_path, stack):
+    town = crossing.Crossing(tmp_path, stack, faces=1, tag=True)
+    _, header, _ = town.call(1)
+    to, found = face_of(town)
+    tags = backbone.Tags(town.keyring, True)
+    relay = stack.enter_context(crossing.bound())
+    other = frame.header("192.0.2.9", 9)[:28] + tags.stamp(header)
+    relay.sendto(other + crossing.MEDIA, to)
+    town.settle()
+    assert found()["DROPPED_BAD_TAG"] == 1
+
+
+def test_tags_rotate_with_the_keys_and_nothing_is_lost(tmp_path, stack):
+    """Relays get the new key one by one, mint with it one by one, and lose the old one at last."""
+    town = crossing.Crossing(tmp_path, stack, faces=2, tag=True)
+    calls = [town.call(nonce)[:2] for nonce in range(6)]
+    new = "1 " + "43" * 32 + "\n"
+    # First everybody knows both and uses the old one, then everybody the new one.
+    for order in (new + crossing.KEYS, crossing.KEYS + new):
+        for node in town.nodes:
+            (node.path.parent / "keys").write_text(order)
+            node.worker = node.successor()
+            for sock, header in calls:
+                town.passes(sock, header)
+    for node in town.faces:
+        found = counted(node.worker._face.inbound_ledger)
+        assert not [name for name in found if name.startswith("DROPPED")], found
+
+
+# --- whose answers go where -----------------------------------------------------------------------
+
+
+def test_answers_go_by_the_entrance_that_is_used(tmp_path, stack):
+    """A client with two ways in has one address: it is answered by the one it sent by last."""
+    town = crossing.Crossing(tmp_path, stack, faces=1)
+    sock, header, text = town.call(1)
+    to, _ = face_of(town)
+    second = stack.enter_context(crossing.bound())
+    second.sendto(header + town.check(text), to)
+    town.settle()
+    framed, back = town.transceiver.recvfrom(2048)
+    town.transceiver.sendto(framed[:32] + b"\x01\x01 answer", back)
+    town.settle()
+    assert second.recv(2048) == header + b"\x01\x01 answer"
+    town.passes(sock, header)
+    second.sendto(header + crossing.MEDIA, to)
+    town.settle()
+    _, back = town.transceiver.recvfrom(2048)
+    town.transceiver.sendto(header + b"\x80 media", back)
+    town.settle()
+    assert second.recv(2048) == header + b"\x80 media"
+    town.passes(sock, header)
+    assert town.quiet()
+
+
+def test_transceivers_send_to_clients_of_their_own_alone(tmp_path, stack):
+    town = crossing.Crossing(tmp_path, stack, faces=1)
+    sock, header, _ = town.call(1)
+    node = town.faces[0]
+    to = node.shared.faces[0].inner.getsockname()
+    stranger = stack.enter_context(crossing.bound())
+    stranger.sendto(header + b"\x80 no", to)
+    town.transceiver.sendto(frame.header("192.0.2.1", 5) + b"\x80 nobody's", to)
+    town.transceiver.sendto(header[:20], to)
+    town.settle()
+    found = counted(node.worker._face.outbound_ledger)
+    assert found["DROPPED_NOT_TRANSCEIVER"] == 1
+    assert found["DROPPED_UNKNOWN_CLIENT"] == found["DROPPED_BAD_FRAME"] == 1
+    assert town.quiet()
+    town.passes(sock, header)
+
+
+def test_idle_clients_are_forgotten_with_their_way_back(tmp_path, stack):
+    town = crossing.Crossing(tmp_path, stack, faces=1)
+    _, header, _ = town.call(1)
+    face = town.faces[0].worker._face
+    assert set(face._backs) == {header} == set(face.flows.hops)
+    now = time.monotonic()
+    for seconds in range(0, 240, 1):
+        face.sweep(now + seconds)
+    assert not face._backs and not face.flows.hops
+
+
+# --- a process may die at any instruction ---------------------------------------------------------
+
+
+def burst(town, calls):
+    """More of everything than one step takes; returns what has to arrive."""
+    wanted = []
+    for number, (sock, header, _) in enumerate(calls):
+        for i in range(3):
+            payload = b"\x80" + bytes([number, i]) * 20
+            sock.send(payload)
+            wanted.append(header + payload)
+    town.settle(town.faces[0])
+    return sorted(wanted)
+
+
+@pytest.mark.parametrize("way", ["inbound", "outbound"])
+@pytest.mark.parametrize("tag", [False, True], ids=["plain", "tagged"])
+def test_a_face_that_dies_loses_and_doubles_nothing(tmp_path, stack, way, tag):
+    town = crossing.Crossing(tmp_path, stack, faces=1, tag=tag, batch=8)
+    calls = [town.call(nonce) for nonce in range(3)]
+    node = town.faces[0]
+    n = deaths = 0
+    while True:
+        wanted = burst(town, calls)
+        if way == "outbound":
+            town.settle()
+            framed = [town.transceiver.recvfrom(2048) for _ in wanted]
+            for octets, back in framed:
+                town.transceiver.sendto(octets, back)
+            wanted = sorted(octets[32:] for octets, _ in framed)
+        step = getattr(node.worker._face, way)
+        died = test_takeover.dies_at(step, n, "line")
+        deaths += died
+        node.worker = node.successor()
+        node.worker.take_over()
+        town.settle()
+        socks = [town.transceiver] if way == "inbound" else [sock for sock, *_ in calls]
+        found = [octets for sock in socks for octets in test_takeover.received(sock)]
+        if way == "inbound":
+            found = [octets[:28] + bytes(4) + octets[32:] for octets in found]
+        assert sorted(found) == wanted, f"died at line {n}"
+        if not died:
+            break
+        n += 1
+    assert deaths > 20
+    for ledger in node.worker._face.inbound_ledger, node.worker._face.outbound_ledger:
+        assert not [name for name in counted(ledger) if name.startswith("DROPPED")]
+
+
+def test_a_successor_knows_all_clients_and_their_ways_back(tmp_path, stack):
+    town = crossing.Crossing(tmp_path, stack, faces=2, tag=True)
+    calls = [town.call(nonce) for nonce in range(10)]
+    before = [dict(node.worker._face._backs) for node in town.faces]
+    for node in town.nodes:
+        node.worker = node.successor()
+    assert [dict(node.worker._face._backs) for node in town.faces] == before
+    for sock, header, _ in calls:
+        town.passes(sock, header)
+    # What a torn entry says is not believed: the client's next datagram writes it again.
+    for node in town.faces:
+        node.shared.faces[0].memory.section("backs")[:] = b"\xff" * len(
+            node.shared.faces[0].memory.section("backs")
+        )
+        node.worker = node.successor()
+        assert not node.worker._face._backs
+    for sock, header, _ in calls:
+        town.passes(sock, header)
