@@ -8,7 +8,7 @@ says where addresses are, and what of either is believed.
 Rules that stay true:
 - A header counts if the connection it came by is a trusted proxy's, and if it stands there once:
   of two that contradict each other one is the client's own.
-- A header that says nothing that can be used is as good as none.
+- A header that says nothing that can be used is as good as none, such as the country `XX`.
 - The file is read whole. One that is written over in place would end a process that had mapped it
   into its memory; so it goes on with what it has read. That takes as much memory as the file, and
   50 us a look-up.
@@ -29,6 +29,7 @@ from typing import Any
 
 import maxminddb
 
+import countries
 import front
 import settings
 import steering
@@ -70,10 +71,10 @@ class Geography:
         if any((remote or "") in prefix for prefix in self._trusted):
             latitude = _number(_one(headers, self._table.latitude_header))
             longitude = _number(_one(headers, self._table.longitude_header))
-            if latitude is not None and longitude is not None:
+            if steering.position(latitude, longitude) is not None:
                 return steering.Request(latitude, longitude, key=key)
             country = _country(_one(headers, self._table.country_header))
-            if country is not None:
+            if country in countries.CENTRES:
                 return steering.Request(country=country, key=key)
         return self.of(client, key)
 
@@ -146,6 +147,6 @@ def _number(text: str | None) -> float | None:
 
 
 def _country(code: Any) -> str | None:
-    """A country's code; also one that nobody knows: that is steering's to say."""
+    """What can be a country's code."""
     found = isinstance(code, str) and len(code) == 2 and code.isascii() and code.isalpha()
     return code.upper() if found else None

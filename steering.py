@@ -174,7 +174,7 @@ class Steering:
         self._named, self._home = named, home
         self._entrances = _Field(
             {
-                site.name: (site.name, _position(site.latitude, site.longitude), site.capacity)
+                site.name: (site.name, position(site.latitude, site.longitude), site.capacity)
                 for site in sites
             },
             busy,
@@ -184,7 +184,7 @@ class Steering:
             {
                 place.id: (
                     f"cluster {place.id}",
-                    _position(place.latitude, place.longitude),
+                    position(place.latitude, place.longitude),
                     place.capacity,
                 )
                 for place in places
@@ -227,7 +227,7 @@ class Steering:
 
     def _where(self, request: Request, notes: _Notes) -> tuple[float, float] | None:
         """Where the client is taken to be; None if nothing says it."""
-        found = _position(request.latitude, request.longitude)
+        found = position(request.latitude, request.longitude)
         if found is not None:
             notes.append(("The client is at {:.2f}, {:.2f}.", found))
             return found
@@ -447,7 +447,7 @@ class _Listed(NamedTuple):
         return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _position(latitude: float | None, longitude: float | None) -> tuple[float, float] | None:
+def position(latitude: float | None, longitude: float | None) -> tuple[float, float] | None:
     """Coordinates that can be used: None for none, and for such as are not on Earth."""
     if latitude is None or longitude is None:
         return None
