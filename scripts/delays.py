@@ -242,6 +242,7 @@ class Fabric:
             finally:
                 os._exit(code)
         control.close()
+        self._ask("report")  # it runs
 
     def close(self) -> None:
         """End the router and let go of the hosts."""

@@ -42,6 +42,7 @@ def path(lab: Lab) -> Figures:
                 "late_p50_ms": round(late[len(late) // 2], 3),
                 "late_p99_ms": round(late[len(late) * 99 // 100], 3),
                 "latest_ms": round(late[-1], 3),
+                "router_late_p99_ms": report.late_ms["p99"],
                 "router_cpu": report.cpu_share,
             }
         )

@@ -21,7 +21,7 @@ SETTLE_S = 1.5
 REGAINED_S = 3.0
 """How long is listened after something has happened, and after it is whole again."""
 
-SITE_PATIENCE_S = 40.0
+SITE_PATIENCE_S, BROWSER_PATIENCE_S = 40.0, 17.0
 """After a site is lost: aioice gives up after 24 to 36 s, Chromium after 15."""
 
 OLD_S = 45.0
@@ -114,13 +114,13 @@ SITE_WORDS = {
 
 def _lose_site(lab: Lab, estate: Estate, name: str, age_s: float) -> Figures:
     region, browser = name.partition("/")[0], "/" in name
-    talk_s = 6.0 if lab.quick else 24.0
+    talk_s = 12.0 if lab.quick else 24.0
     with talking(estate, name, talk_s, age_s) as talk:
         lab.must(len(talk.relays) >= 2, "the answer names fewer than two sites")
         entry = talk.carrier()[0]
         age = time.monotonic() - talk.begun
         at = estate.lose_site(region)
-        patience_s = 4.0 if lab.quick else 14.0 if browser else SITE_PATIENCE_S
+        patience_s = BROWSER_PATIENCE_S if browser else SITE_PATIENCE_S
         state = _until_heard(talk, at, patience_s)
         heard = talk.around(at)
         states = [(round(when - at, 1), what) for when, what in state["states"] if when >= at]
