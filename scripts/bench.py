@@ -9,9 +9,9 @@
 
 Everything runs on loopback and is started and ended here: the relay as an operator would start it
 (rig.py), and its clients and their transceiver in this process (load.py), which keeps to one CPU,
-the relay to the others where there are any. What is measured is in losses.py and costs.py, and of
-a transceiver in capacity.py, setup_times.py, passage.py, quality.py and churn.py, of signaling in
-offers.py.
+the relay to the others where there are any. What is measured is in losses.py, costs.py and
+tiers.py, and of a transceiver in capacity.py, setup_times.py, passage.py, quality.py and churn.py,
+of signaling in offers.py.
 
 Rules that stay true:
 - What must hold exactly (nothing lost or twice, the law of the counters, flows unchanged) and did
@@ -46,6 +46,7 @@ import offers
 import passage
 import quality
 import setup_times
+import tiers
 import typer
 from load import Figures, Load
 from rig import Setting, Skip
@@ -54,7 +55,7 @@ import host
 import settings
 
 Parts = Mapping[str, Callable[[Setting], Figures]]
-PARTS = losses.PARTS | costs.PARTS
+PARTS = losses.PARTS | costs.PARTS | {"transit": tiers.transit}
 
 
 def _passage(setting: Setting) -> Figures:

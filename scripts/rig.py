@@ -29,7 +29,6 @@ from load import PATIENCE_S, Figures
 
 import flows
 import handover
-import host
 import settings
 import ufrag
 
@@ -306,9 +305,11 @@ class Relay:
 
     def attach(self) -> None:
         """Look into its memory; what is seen stays readable after its end."""
-        table = settings.load(self.config, settings.Relay).relay
-        found = host.attach(handover.state_file(table), handover.LAYOUT, handover.MEMORY)
-        self.memories = found[:-1]  # the last is the relay's own
+        self.memories = handover.Running.of(self.table()).workers
+
+    def table(self) -> settings.RelayTable:
+        """Its settings."""
+        return settings.load(self.config, settings.Relay).relay
 
     def workers_now(self) -> dict[int, int]:
         """Process ids of the workers by their number, those that are alive."""
