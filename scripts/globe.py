@@ -42,6 +42,16 @@ MOBILE_SHARE = 0.55
 SCATTER_KM = 60.0
 """Callers live around the city that the table has, within a normal distribution of this sigma."""
 
+ASSUMED = {
+    "latency": (
+        f"great circle at 2/3 c times {BACKBONE_STRETCH} on the backbone, {PUBLIC_STRETCH:.2f} in"
+        f" the median on the public Internet (log sigma {PUBLIC_SPREAD}), and an access line of"
+        f" {FIXED_MS:.0f} ms (fixed) or {MOBILE_MS:.0f} ms (mobile, {MOBILE_SHARE:.0%} of"
+        f" callers) in the median, sigma {ACCESS_SPREAD}"
+    ),
+    "callers": "internet users by place (globe.csv), without hours of the day",
+}
+
 SITES = {
     "Ashburn": (39.0, -77.5),
     "Chicago": (41.9, -87.6),
@@ -166,15 +176,25 @@ def kilometres(latitude: Floats, longitude: Floats, there: tuple[float, float]) 
     return found
 
 
+def vectors(latitude: Floats, longitude: Floats) -> Floats:
+    """Unit vectors: the nearer two places, the larger the scalar product of theirs."""
+    up, around = np.radians(latitude), np.radians(longitude)
+    flat = np.cos(up)
+    return np.stack([flat * np.cos(around), flat * np.sin(around), np.sin(up)], axis=1)
+
+
 def glass_ms(distance_km: Floats | float, stretch: Floats | float) -> Floats:
     """Round trip in the network alone."""
     return np.asarray(2 * np.asarray(distance_km) * stretch / GLASS_KM_MS)
 
 
-def first_hop_ms(callers: Callers, there: tuple[float, float]) -> Floats:
-    """Round trip of each caller to a place, over the public Internet, its own line included."""
-    distance = kilometres(callers.latitude, callers.longitude, there)
-    return glass_ms(distance, callers.stretch) + callers.access_ms
+def trips_ms(
+    callers: Callers, there: tuple[float, float], who: npt.NDArray[np.int64] | slice = slice(None)
+) -> Floats:
+    """Round trip of each caller (or of these) to a place, over the public Internet, its own line
+    included."""
+    distance = kilometres(callers.latitude[who], callers.longitude[who], there)
+    return glass_ms(distance, callers.stretch[who]) + callers.access_ms[who]
 
 
 def between_ms(one: tuple[float, float], other: tuple[float, float]) -> float:
