@@ -35,6 +35,7 @@ import orjson
 import typer
 from aiohttp import web
 
+import advice
 import calls
 import door
 import intake
@@ -49,6 +50,7 @@ import pipecat
 import roster
 import settings
 import sideband
+import sites
 import whip
 
 log = logging.getLogger("signaling")
@@ -398,6 +400,56 @@ def run(config: _Config, log_format: _LogFormat = "text") -> None:
     except OSError as error:
         typer.echo(f"signaling: cannot serve at {found.signaling.listen}: {error}", err=True)
         raise typer.Exit(os.EX_UNAVAILABLE) from error
+
+
+@cli.command()
+def steer(
+    config: _Config,
+    lat: Annotated[float | None, typer.Option(help="Where the client is, in degrees.")] = None,
+    lon: Annotated[float | None, typer.Option(help="East is positive.")] = None,
+    country: Annotated[str | None, typer.Option(help="Its country, two letters.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Its address: where it is, says steering.database.")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why, too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="As JSON, with the reasons.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Ask the sites' relays how they are.")
+    ] = False,
+    site_down: Annotated[
+        list[str] | None, typer.Option(help="Suppose that this site were lost.", metavar="NAME")
+    ] = None,
+    load: Annotated[
+        list[str] | None, typer.Option(help="Suppose its load: 0.9.", metavar="NAME=LOAD")
+    ] = None,
+    cluster_down: Annotated[
+        list[int] | None, typer.Option(help="Suppose that this cluster were lost.", metavar="ID")
+    ] = None,
+    cluster_load: Annotated[
+        list[str] | None, typer.Option(help="Suppose its load.", metavar="ID=LOAD")
+    ] = None,
+) -> None:
+    """Say to which relays and clusters a client would be sent, and why."""
+    question = advice.Question(
+        lat,
+        lon,
+        country,
+        address,
+        site_down or (),
+        load or (),
+        cluster_down or (),
+        cluster_load or (),
+    )
+    try:
+        found = settings.load(config, settings.Signaling)
+        heard = asyncio.run(sites.Sites(found).asked()) if live else None
+        decision = advice.answer(found, question, heard)
+    except (settings.SettingsError, advice.Wrong) as error:
+        typer.echo(f"signaling: {error}", err=True)
+        wrong = os.EX_USAGE if isinstance(error, advice.Wrong) else os.EX_CONFIG
+        raise typer.Exit(wrong) from error
+    shown = advice.explained if explain else advice.plain
+    typer.echo((advice.as_json if json else shown)(decision))
 
 
 @cli.command()

@@ -97,14 +97,7 @@ class Sites:
     @asynccontextmanager
     async def followed(self) -> AsyncIterator[None]:
         """While it lasts, the relays are asked."""
-        session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
-            connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,  # what is bounded is what comes
-            headers={"Accept-Encoding": "identity"},
-        )
-        async with session:
+        async with _session() as session:
             self._http = session
             self._follow()
             try:
@@ -116,6 +109,19 @@ class Sites:
                     task.cancel()
                 if tasks:
                     await asyncio.wait(tasks)
+
+    async def asked(self) -> dict[str, State]:
+        """Ask all of them now, as often as it takes to know which relays are lost, and say how they
+        are: for who wants to know it once."""
+        async with _session() as http:
+            for _ in range(standing.MISSES):
+                questions = [
+                    (name, at) for name, each in self._tables.items() for at in each.status
+                ]
+                await asyncio.gather(*(self._ask(http, name, at) for name, at in questions))
+                if not any(each.silent() for each in self._standings.values()):
+                    break
+        return self.states()
 
     def _follow(self) -> None:
         if self._http is None:
@@ -167,6 +173,16 @@ class Sites:
             log.warning("site %s has less room: %s", name, ", ".join(ailments))
         else:
             log.warning("site %s gets no clients: %s", name, ", ".join(ailments))
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,  # what is bounded is what comes
+        headers={"Accept-Encoding": "identity"},
+    )
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

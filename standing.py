@@ -100,6 +100,10 @@ class Standing:
             if not each.serves
         ]
 
+    def silent(self) -> bool:
+        """True while a relay does not answer, and is not yet lost for it."""
+        return any(0 < each.misses < MISSES for each in self._relays.values())
+
     def _flows(self, relays: Iterable[_Relay]) -> int:
         return sum(each.flows for each in relays) + self._new + self._settling
 

@@ -207,7 +207,8 @@ class Steering:
         where = self._where(request, notes)
         relays: list[tuple[Site, Endpoint]] = []
         if self.sites:
-            first, rest = self._entrances.ranked(where, digest, sites, notes)
+            title = "Sites, nearest first" if where else "Sites, as its lot has them"
+            first, rest = self._entrances.ranked(where, digest, sites, notes, title)
             relays = self._relays(first, rest, digest)
             entrance = self.sites[first]
             where = entrance.latitude, entrance.longitude
@@ -220,7 +221,9 @@ class Steering:
                 notes.append(("There is no other site where it could go on.", ()))
         chosen: list[int] = []
         if self.places:
-            first, rest = self._clusters.ranked(where, digest, clusters, notes)
+            near = f"nearest to {self.sites[first].name} first" if relays else "nearest first"
+            title = f"Clusters, {near}" if where else "Clusters, as its lot has them"
+            first, rest = self._clusters.ranked(where, digest, clusters, notes, title)
             chosen = [self.places[at].id for at in (first, *rest)]
             notes.append(("Its call goes to cluster {}.", (chosen[0],)))
         return Decision(tuple(chosen), tuple(relays), tuple(notes))
@@ -302,10 +305,11 @@ class _Field:
         digest: int,
         states: Mapping[Any, State],
         notes: _Notes,
+        title: str,
     ) -> tuple[int, Iterator[int]]:
         """Which one has the client, and all others in the order in which it would go on."""
         order = self._drawn(digest) if where is None else self._nearest(where)
-        notes.append(("In this order: {}.", (_Listed(self._labels, order, where is not None),)))
+        notes.append(("{}: {}.", (title, _Listed(self._labels, order, where is not None))))
         if not states:
             notes.append(("Nothing is known of their health: all are taken to be healthy.", ()))
         first = self._keeper(order, digest, states, notes)
@@ -344,7 +348,7 @@ class _Field:
         lost: int = -1,
     ) -> int | None:
         """The first that keeps this client; None if none is healthy. `lost` counts as unhealthy."""
-        moving = 0.0  # what the unhealthy ones had that would have kept this client
+        moving = 0.0  # how many go on from here as this client does, since somebody is unhealthy
         for _, at in order:
             healthy, load, capacity = states.get(self._keys[at], UNKNOWN)
             if load > self._busy:
@@ -358,11 +362,7 @@ class _Field:
                     continue
             if capacity is None:
                 capacity = self._capacities[at]
-            if not healthy or at == lost:
-                moving += load * capacity
-                if notes is not None:
-                    notes.append(("{} is not healthy.", (self._labels[at],)))
-                continue
+            had = load * capacity
             if moving > 0.0:
                 room = max(0.0, self._busy - load) * capacity
                 if _draw(digest, self.salts[at] ^ _MOVED) * moving >= room:
@@ -371,6 +371,13 @@ class _Field:
                         text = "{} has no room for all who come from there: not for this one."
                         notes.append((text, (self._labels[at],)))
                     continue
+                had += min(room, moving)
+            if not healthy or at == lost:
+                # It would have kept this client, too: who moves on is who was or would be here.
+                moving = had
+                if notes is not None:
+                    notes.append(("{} is not healthy.", (self._labels[at],)))
+                continue
             return at
         return self._any(order, digest, states, notes, lost)
 

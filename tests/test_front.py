@@ -162,3 +162,10 @@ def test_only_signaling_s_clusters_have_a_place(tmp_path: Path) -> None:
     path.write_text(text + cluster + PLACED)
     with pytest.raises(settings.SettingsError, match="unknown field `latitude`"):
         settings.load(path, settings.Relay)
+
+
+def test_the_example_of_several_sites_is_good() -> None:
+    path = Path(__file__).resolve().parent.parent / "config" / "global" / "signaling.toml"
+    found = settings.load(path, settings.Signaling)
+    assert [site.name for site in found.site] == ["frankfurt", "virginia", "tokyo"]
+    assert found.steering and found.steering.country_header

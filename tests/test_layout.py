@@ -131,6 +131,7 @@ IMPORTERS = {
         "presence",
         "remote",
         "channel",
+        "advice",
         "journal",
         "monitor",
         "realtime",

@@ -54,7 +54,7 @@ coordinates = st.floats(allow_nan=True, allow_infinity=True) | st.floats(-180, 1
 requests = st.builds(
     Request, coordinates, coordinates, st.none() | st.text(max_size=3), st.binary(max_size=20)
 )
-states = st.builds(State, st.booleans(), st.floats(0, 3))
+states = st.builds(State, st.booleans(), st.floats(0, 3), st.none() | st.integers(0, 5000))
 healths = st.dictionaries(st.sampled_from(list(PLACES)), states)
 cluster_healths = st.dictionaries(st.sampled_from([1, 2, 3]), states)
 some_sites = st.lists(
@@ -399,10 +399,10 @@ def test_the_reasons_are_readable() -> None:
     text = "\n".join(found.why)
     for part in (
         "The client is somewhere in JP: taken to be at 35.6, 137.6.",
-        "tokyo (190 km), singapore (5",
+        "Sites, nearest first: tokyo (190 km), singapore (5",
         "and 6 more.",
         "tokyo has a load of 0.90 and gives 50% of its clients away, ",
-        "In this order: cluster 3 (0 km), cluster 1 (",
+        "Clusters, nearest to tokyo first: cluster 3 (0 km), cluster 1 (",
         "Its call goes to cluster 3.",
     ):
         assert part in text, text
