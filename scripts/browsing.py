@@ -148,6 +148,16 @@ class Surfer:
             "by": self._by(),
         }
 
+    def _checks(self, count: int = 5) -> list[float]:
+        """Round trips of the browser's own checks in milliseconds, on the pair that carries the
+        call: the latest ones, a look a second."""
+        found = []
+        for _ in range(count):
+            self._page.wait_for_timeout(1_000)
+            pairs = self._page.evaluate(PAIRS)
+            found += [each["rtt"] * 1e3 for each in pairs if each["chosen"] and each["rtt"]]
+        return found
+
     def _until(self, event: str, count: int = 1, most_s: float = 60.0) -> float:
         self._page.wait_for_function(
             "([event, count]) => (seen.events[event] ?? 0) >= count",

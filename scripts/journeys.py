@@ -94,12 +94,13 @@ def ways(lab: Lab) -> Figures:
     """Each region, by its nearest site and straight to the cluster; medians of some calls."""
     rows, estate = [], lab.estate()
     estate.fabric.report()
-    for region in lab.plan.callers:
-        by_site = _way(lab, estate, region, None)
-        plainly = _way(lab, estate, region, by_site["cluster"])
-        near = estate.nearest(region).id
+    browsers = [] if lab.quick else [f"{region}/chromium" for region in lab.plan.browsers]
+    for name in (*lab.plan.callers, *browsers):
+        by_site = _way(lab, estate, name, None)
+        plainly = _way(lab, estate, name, by_site["cluster"])
+        near = estate.nearest(name.partition("/")[0]).id
         rows += [by_site | {"cluster_nearest_by_time": near}, plainly]
-        lab.say(f"{region}: {by_site['end_to_end_ms']} ms, {plainly['end_to_end_ms']} without")
+        lab.say(f"{name}: {by_site['end_to_end_ms']} ms, {plainly['end_to_end_ms']} without")
     return {
         "rows": rows,
         "gain": _gain(rows),
@@ -108,20 +109,21 @@ def ways(lab: Lab) -> Figures:
     }
 
 
-def _way(lab: Lab, estate: Estate, region: str, straight_to: int | None) -> Figures:
+def _way(lab: Lab, estate: Estate, name: str, straight_to: int | None) -> Figures:
     """The medians of some calls."""
-    calls = [_set_up(estate, region, straight_to) for _ in range(1 if lab.quick else 3)]
-    row: Figures = {"caller": region, "way": "global" if straight_to is None else "public"}
-    for name, first in calls[0].items():
-        values = [call[name] for call in calls if call[name] is not None]
-        timed = name.endswith("_ms") and values
-        row[name] = round(statistics.median(values), 1) if timed else first
+    calls = [_set_up(estate, name, straight_to) for _ in range(1 if lab.quick else 3)]
+    row: Figures = {"caller": name, "way": "global" if straight_to is None else "public"}
+    for figure, first in calls[0].items():
+        values = [call[figure] for call in calls if call[figure] is not None]
+        timed = figure.endswith("_ms") and values
+        row[figure] = round(statistics.median(values), 1) if timed else first
     return row
 
 
 WORDS = {
     "first_hop_ms": "ICMP echo to where the call enters: its host, none of its programs",
-    "end_to_end_ms": "STUN check on the call's own path, answered by the transceiver",
+    "end_to_end_ms": "STUN check on the call's own path, answered by the transceiver; of Chromium"
+    " the one that it has made last",
     "answered_ms": "POST to answer in hand, a fresh TCP connection included, without TLS, over the"
     " public internet: `global` asks the signaling of the cluster nearest by time, `public` that of"
     " the owning cluster",
@@ -130,23 +132,25 @@ WORDS = {
 }
 
 
-def _set_up(estate: Estate, region: str, straight_to: int | None) -> Figures:
+def _set_up(estate: Estate, name: str, straight_to: int | None) -> Figures:
     """One call and its figures."""
-    voice, fabric = estate.voices[region], estate.fabric
+    voice, fabric, region = estate.voices[name], estate.fabric, name.partition("/")[0]
     url = estate.door(estate.nearest(region))
     if straight_to is not None:
         url = estate.door(estate.clusters[straight_to], plain=True)
     fabric.watch()
     call = voice.ask("call", url=url, key=estate.key, headers=estate.headers(region))
     checks = voice.ask("checks", count=5)
-    echoes = voice.ask("echo", to=call["by"], count=5)
+    call["by"] = voice.ask("state")["by"]  # a browser may have chosen another one since
+    echoes = estate.voices[region].ask("echo", to=call["by"], count=5)
     seen = fabric.seen()
-    first = hearing.first_after(seen, "received", region, call["posted"])
+    first = hearing.first_after(seen, "received", name, call["posted"])
     heard = [each.host for each in seen if each.point == "heard" and each.at >= call["answered"]]
     voice.ask("hangup")
     owner = int(heard[-1].rpartition("-")[2]) if heard else None
     return {
         "cluster": owner,
+        "told": [estate.host_of(each) for each in call["relays"]],
         "enters_at": estate.host_of(call["by"]),
         "first_hop_ms": statistics.median(echoes) if echoes else None,
         "end_to_end_ms": statistics.median(checks),

@@ -57,14 +57,14 @@ SMALL = 0.1
 
 def plan(quick: bool, chromium: bool, public_factor: float, loss: float) -> Plan:
     """What is to be built."""
-    browsers = ("tokyo",) if chromium else ()
+    browsers = ("tokyo", "singapore") if chromium else ()
     if quick:
         model = world.Model(public_factor=public_factor, loss=loss, scale=SMALL)
         return Plan(
             sites=("tokyo", "frankfurt"),
             clusters=("frankfurt",),
             callers=("tokyo",),
-            browsers=browsers,
+            browsers=browsers[:1],
             transceivers=1,
             model=model,
         )

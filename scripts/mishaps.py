@@ -18,7 +18,7 @@ Figures = dict[str, Any]
 SETTLE_S = 1.5
 """Of a reply that flows, before something happens."""
 
-REGAINED_S = 3.0
+LISTENED_S = 2.5
 """How long is listened after something has happened, and after it is whole again."""
 
 SITE_PATIENCE_S, BROWSER_PATIENCE_S = 40.0, 17.0
@@ -93,15 +93,16 @@ def site(lab: Lab) -> Figures:
     rows: list[Figures] = []
     estate, region = lab.estate(), lab.plan.callers[0]
     cases = [] if lab.quick and lab.plan.browsers else [(region, 0.0)]
-    for name in lab.plan.browsers:
+    for name in {region} & set(lab.plan.browsers):
         cases += [(f"{name}/chromium", age_s) for age_s in ((0.0,) if lab.quick else (0.0, OLD_S))]
     for name, age_s in cases:
         row = _lose_site(lab, estate, name, age_s)
         if not rows:
             row |= _new_callers(lab, estate, region)
         rows.append(row)
-        estate.site_back(region)
-        time.sleep(NOTICED_S)
+        if len(rows) < len(cases):
+            estate.site_back(region)
+            time.sleep(NOTICED_S)
     return {"rows": rows, "words": SITE_WORDS}
 
 
@@ -114,7 +115,7 @@ SITE_WORDS = {
 
 def _lose_site(lab: Lab, estate: Estate, name: str, age_s: float) -> Figures:
     region, browser = name.partition("/")[0], "/" in name
-    talk_s = 12.0 if lab.quick else 24.0
+    talk_s = 9.0 if lab.quick else 24.0
     with talking(estate, name, talk_s, age_s) as talk:
         lab.must(len(talk.relays) >= 2, "the answer names fewer than two sites")
         entry = talk.carrier()[0]
@@ -148,7 +149,7 @@ def _until_heard(talk: Talk, at: float, patience_s: float) -> Figures:
             for point in ("heard", "received")
         ]
         if all(back):
-            time.sleep(REGAINED_S)
+            time.sleep(LISTENED_S)
             return dict(talk.voice.ask("state"))
         if now > at + patience_s or state["state"] in ("closed", "failed"):
             return state
@@ -174,7 +175,9 @@ def _new_callers(lab: Lab, estate: Estate, lost: str) -> Figures:
     )
     voice.ask("hangup")
     told = [estate.host_of(each) for each in call["relays"]]
-    lab.must(estate.sites[lost].host not in told, f"new callers are still told of {told[0]}")
+    # Where there are but two, the second stands behind the first, in case it comes back.
+    known = told if len(estate.sites) > 2 else told[:1]
+    lab.must(estate.sites[lost].host not in known, f"new callers are still told of {told}")
     return {"new_callers_are_told": told, "new_caller_enters_at": estate.host_of(call["by"])}
 
 
@@ -187,7 +190,7 @@ def relay(lab: Lab) -> Figures:
             entry, hop, _ = talk.carrier()
             at = estate.fabric.lose(hop) if how == "host lost" else time.monotonic()
             estate.kill(hop)
-            time.sleep(REGAINED_S)
+            time.sleep(LISTENED_S)
             rows.append(_row(lab, talk, at, {"relay": hop, "how": how, "entered_at": entry}))
         estate.start_again(hop)
         estate.wait_ready(hop)
@@ -200,15 +203,15 @@ def transit(lab: Lab) -> Figures:
     rows, estate = [], lab.estate()
     region = lab.plan.callers[0]
     for _ in range(1 if lab.quick else 3):
-        with talking(estate, region, talk_s=8.0 if lab.quick else 12.0) as talk:
+        with talking(estate, region, talk_s=7.0 if lab.quick else 12.0) as talk:
             entry, hop, _ = talk.carrier()
             ends = [estate.fabric.hosts[name].addresses[0] for name in (entry, hop)]
             path = {"between": entry, "and": hop}
             at = estate.fabric.cut(*ends)
-            time.sleep(REGAINED_S)
+            time.sleep(LISTENED_S)
             rows.append(_row(lab, talk, at, {"what": "cut", **path}))
             at = estate.fabric.mend(*ends)
-            time.sleep(REGAINED_S)
+            time.sleep(LISTENED_S)
             rows.append(_row(lab, talk, at, {"what": "mended", **path}))
     return {"rows": rows}
 
@@ -226,4 +229,5 @@ def _row(lab: Lab, talk: Talk, at: float, about: Figures) -> Figures:
     return row
 
 
-PARTS = {"site": site, "relay": relay, "transit": transit}
+PARTS = {"relay": relay, "transit": transit, "site": site}
+"""The last one leaves a site lost."""
