@@ -13,11 +13,13 @@ that a frame comes from a relay with the keys.
 of a client go the same way, at every entrance, and an address that is lost moves its own sessions
 and no other.
 
-**Health.** Each address is probed and answers. One that has neither answered nor sent anything for
-`timeout_s` is lost. Traffic alone is believed half as long again, and no longer: a transceiver goes
-on sending for seconds where nothing of its client comes through any more. Sessions of a lost one
-are led to others and introduced there; it is chosen again once it has answered for `STEADY_S`. That
-it drains is in its answer, too. Where none can be reached, all of them are tried.
+**Health.** Each address is probed and answers: often where it has sessions and is silent, less so
+where traffic shows that it is there, once a second without sessions. One that has neither answered
+nor sent anything for `timeout_s` is lost. Traffic alone is believed half as long again and no
+longer: a transceiver goes on sending for seconds where nothing of its client comes through any
+more. Sessions of a lost one are led to others and introduced there; it is chosen again once it has
+answered for `STEADY_S`. That it drains is in its answer, too. Where none can be reached, all of
+them are tried.
 
 **Messages** are frames with a type in octet 2, which transceivers and clients never see:
 
@@ -55,10 +57,16 @@ import frame
 import ufrag
 
 PROBES = 5
-"""In one `timeout_s`, while there are sessions: three in a row may be lost."""
+"""In one `timeout_s`, of an address that has sessions and is silent: three in a row may be lost."""
+
+TALKING = 2.5
+"""How many times rarer is an address probed from which datagrams come: traffic shows most of it."""
 
 IDLE_S = 1.0
-"""Between two probes of an address while there are none."""
+"""Between two probes of an address without sessions."""
+
+USED_S = 10.0
+"""An address that nothing of a session came from for so long has none."""
 
 ONE_WAY = 1.5
 """How many `timeout_s` traffic alone is believed."""
@@ -196,10 +204,17 @@ class Way:
     number: int
     """Among all of them, in the order of the configuration."""
     cluster: int
+    salt: int
+    """What its weights are made with."""
     answered_at: float
     """When it last answered a probe. At first: when it was first asked."""
     heard_at: float
     """When anything came from there."""
+    used_at: float = float("-inf")
+    """When it last carried something of a session, or was chosen for one."""
+    probed_at: float = float("-inf")
+    busy: bool = False
+    """Whether it matters how soon it is found to be lost."""
     up: bool = True
     """Chosen before it has shown anything: a worker begins in the middle of calls."""
     steady_at: float = 0.0
@@ -218,7 +233,7 @@ class Backbone:
     """The ways of one worker to all clusters that are elsewhere."""
 
     seen: set[bytes]
-    """Socket addresses that datagrams came from. The hot path adds to it, `tend` empties it."""
+    """Socket addresses that frames came from. The hot path adds to it, `tend` empties it."""
     due: float
     """When `tend` has something to do again."""
     ways: dict[bytes, Way]
@@ -226,27 +241,45 @@ class Backbone:
 
     def __init__(self, groups: Mapping[int, Sequence[bytes]], timeout_s: float, now: float) -> None:
         """The transit addresses of each cluster by its id."""
-        self._groups, self._timeout_s, self._busy = groups, timeout_s, False
-        self.seen, self.due = set(), now
+        self._groups, self._timeout_s = groups, timeout_s
+        self._period_s = timeout_s / PROBES
+        self.seen = set()
+        self.due = self._planned_at = now
         self.ways = {}
         for cluster, names in groups.items():
             for name in names:
-                self.ways[name] = Way(len(self.ways), cluster, now, now)
+                self.ways[name] = Way(len(self.ways), cluster, _digest(name), now, now)
+        self.rank()
 
     def __contains__(self, cluster: int) -> bool:
         """Whether a cluster is reached this way."""
         return cluster in self._groups
 
+    def rank(self) -> None:
+        """Find out what there is to choose from: a change of a way shows after this."""
+        self._choice: dict[int, list[tuple[int, bytes]]] = {}
+        for cluster, names in self._groups.items():
+            ways = [(self.ways[name], name) for name in names]
+            best = [pair for pair in ways if pair[0].open]
+            best = best or [pair for pair in ways if pair[0].up] or ways
+            self._choice[cluster] = [(way.salt, name) for way, name in best]
+
     def choose(self, cluster: int, text: bytes) -> bytes:
-        """The way of the session with this ufrag, or of anything else that is told apart so.
+        """The way of the session with this ufrag: 1 us, and 0.2 for each address there is.
 
         Raises KeyError for a cluster that is not reached this way.
         """
-        names = self._groups[cluster]
-        for fits in (_OPEN, _UP, _ANY):
-            if found := [name for name in names if fits(self.ways[name])]:
-                break
-        return max(found, key=lambda name: hashlib.blake2b(text + name, digest_size=8).digest())
+        digest = _digest(text)
+        _, name = max([((digest ^ salt) * _FACTOR & _MASK, n) for salt, n in self._choice[cluster]])
+        self.use(name)
+        return name
+
+    def use(self, name: bytes) -> None:
+        """This way has a session: if it had none, it is asked at once whether it is there."""
+        way = self.ways[name]
+        way.used_at = _JUST_NOW
+        if not way.busy:
+            self.due = 0.0
 
     def same(self, one: bytes | None, other: bytes) -> bool:
         """Whether two socket addresses are transit addresses of one cluster."""
@@ -260,44 +293,70 @@ class Backbone:
             return False
         way.answered_at = way.heard_at = now
         way.round_trip_s = max(0.0, now - _time_of(body))
-        leave = bool(body[_PROBE_OCTETS]) and not way.draining
-        way.draining = bool(body[_PROBE_OCTETS])
-        return leave
+        drains, way.draining = way.draining, bool(body[_PROBE_OCTETS])
+        if drains != way.draining:
+            self.rank()
+        return way.draining and not drains
 
-    def tend(self, now: float, busy: bool) -> list[bytes]:
-        """The addresses that were lost since the last call. All are to be probed now.
+    def tend(self, now: float) -> tuple[list[bytes], list[bytes]]:
+        """The addresses to probe now, and those that were lost since the last call.
 
-        To be called when `due`. `busy`: there are sessions, and it matters how soon.
+        To be called when `due`.
         """
-        for name in self.seen & self.ways.keys():
-            self.ways[name].heard_at = now
-        self.seen.clear()
-        period_s = self._timeout_s / PROBES if busy else IDLE_S
-        if (busy and not self._busy) or now - self.due > period_s:
+        if now - self._planned_at > self._timeout_s:
             self._forgive(now)
-        self._busy, self.due = busy, now + period_s
-        return [name for name, way in self.ways.items() if self._judge(way, now)]
+        to_probe, lost, busy = [], [], False
+        for name, way in self.ways.items():
+            talks = name in self.seen
+            if talks or way.used_at == _JUST_NOW:
+                way.used_at = now
+            if talks:
+                way.heard_at = now
+            way.busy, was = now - way.used_at < USED_S, way.busy
+            if way.busy and not was and way.up:
+                way.answered_at = way.heard_at = now  # nobody had asked it often enough
+            period_s = self._period_s * (TALKING if talks else 1) if way.busy else IDLE_S
+            if now - way.probed_at >= period_s * 0.95:
+                way.probed_at = now
+                to_probe.append(name)
+            if self._judge(way, now):
+                lost.append(name)
+            busy = busy or way.busy
+        self.seen.clear()
+        self.due = self._planned_at = now + (self._period_s if busy else IDLE_S)
+        return to_probe, lost
 
     def _forgive(self, now: float) -> None:
-        """Nobody was asked often enough, or this process had no CPU: silence has shown nothing."""
+        """This process had no CPU for a while: silence has shown nothing."""
         for way in self.ways.values():
             if way.up:
                 way.answered_at = way.heard_at = now
 
     def _judge(self, way: Way, now: float) -> bool:
         """Up or not; true if it was, and is no more."""
-        patience_s = self._timeout_s + (0.0 if self._busy else 2 * IDLE_S)
+        patience_s = self._timeout_s + (0.0 if way.busy else 2 * IDLE_S)
         silent_s = now - max(way.answered_at, way.heard_at)
         unanswered_s = now - way.answered_at
+        was = way.up
         if silent_s > patience_s or unanswered_s > patience_s * ONE_WAY:
-            was, way.up = way.up, False
-            way.steady_at = float("inf")
-            return was
-        if not way.up:
+            way.up, way.steady_at = False, float("inf")
+        elif not way.up:
             if way.steady_at == float("inf"):
                 way.steady_at = now + STEADY_S
             way.up = now >= way.steady_at
-        return False
+        if was != way.up:
+            self.rank()
+        return was and not way.up
+
+
+_JUST_NOW = float("inf")
+"""Since the last `tend`: only that knows what time it is."""
+
+_FACTOR, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1  # the golden ratio's, odd: Fibonacci hashing
+
+
+def _digest(octets: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(octets, digest_size=8).digest(), "big")
 
 
 def token(now: float) -> bytes:
@@ -308,18 +367,3 @@ def token(now: float) -> bytes:
 def _time_of(body: bytes) -> float:
     found: float = struct.unpack_from("<d", body)[0]
     return found
-
-
-def _open(way: Way) -> bool:
-    return way.open
-
-
-def _up(way: Way) -> bool:
-    return way.up
-
-
-def _any(way: Way) -> bool:
-    return True
-
-
-_OPEN, _UP, _ANY = _open, _up, _any

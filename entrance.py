@@ -70,6 +70,8 @@ class Entrance:
         self._flows, self._gate = table, judge
         self._rows = rows_in(memory, len(ways.ways))
         self._open = self._opened()
+        for hop in ways.ways.keys() & set(table.hops.values()):
+            ways.use(hop)
         self._stamps: dict[bytes, bytes] = {}
         self._moving: collections.deque[bytes] = collections.deque()
         strays = {hop for hop in set(table.hops.values()) if self._is_stray(hop)}
@@ -110,20 +112,24 @@ class Entrance:
 
     def tend(self, now: float) -> None:
         """Probe the ways, leave those that are lost or drain. To be called when `ways.due`."""
-        lost = self._ways.tend(now, busy=bool(len(self._flows)))
+        to_probe, lost = self._ways.tend(now)
         for name in lost:
             self._rows[self._ways.ways[name].number].values[metrics.Way.LOST] += 1
-        probe = self._tags.probe(backbone.token(now))
-        kinds = metrics.Way
-        for name, way in self._ways.ways.items():
+        probe = self._tags.probe(backbone.token(now)) if to_probe else b""
+        for name in to_probe:
             self._say(probe, name)
-            values = self._rows[way.number].values
-            values[kinds.UP], values[kinds.DRAINING] = way.up, way.draining
-            values[kinds.ROUND_TRIP] = int(way.round_trip_s * 1e6)
+            self._show(self._ways.ways[name])
         opened = self._opened()
         if opened != self._open:
             self._open = opened
+            for way in self._ways.ways.values():
+                self._show(way)
             self._move_from(self._ways.ways.keys() - opened)
+
+    def _show(self, way: backbone.Way) -> None:
+        kinds, values = metrics.Way, self._rows[way.number].values
+        values[kinds.UP], values[kinds.DRAINING] = way.up, way.draining
+        values[kinds.ROUND_TRIP] = int(way.round_trip_s * 1e6)
 
     def _opened(self) -> set[bytes]:
         return {name for name, way in self._ways.ways.items() if way.open}

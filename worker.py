@@ -258,8 +258,6 @@ class Worker:
             batch.stamp(n, self._no_tags[:n])
         headers, lengths, kinds = batch.read(n)
         sources = batch.sources(n)
-        if self._has_ways:
-            self._ways.seen.update(sources)
         # Each frame comes from the transceiver that its client's flow leads to.
         if (
             tuple(map(table.hops.get, headers)) == sources
@@ -267,6 +265,8 @@ class Worker:
             and max(lengths) <= self._octets_max + frame.HEADER_OCTETS
         ):
             holes = _NONE
+            if self._has_ways:
+                self._ways.seen.update(sources)
         else:
             holes = self._judge_outbound(headers, lengths, sources, sent)
         if not table.watched.isdisjoint(headers):
@@ -332,6 +332,8 @@ class Worker:
                 drop = self._entrance.hear(header, rest, source, time.monotonic())
             else:
                 drop = self._gate.outbound(header, length, source)
+                if drop is None:
+                    self._ways.seen.add(source)
             if drop is not None and i not in sent:
                 holes[i] = drop
         return holes

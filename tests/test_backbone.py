@@ -23,23 +23,28 @@ SESSIONS = [f"{n:023d}".encode() for n in range(2000)]
 
 
 def ways():
-    return backbone.Backbone({2: NAMES, 3: OTHER}, TIMEOUT_S, 0.0)
+    return backbone.Backbone({2: NAMES, 3: OTHER}, TIMEOUT_S, 100.0)
 
 
 class Walk:
     """Time goes by; these ways answer."""
 
     def __init__(self):
-        self.ways, self.now, self.lost = ways(), 0.0, []
+        self.ways, self.now, self.lost, self.probes = ways(), 100.0, [], 0
 
     def go(self, seconds, answering=NAMES + OTHER, traffic=(), busy=True):
+        """`busy`: all of them have sessions. `traffic` comes from these."""
         end = self.now + seconds
         while self.now < end:
             self.now += 0.01
             self.ways.seen.update(traffic)
+            for name in self.ways.ways if busy else ():
+                self.ways.use(name)
             if self.now >= self.ways.due:
-                self.lost += self.ways.tend(self.now, busy)
-                for name in answering:
+                probed, lost = self.ways.tend(self.now)
+                self.lost += lost
+                self.probes += len(probed)
+                for name in set(answering) & set(probed):
                     body = backbone.token(self.now) + b"\0"
                     assert not self.ways.answered(name, body, self.now + 0.002)
         return self.lost
@@ -55,6 +60,13 @@ def test_sessions_are_spread_and_the_same_ones_go_the_same_way():
     assert 2 in first and 4 not in first
     with pytest.raises(KeyError):
         first.choose(4, SESSIONS[0])
+
+
+def test_hundreds_of_ways_have_their_share():
+    names = [frame.name(f"10.5.{n // 8}.1", 3600 + n % 8, 2) for n in range(160)]
+    there = backbone.Backbone({2: names}, TIMEOUT_S, 0.0)
+    counts = collections.Counter(there.choose(2, b"%023d" % n) for n in range(32_000))
+    assert len(counts) == 160 and max(counts.values()) < 280 and min(counts.values()) > 130
 
 
 def test_a_lost_way_moves_its_own_sessions_and_no_other():
@@ -107,25 +119,39 @@ def test_a_way_comes_back_when_it_has_answered_for_a_while():
     assert walk.ways.ways[NAMES[0]].up
 
 
+def test_probes_are_as_many_as_it_matters():
+    """For each of five ways in ten seconds: idle, with sessions, with traffic of theirs."""
+    for traffic, busy, least, most in (
+        ((), False, 5 * 9, 5 * 11),
+        ((), True, 5 * 80, 5 * 101),
+        (NAMES + OTHER, True, 5 * 30, 5 * 45),
+    ):
+        walk = Walk()
+        walk.go(10.0, traffic=traffic, busy=busy)
+        assert walk.lost == [] and least <= walk.probes <= most, walk.probes
+
+
 def test_without_sessions_it_is_asked_rarely_and_given_longer():
     walk = Walk()
-    probes = 0
-    for _ in range(1000):
-        walk.now += 0.01
-        if walk.now >= walk.ways.due:
-            probes += 1
-            assert walk.ways.tend(walk.now, busy=False) == []
-            for name in NAMES + OTHER:
-                walk.ways.answered(name, backbone.token(walk.now) + b"\0", walk.now)
-    assert 9 <= probes <= 11
+    walk.go(10.9, busy=False)
     # The first session changes that at once, and the pause before it is held against nobody.
-    walk.now += 0.9
-    walk.go(0.4)
-    assert walk.lost == []
+    assert walk.go(0.4) == []
+    walk = Walk()
+    walk.go(5.0, busy=False)
+    assert walk.go(2.0, [], busy=False) == []  # two probes were lost, of one a second
     walk.go(2.0, [], busy=False)
-    assert walk.lost == []  # two probes were lost, of one a second
-    walk.go(4.0, [], busy=False)
     assert set(walk.lost) == set(NAMES + OTHER)
+
+
+def test_a_session_on_an_idle_way_has_it_probed_at_once():
+    walk = Walk()
+    walk.go(3.5, busy=False)
+    name = walk.ways.choose(2, SESSIONS[0])
+    assert walk.ways.due <= walk.now
+    probed, lost = walk.ways.tend(walk.now)
+    assert name in probed and not lost
+    walk.go(backbone.USED_S + 1, busy=False)
+    assert not walk.ways.ways[name].busy
 
 
 def test_a_worker_that_had_no_cpu_blames_nobody():
@@ -153,6 +179,7 @@ def test_one_that_drains_is_left_and_still_better_than_none():
     assert NAMES[0] not in {there.choose(2, text) for text in SESSIONS}
     for name in NAMES[1:]:
         there.ways[name].up = False
+    there.rank()
     assert {there.choose(2, text) for text in SESSIONS} == {NAMES[0]}
     assert not there.answered(frame.name("10.9.9.9", 1, 2), body, 1.0)
 
