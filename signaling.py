@@ -183,6 +183,7 @@ class Entrance:
     def exposition(self) -> bytes:
         """All that is counted, as Prometheus reads it."""
         text = metrics.exposition("earshot_signaling", [({}, self.door.counters)])
+        text += metrics.exposition("earshot_signaling_site", self.door.guide.sites.rows())
         return text + self.observer.exposition()
 
     async def _stop(self, app: web.Application) -> None:

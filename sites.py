@@ -25,9 +25,10 @@ from contextlib import asynccontextmanager
 import aiohttp
 
 import front
+import ledger
 import settings
 import standing
-from steering import State
+from steering import UNKNOWN, State
 
 ANSWER_OCTETS_MAX = 4 << 20
 """Of a relay's metrics: a worker takes some 20,000, and there are 256 at the most."""
@@ -49,6 +50,24 @@ _FLOWS = re.compile(
 log = logging.getLogger("sites")
 
 
+class Figures(ledger.Kinds):
+    """A site, as this instance of signaling sees it."""
+
+    TOLD = "calls", "Whose client was told to enter here."
+    HEALTHY = (
+        "state",
+        "1 if it gets clients by its health: all is well, or nothing is known of it.",
+        "None of its relays answers, or all of them drain.",
+        True,
+    )
+    LOAD = (
+        "permille",
+        "Of the capacity of those relays that serve; 0 if nothing is known of it.",
+        "Above `busy` it gives clients away.",
+        True,
+    )
+
+
 class Sites:
     """What is known of all sites."""
 
@@ -57,6 +76,7 @@ class Sites:
         self._standings: dict[str, standing.Standing] = {}
         self._tables: dict[str, front.Site] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._figures: dict[str, ledger.Counters] = {}
         self._http: aiohttp.ClientSession | None = None
         self._period_s = 1.0
         self._said: dict[str, list[str]] = {}
@@ -78,6 +98,9 @@ class Sites:
             if name not in self._standings:
                 self._standings[name] = standing.Standing(table.capacity, table.status)
         self._tables = tables
+        self._figures = {
+            name: self._figures.get(name) or ledger.Counters(Figures) for name in tables
+        }
         self._follow()
 
     def states(self) -> dict[str, State]:
@@ -93,6 +116,16 @@ class Sites:
         """A client was told to enter there."""
         if name in self._standings:
             self._standings[name].sent()
+            self._figures[name].values[Figures.TOLD] += 1
+
+    def rows(self) -> list[tuple[dict[str, str], ledger.Counters]]:
+        """Figures of each site, as metrics.py writes them."""
+        states = self.states()
+        for name, counters in self._figures.items():
+            healthy, load, _ = states.get(name, UNKNOWN)
+            counters.values[Figures.HEALTHY] = healthy
+            counters.values[Figures.LOAD] = min(round(1000 * load), 1 << 53)
+        return [({"site": name}, counters) for name, counters in self._figures.items()]
 
     @asynccontextmanager
     async def followed(self) -> AsyncIterator[None]:

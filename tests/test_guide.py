@@ -7,13 +7,16 @@ cluster's transceiver made it, by every way in.
 import asyncio
 import http.client
 import http.server
+import ipaddress
 import json
+import random
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,15 @@ import guide
 import keys
 import ledger
 import metrics
+import placement
+import roster
 import settings
 import steering
 import ufrag
 
 from . import maps
 from .premises import OFFER, PATIENCE_S, TRANSCEIVER, Program
+from .test_signaling import FakeTransceiver
 from .test_transceiver import free_port
 from .test_whip import FRAGMENT
 
@@ -318,6 +324,23 @@ def test_the_journal_names_site_and_cluster(world: World) -> None:
     assert (line["site"], line["cluster"]) == ("tokyo", 2)
 
 
+def test_sites_stand_in_the_metrics(world: World) -> None:
+    url = world.signaling.said("metrics at http").split()[-1]
+
+    def figures(name: str) -> dict[str, float]:
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as response:
+            text = response.read().decode()
+        found = re.findall(rf"^earshot_signaling_site_{name}{{site=\"(\w+)\"}} (\S+)$", text, re.M)
+        return {site: float(value) for site, value in found}
+
+    before = figures("told_total")
+    for _ in range(3):
+        world.call(CALLS, CF_IPCountry="JP")
+    after = figures("told_total")
+    assert after == before | {"tokyo": before["tokyo"] + 3}
+    assert figures("healthy") == dict.fromkeys(("frankfurt", "singapore", "tokyo"), 1)
+
+
 def test_a_site_that_drains_or_is_full_gets_nobody_new(world: World) -> None:
     monitor = world.monitor
     try:
@@ -386,6 +409,95 @@ def test_check_says_what_is_wrong_with_a_database(tmp_path: Path, world: World) 
     program = Program("signaling", path)
     assert program.process.wait(PATIENCE_S) == 78
     assert "steering.database: " in program.log.read_text()
+
+
+# --- clusters that refuse, and that are silent ----------------------------------------------------
+
+
+def two_clusters(folder: Path, scenario: Callable[[Any, Any, Any], Awaitable[None]]) -> None:
+    """With a transceiver in each of two clusters, the nearer one first, and what asks them."""
+
+    async def story() -> None:
+        async with AsyncExitStack() as stack:
+            near, far = [
+                await stack.enter_async_context(FakeTransceiver().running()) for _ in range(2)
+            ]
+            (folder / "keys").touch(mode=0o600)
+            (folder / "keys").write_text(MASTER)
+            path = folder / "signaling.toml"
+            text = '[signaling]\nlisten = "127.0.0.1:0"\nrelays = ["203.0.113.9:1"]\n'
+            text += "transceiver_timeout_s = 0.6\n"
+            text += f'transceivers = ["127.0.0.1:{near.port}", "127.0.0.1:{far.port}"]\n'
+            text += CLUSTERS
+            for number, fake in ((2, near), (1, far)):
+                text += f'[[cluster]]\nid = {number}\nprefix = "127.0.0.0/8"\n'
+                text += f"ports = [{fake.port}, {fake.port}]\n"
+            path.write_text(text)
+            config = settings.load(path, settings.Signaling)
+            counters = ledger.Counters(metrics.Signaling)
+            found = placement.Placement(config, counters, random.Random(1))
+            async with found.connected():
+                while any(each.health is not roster.Health.SERVING for each in found.peers):
+                    await asyncio.sleep(0.01)
+                await scenario(found, near, far)
+
+    asyncio.run(asyncio.wait_for(story(), 3 * PATIENCE_S))
+
+
+def test_the_nearest_cluster_is_asked_first_and_the_next_when_it_refuses(tmp_path: Path) -> None:
+    async def scenario(found: placement.Placement, near: Any, far: Any) -> None:
+        for _ in range(4):  # not by chance
+            assert (await found.place(placement.Order("v=0"), (2, 1))).cluster == 2
+        assert (len(near.requests), len(far.requests)) == (4, 0)
+        near.refusal = 503, {"error": {"message": "full"}}
+        assert (await found.place(placement.Order("v=0"), (2, 1))).cluster == 1
+        assert (await found.place(placement.Order("v=0"), (1, 2))).cluster == 1
+        far.refusal = near.refusal
+        with pytest.raises(placement.Unavailable):
+            await found.place(placement.Order("v=0"), (2, 1))
+
+    two_clusters(tmp_path, scenario)
+
+
+def test_a_cluster_that_is_silent_takes_no_more_than_one_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sixteen transceivers that hang an offer would have ended by its deadline."""
+    monkeypatch.setattr(placement, "HEALTH_PERIOD_S", 600.0)
+
+    async def scenario(found: placement.Placement, near: Any, far: Any) -> None:
+        near.hangs = True
+        homes = found._clusters
+        twins = [roster.Peer(found.peers[0].endpoint) for _ in range(5)]
+        peers = [*twins, found.peers[1]]
+        monkeypatch.setattr(found.roster, "order", lambda *_: list(peers))
+        assert roster.home(twins[0], homes) == 2
+        assert (await found.place(placement.Order("v=0"), (2, 1))).cluster == 1
+        assert (len(near.requests), len(far.requests)) == (1, 1)
+
+    two_clusters(tmp_path, scenario)
+
+
+def test_a_cluster_that_is_full_leaves_attempts_for_the_next() -> None:
+    """Hundreds in the nearest one; and who is full is asked after those who are not, anywhere."""
+    homes = {
+        number: ufrag.Cluster(number, ipaddress.ip_network(f"10.{number}.0.0/16"), 1, 65535)
+        for number in (1, 2, 3)
+    }
+    fixed = [endpoints.Endpoint(f"10.1.0.1:{port}") for port in range(1, 301)]
+    fixed += [endpoints.Endpoint(f"10.2.0.1:{port}") for port in range(1, 3)]
+    fixed += [endpoints.Endpoint(f"10.3.0.1:{port}") for port in range(1, 30)]
+    found = roster.Roster(fixed)
+    shuffle = random.Random(1).shuffle
+    asked = [roster.home(peer, homes) for peer in found.order(shuffle, (1, 2, 3), homes)]
+    assert asked == [1] * 8 + [2] * 2 + [3] * 6
+    asked = [roster.home(peer, homes) for peer in found.order(shuffle, (3, 2, 1), homes)]
+    assert asked == [3] * 8 + [2] * 2 + [1] * 6
+    for peer in found.peers[:300]:
+        peer.full = True
+    asked = [roster.home(peer, homes) for peer in found.order(shuffle, (1, 2, 3), homes)]
+    assert asked == [2] * 2 + [3] * 14
+    assert len(found.order(shuffle)) == 16
 
 
 # --- the parts of it that need no program ---------------------------------------------------------
