@@ -1,7 +1,7 @@
 """The control API of a transceiver: calls in, hang-ups, health and metrics, by HTTP.
 
     POST   /v1/sessions {"offer", "session", "model", "candidates": [[host, port], ...], and as
-                        opening.py says "key", "dialect", "resume", "request_id"}
+                        opening.py says "key", "dialect", "resume", "request_id", "site"}
                         201 {"call_id", "answer", "etag", "request_id": under which it is known
                         to logs and relays; another than asked for, if that is no 8 hexadecimal
                         digits or some other call's; "opened": which of the process's calls it

@@ -100,7 +100,7 @@ class Door:
         replaced = order.resume is not None and self.placement.knows(order.resume)
         self.reception.open_call(key, max(0, self.placement.calls_of(key) - replaced))
         way = self.way(request)
-        order = replace(order, candidates=way.relays, request_id=trail.request_id)
+        order = replace(order, candidates=way.relays, site=way.site, request_id=trail.request_id)
         try:
             placed = await self.placement.place(order, way.clusters)
         except placement.BadOffer as error:

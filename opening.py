@@ -56,6 +56,8 @@ class Opening:
     """What is known of that one, as items; None if nothing is. Not of the request: archive.py."""
     request_id: str = ""
     """What the logs of all programs know the request by."""
+    site: str = ""
+    """Where the client was told to enter, for the log: it may have gone on at another one."""
 
     @property
     def nonce(self) -> int | None:
@@ -91,6 +93,7 @@ def read(body: bytes) -> Opening:
         dialect=_name(found, "dialect", "realtime"),
         resume=None if resume is None else _name(found, "resume", ""),
         request_id=_name(found, "request_id", ""),
+        site=_name(found, "site", ""),
     )
 
 

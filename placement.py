@@ -111,6 +111,8 @@ class Order:
     """Id of the call whose conversation goes on in this one."""
     candidates: tuple[tuple[str, int], ...] = ()
     """Public addresses of relays for the client, in order of preference."""
+    site: str = ""
+    """Where these let it enter, for the log of the call."""
     request_id: str = ""
     """What the logs of all programs know the request by."""
 

@@ -438,6 +438,7 @@ class Session:
                 request_id=wanted.request_id,
                 call=self.call_id[-TAG_CHARACTERS:],
                 key=wanted.key or None,
+                site=wanted.site or None,
                 dialect=wanted.dialect,
                 codec=self.offer.codec.name.lower(),
                 model=model if isinstance(model, str) else None,

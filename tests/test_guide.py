@@ -322,6 +322,13 @@ def test_the_journal_names_site_and_cluster(world: World) -> None:
     until(lambda: bool(lines()))
     (line,) = lines()
     assert (line["site"], line["cluster"]) == ("tokyo", 2)
+    # And the line of the call itself, at its end.
+    path = f"{CALLS}/{found.call_id}/hangup"
+    world.ask("POST", path, b"", "application/json")
+    told = world.transceivers[2].lines
+    until(lambda: any(each.get("request_id") == request_id and "reason" in each for each in told()))
+    ended = [each for each in told() if each.get("request_id") == request_id and "reason" in each]
+    assert [each["site"] for each in ended] == ["tokyo"]
 
 
 def test_sites_stand_in_the_metrics(world: World) -> None:

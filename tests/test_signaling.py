@@ -207,6 +207,7 @@ def test_an_offer_in_each_form_is_placed_and_answered(tmp_path: Path) -> None:
                 "dialect": "realtime",
                 "resume": None,
                 "candidates": [["127.0.0.1", 3478], ["2001:db8::1", 3478]],
+                "site": "",
             }
             session = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
             await stage.call(json={"sdp": OFFER, "session": session})
