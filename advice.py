@@ -38,7 +38,7 @@ class Question:
     longitude: float | None = None
     country: str | None = None
     address: str | None = None
-    """Looked up in the database; and it draws the client's lot."""
+    """Looked up in the database, if nothing else says where it is; and it draws the lot."""
     sites_down: Sequence[str] = ()
     site_loads: Sequence[str] = ()
     """`NAME=0.9`."""
@@ -81,9 +81,10 @@ def _request(config: settings.Signaling, question: Question) -> Request:
     country = None if question.country is None else question.country.upper()
     if country is not None and country not in countries.CENTRES:
         raise Wrong(f"--country {question.country}: no country has this code (ISO 3166-1 alpha-2)")
+    family = None
     if question.address is not None:
         try:
-            ipaddress.ip_address(question.address)
+            family = ipaddress.ip_address(question.address).version
         except ValueError:
             raise Wrong(f"--address {question.address}: no IPv4 or IPv6 address") from None
         key = guide.lot_of(question.address) or question.address.encode()
@@ -93,7 +94,7 @@ def _request(config: settings.Signaling, question: Question) -> Request:
                     "--address: nothing says where it is: steering.database is not set in the file"
                 )
             return geography.Geography(config).of(question.address, key)
-    return Request(latitude, longitude, country, key)
+    return Request(latitude, longitude, country, key, family)
 
 
 def _supposed(

@@ -72,17 +72,17 @@ class Geography:
             latitude = _number(_one(headers, self._table.latitude_header))
             longitude = _number(_one(headers, self._table.longitude_header))
             if steering.position(latitude, longitude) is not None:
-                return steering.Request(latitude, longitude, key=key)
+                return steering.Request(latitude, longitude, None, key, _family(client))
             country = _country(_one(headers, self._table.country_header))
             if country in countries.CENTRES:
-                return steering.Request(country=country, key=key)
+                return steering.Request(None, None, country, key, _family(client))
         return self.of(client, key)
 
     def of(self, address: str, key: bytes) -> steering.Request:
         """What the database knows of an address; nothing without one."""
-        found = self._found(address)
+        found, family = self._found(address), _family(address)
         if not isinstance(found, dict):
-            return steering.Request(key=key)
+            return steering.Request(key=key, family=family)
         location = found.get("location")
         at = location if isinstance(location, dict) else {}
         latitude, longitude = at.get("latitude"), at.get("longitude")
@@ -92,18 +92,16 @@ class Geography:
             if country is None and isinstance(entry, dict):
                 country = _country(entry.get("iso_code"))
         if isinstance(latitude, float | int) and isinstance(longitude, float | int):
-            return steering.Request(float(latitude), float(longitude), country, key)
-        return steering.Request(country=country, key=key)
+            return steering.Request(float(latitude), float(longitude), country, key, family)
+        return steering.Request(None, None, country, key, family)
 
     def _found(self, address: str) -> Any:
         """The entry of an address; None without one, and for what is nobody's on the internet."""
         if self._database is None:
             return None
-        try:
-            wanted = ipaddress.ip_address(address.partition("%")[0])
-        except ValueError:
+        wanted = _address(address)
+        if wanted is None:
             return None
-        wanted = getattr(wanted, "ipv4_mapped", None) or wanted
         if wanted.version == 6 and self._database.metadata().ip_version == 4:
             return None
         try:
@@ -113,6 +111,20 @@ class Geography:
                 self._told = True
                 log.warning("steering.database: an entry cannot be read: %r", error)
             return None
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address; None for what is none. A v4-mapped one is the IPv4 that it stands for."""
+    try:
+        found = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def _family(text: str) -> int | None:
+    found = _address(text)
+    return None if found is None or found.is_loopback else found.version
 
 
 def _opened(path: Path) -> maxminddb.Reader:

@@ -59,8 +59,8 @@ SITES_NAMED = 2
 """Sites in an answer, of each family. More cost every client checks on paths that it does not need;
 a third helps only who loses two at once."""
 
-PLACES_REMEMBERED = 4096
-"""Places whose order by distance is remembered: all countries and some thousand cities; 2 KB each
+PLACES_REMEMBERED = 1024
+"""Places whose order by distance is remembered: all countries and some hundred cities; 5 KB each
 with 50 sites."""
 
 EARTH_KM = 6371.0
@@ -131,6 +131,9 @@ class Request:
     """ISO 3166-1 alpha-2. Counts where there are no coordinates."""
     key: bytes = b""
     """What spreads clients: its address, or anything else that stays the same with it."""
+    family: int | None = None
+    """4 or 6: by which it came here, if that is known. Its relays' addresses of this one go first:
+    it works, and some encoders try no more than the first candidate. Else it is IPv6."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +212,7 @@ class Steering:
         if self.sites:
             title = "Sites, nearest first" if where else "Sites, as its lot has them"
             first, rest = self._entrances.ranked(where, digest, sites, notes, title)
-            relays = self._relays(first, rest, digest)
+            relays = self._relays(first, rest, digest, request.family)
             entrance = self.sites[first]
             where = entrance.latitude, entrance.longitude
             notes.append(("It enters at {}.", (entrance.name,)))
@@ -247,12 +250,15 @@ class Steering:
         notes.append(("Nothing says where the client is: it is given any, by their capacity.", ()))
         return None
 
-    def _relays(self, first: int, rest: Iterator[int], digest: int) -> list[tuple[Site, Endpoint]]:
+    def _relays(
+        self, first: int, rest: Iterator[int], digest: int, family: int | None
+    ) -> list[tuple[Site, Endpoint]]:
         """Addresses of the first site, then of the others, as many sites as are to be named.
 
-        IPv6 before IPv4 within a site: so families alternate, and a client with one that is broken
-        loses a check by it and not the site (RFC 8421 section 4).
+        One family after the other within a site: so they alternate, and a client with one that is
+        broken loses a check by it and not the site (RFC 8421 section 4).
         """
+        ways = (1, 0) if family == 4 else (0, 1)
         # Without a second site, a second relay of the only one.
         most = self._named if len(self.sites) == 1 else 1
         left = [min(self._named, having) for having in self._having]
@@ -260,7 +266,8 @@ class Steering:
         while True:
             site, draw = self.sites[at], _draw(digest, self._entrances.salts[at] ^ _RELAY)
             for number in range(most):
-                for way, relays in enumerate(self._families[at]):
+                for way in ways:
+                    relays = self._families[at][way]
                     if left[way] and number < len(relays):
                         begin = int(draw * len(relays))
                         found.append((site, relays[(begin + number) % len(relays)]))

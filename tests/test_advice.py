@@ -137,7 +137,8 @@ def test_an_address_is_looked_up(tmp_path: Path) -> None:
     done = steer("--address", "203.0.113.77", config=path)
     assert done.exit_code == 78 and "places.mmdb: No such file" in done.stderr
     maps.write(tmp_path / "places.mmdb")
-    assert steer("--address", "203.0.113.77", config=path).stdout.startswith("tokyo ")
+    found = steer("--address", "203.0.113.77", config=path).stdout
+    assert found.startswith("tokyo 192.0.2.5:3478\ntokyo [2001:db8:3::5]:3478\n")
     assert steer("--address", "2001:db8:2::1", config=path).stdout.startswith("frankfurt ")
     found = steer("--address", "192.0.2.9", "--explain", config=path).stdout
     assert found.startswith("Nothing says where the client is")

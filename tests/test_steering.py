@@ -341,6 +341,13 @@ def test_families_alternate_within_each_site() -> None:
     assert order(tokyo, singapore) == ["tokyo 6", "tokyo 4", "singapore 6", "singapore 4"]
 
 
+def test_the_family_by_which_a_client_came_goes_first() -> None:
+    steer = Steering([site("tokyo", 1), site("singapore", 2)], [])
+    for family, versions in ((4, [4, 6, 4, 6]), (6, [6, 4, 6, 4]), (None, [6, 4, 6, 4])):
+        found = steer.decide(Request(*PLACES["tokyo"], family=family), {}, {})
+        assert [at.address.version for _, at in found.relays] == versions
+
+
 def test_each_family_has_two_sites_where_there_are_two() -> None:
     """A client has one family or both, and nobody knows which."""
     tokyo, singapore, sydney = site("tokyo", 1, "4"), site("singapore", 2), site("sydney", 3, "6")
