@@ -71,12 +71,14 @@ def main(word, path):
     shared = handover.Shared(found, successor.estate if successor else None)
 
     def publish():
-        host.publish(state, handover.LAYOUT, shared.memories)
+        shared.publish(state)
 
     def work(number, link):
         if fault == "worker":
             raise SystemError("it cannot start")
         shared.memories[number].claim()
+        if face := shared.faces[number]:
+            face.memory.claim()
         works = worker.Worker(shared, number, found, keyring, time.monotonic())
         works.take_over()
         gc.freeze()
@@ -203,9 +205,8 @@ class Site:
 
     def flows(self):
         """All flows of the running relay."""
-        state = handover.state_file(self.table)
-        memories = host.attach(state, handover.LAYOUT, handover.MEMORY)
-        return {flow for each in memories for flow in flows.read_all(each.section("flows"))}
+        workers = handover.Running.of(self.table).workers
+        return {flow for each in workers for flow in flows.read_all(each.section("flows"))}
 
 
 class Node:
@@ -332,7 +333,8 @@ class Media:
         home = ufrag.Cluster(1, ipaddress.ip_network("127.0.0.0/8"), 1, 65535)
         here = ipaddress.ip_address("127.0.0.1"), site.transceiver.getsockname()[1]
         self.headers = {frame.header(*sock.getsockname()) for sock in self.clients}
-        waiting = set(self.headers)
+        # Without the last four octets, where relays may have put a tag.
+        waiting = {header[:-4] for header in self.headers}
         for nonce, client in enumerate(self.clients):
             client.connect(("127.0.0.1", site.public))
             hint = ufrag.mint(site.keyring, home, *here, nonce)
@@ -344,7 +346,7 @@ class Media:
             select.select([site.transceiver], [], [], 1)
             with contextlib.suppress(BlockingIOError):
                 framed, back = site.transceiver.recvfrom(4096)
-                waiting.discard(framed[: frame.HEADER_OCTETS])
+                waiting.discard(framed[: frame.HEADER_OCTETS - 4])
                 site.transceiver.sendto(framed[: frame.HEADER_OCTETS] + b"\x80 hello", back)
         for client in self.clients:
             assert select.select([client], [], [], PATIENCE_S)[0]

@@ -1,0 +1,135 @@
+"""Two tiers as processes: a worker, a relay or a way is lost under media, and nothing is missing.
+
+An entrance and two relays of a cluster, started as the product starts them but for the keeper.
+What only processes show: the kernel's queues, real signals, the clock.
+"""
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+import handover
+import ledger
+import metrics
+import settings
+
+from . import node
+
+FACE = """
+[transit]
+listen = "127.0.0.1:{listen}"
+internal = "127.0.0.1:{inner}"
+relay_prefixes = ["127.0.0.0/8"]
+tag = {tag}
+"""
+
+
+class Town:
+    """An entrance, and the relays behind it; media goes through both tiers."""
+
+    def __init__(self, folder, stack, tag, relays=2):
+        flag = str(tag).lower()
+        self.entrance = self._site(folder / "entrance", stack)
+        self.relays, ways = [], []
+        for number in range(relays):
+            site = self._site(folder / f"relay-{number}", stack)
+            site.transceiver = self.entrance.transceiver
+            site.configure()
+            listen, inner = node.free_ports(2), node.free_ports(2)
+            add(site, FACE.format(listen=listen, inner=inner, tag=flag))
+            ways.append(f"127.0.0.1:{listen}-{listen + 1}")
+            self.relays.append(site)
+        add(self.entrance, f"transit = {ways}\n[transit]\ntag = {flag}\n")
+        self.running = [site.start() for site in self.relays]
+        self.first = self.entrance.start()
+        for each in (*self.running, self.first):
+            each.wait("ready")
+        self.media = node.Media(self.entrance)
+
+    def _site(self, folder, stack):
+        folder.mkdir()
+        return node.Site(folder, stack)
+
+    def faces(self, number):
+        """The counters, both ways, of a relay's transit faces."""
+        found = handover.Running.of(self.relays[number].table).faces
+        return [ledger for face in found for ledger in handover.counters_in(face)]
+
+    def forwarded(self, number):
+        """Datagrams that went through a relay's transit faces."""
+        return sum(each[each.kinds["FORWARDED"]] for each in self.faces(number))
+
+    def ways(self, kind):
+        """What the entrance's workers have counted of their ways, in all."""
+        octets = ledger.octets(metrics.Way)
+        found = 0
+        for memory in handover.Running.of(self.entrance.table).workers:
+            section = memory.section("ways")
+            for at in range(0, 4 * octets, octets):
+                found += ledger.Counters(metrics.Way, section[at : at + octets])[kind]
+        return found
+
+    def law(self):
+        """Each datagram is in one counter, at all that run."""
+        for number, relay in enumerate(self.running):
+            if not relay.ended():
+                assert all(each.missing() == 0 for each in self.faces(number))
+
+
+def add(site, text):
+    site.config.write_text(site.config.read_text() + text)
+    site.table = settings.load(site.config, settings.Relay).relay
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("tag", [False, True], ids=["plain", "tagged"])
+def test_workers_of_both_tiers_are_killed_and_nothing_is_lost(tmp_path, stack, tag):
+    town = Town(tmp_path, stack, tag)
+    media = town.media
+    assert all(town.forwarded(number) for number in (0, 1))
+    for relay in (*town.running, town.first):
+        for pid in relay.children():
+            media.run(at_least=20)
+            os.kill(pid, signal.SIGKILL)
+            media.run(lambda pid=pid, relay=relay: len(set(relay.children()) - {pid}) == 2)
+    media.run(at_least=50)
+    assert media.lost() == 0
+    assert town.ways(metrics.Way.LOST) == 0
+    town.law()
+
+
+def test_a_cluster_relay_is_handed_over_and_nothing_is_lost(tmp_path, stack):
+    town = Town(tmp_path, stack, tag=False)
+    media, site = town.media, town.relays[0]
+    before = town.forwarded(0)
+    after = site.start("handover")
+    media.run(lambda: after.said("ready") and town.running[0].ended())
+    town.running[0] = after
+    media.run(at_least=100)
+    assert media.lost() == 0
+    assert town.forwarded(0) > before  # the same memory, and the same clients
+    assert town.ways(metrics.Way.LOST) == 0
+    town.law()
+
+
+def test_a_cluster_relay_is_lost_and_its_clients_go_by_the_other(tmp_path, stack):
+    town = Town(tmp_path, stack, tag=True)
+    media = town.media
+    town.running[0].kill()
+    media.run(lambda: town.ways(metrics.Way.LOST) == 4)  # two ways, as two workers find them
+    sent, back = media.sent, len(media.back)
+    media.run(at_least=200)
+    media.lost(patience_s=1)
+    # What was on its way into the lost one is gone, and nothing that was sent after it was left.
+    assert len(media.back) - back >= media.sent - sent
+    assert town.ways(metrics.Way.INTRODUCED) > 0
+    town.law()
+    found = [each.drops() for each in town.faces(1)]
+    assert not any(found), found
