@@ -1,6 +1,7 @@
 """Standing: what becomes of a site whose relays do not answer, and of a cluster by its peers."""
 
 import ipaddress
+import random
 from collections.abc import Iterable
 
 import pytest
@@ -12,7 +13,7 @@ from endpoints import Endpoint
 from presence import Report
 from roster import Health, Peer, home
 from standing import FADE_S, MISSES, Standing, of_clusters
-from steering import State
+from steering import Request, Site, State, Steering
 
 ONE, TWO = "http://10.9.0.1:9464", "http://10.9.0.2:9464"
 
@@ -111,6 +112,71 @@ def test_any_story_ends_in_a_state_that_can_be_used(story: Iterable[tuple[str, s
         state = found.state(now)
         assert state is None or state.load >= 0
         assert state is None or state.healthy == (len(found.ailments()) < 2)
+
+
+# --- bursts, and reports that are a second old ----------------------------------------------------
+
+NAMES = {"tokyo": (35.7, 139.7), "osaka": (34.7, 135.5), "seoul": (37.6, 127.0)}
+
+
+def burst(instances: int, arrivals: list[int]) -> dict[str, list[float]]:
+    """Load of each site, step for step of 50 ms, of clients who all are in Tokyo. Each instance of
+    signaling polls once a second, at another moment; a client's flow is there after 300 ms, and
+    lasts."""
+    sites = [Site(name, *at, (Endpoint("192.0.2.1:1"),), 1000) for name, at in NAMES.items()]
+    steer, rng = Steering(sites, []), random.Random(3)
+    seen = [{name: Standing(1000, [name]) for name in NAMES} for _ in range(instances)]
+    flows, coming = dict.fromkeys(NAMES, 0), list[tuple[int, str]]()
+    history: dict[str, list[float]] = {name: [] for name in NAMES}
+    for step, count in enumerate(arrivals):
+        while coming and coming[0][0] <= step:
+            flows[coming.pop(0)[1]] += 1
+        for number, standings in enumerate(seen):
+            if (step + 7 * number) % 20 == 0:
+                for name, each in standings.items():
+                    each.heard(name, True, flows[name], step / 20)
+                    each.turn()
+        for _ in range(count):
+            standings = seen[rng.randrange(instances)]
+            states = {name: each.state(step / 20) or State() for name, each in standings.items()}
+            request = Request(*NAMES["tokyo"], key=rng.randbytes(6))
+            found = steer.decide(request, states, {}).site
+            standings[found].sent()
+            coming.append((step + 6, found))
+        for name in NAMES:
+            history[name].append(flows[name] / 1000)
+    return history
+
+
+@pytest.mark.parametrize(
+    ("instances", "a_step", "seconds", "most"),
+    [(1, 100, 1, 1.05), (3, 10, 10, 1.1)],
+    ids=["one", "three"],
+)
+def test_a_burst_spills_over_and_floods_nobody(
+    instances: int, a_step: int, seconds: int, most: float
+) -> None:
+    """Twice as many as Tokyo takes. What an instance sent since the report counts, and so even the
+    second half of a second's burst goes on to the next ones; of what others sent it knows when the
+    relays do, and so three need the burst to last for longer than a second."""
+    history = burst(instances, [0] * 20 + [a_step] * 20 * seconds + [0] * 60)
+    assert 0.75 < history["tokyo"][-1] < most
+    assert history["osaka"][-1] < most
+    assert sum(history[name][-1] for name in NAMES) == pytest.approx(2.0)
+
+
+def test_a_slow_flood_fills_one_after_the_other_and_never_turns_back() -> None:
+    """More than all of them like: each takes its share on the way, and none of them sees its load
+    fall and rise again, since whom it gave away it has given away."""
+    history = burst(2, [3] * 900)
+    for name in NAMES:
+        assert max(history[name]) < 1.02
+    tokyo = history["tokyo"]
+    taken = [tokyo[at + 20] - tokyo[at] for at in range(0, 860, 20)]
+    # What it takes in a second falls, from all that comes to little, and does not swing.
+    assert taken[1] == pytest.approx(0.06, abs=0.01)
+    after = taken[taken.index(min(taken)) :]
+    assert max(after) - min(after) < 0.02
 
 
 # --- clusters -------------------------------------------------------------------------------------
