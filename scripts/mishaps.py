@@ -109,6 +109,7 @@ def site(lab: Lab) -> Figures:
 SITE_WORDS = {
     "silence_ms": "longest pause at the transceiver's link (up), at the caller's (down)",
     "states": "what the client said of its connection, in seconds after the loss",
+    "then_by_a_new_offer_s": "from a POST with ?resume= to connected, once the client has closed",
     "new_callers_are_told": f"by signaling, {NOTICED_S:g} s after the call above has ended",
 }
 
@@ -125,6 +126,12 @@ def _lose_site(lab: Lab, estate: Estate, name: str, age_s: float) -> Figures:
         state = _until_heard(talk, at, patience_s)
         heard = talk.around(at)
         states = [(round(when - at, 1), what) for when, what in state["states"] if when >= at]
+        anew = _post_again(estate, talk) if state["state"] == "closed" else {}
+        if browser:
+            for direction, found in heard.items():
+                lab.must(
+                    found.silence_ms is not None, f"{name}, {age:.0f} s old: {direction} never"
+                )
     row = {
         "client": "Chromium" if browser else "stock aiortc",
         "call_age_s": round(age),
@@ -132,9 +139,26 @@ def _lose_site(lab: Lab, estate: Estate, name: str, age_s: float) -> Figures:
         "goes_on_at": estate.host_of(state["by"] or "") if heard["down"].silence_ms else "",
         **_flat(heard),
         "states": states,
+        **anew,
     }
     lab.say(str(row))
     return row
+
+
+def _post_again(estate: Estate, talk: Talk) -> Figures:
+    """A client that has been told of its end posts another offer, as an application would."""
+    region = talk.voice.name
+    call = talk.voice.ask(
+        "call",
+        url=estate.door(estate.nearest(region)),
+        key=estate.key,
+        headers=estate.headers(region),
+        resume=True,
+    )
+    return {
+        "then_by_a_new_offer_s": round(call["connected"] - call["posted"], 2),
+        "which_enters_at": estate.host_of(call["by"]),
+    }
 
 
 def _until_heard(talk: Talk, at: float, patience_s: float) -> Figures:

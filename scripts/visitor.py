@@ -5,7 +5,7 @@ JSON, from standard input and answers each with one line; nothing in it knows of
 path that an offer is posted to and the names of events.
 
     {"do": "echo", "to": ADDRESS}       how long ICMP echoes take: the host, no program of ours
-    {"do": "call", "url", "key", "headers", "talk_s", "pause_s"}
+    {"do": "call", "url", "key", "headers", "talk_s", "pause_s", "resume"}
                                         offer, connect; moments on time.monotonic
     {"do": "checks", "count"}           how long STUN checks take, to the call's transceiver
     {"do": "until", "event", "count"}   wait for an event to have come so often
@@ -134,8 +134,11 @@ class Visitor:
         headers: dict[str, str] | None = None,
         talk_s: float = 0.0,
         pause_s: float = 0.4,
+        resume: bool = False,
     ) -> dict[str, Any]:
-        """The moments of a call's set-up, and the relays that its answer names, best first."""
+        """The moments of a call's set-up, and the relays that its answer names, best first. With
+        `resume` it goes on with the call before."""
+        query = f"?resume={self._hang_up[0].split('/')[-2]}" if resume else ""
         self._events.clear()
         self._states.clear()
         pc = self._pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
@@ -163,7 +166,7 @@ class Visitor:
         async with (
             aiohttp.ClientSession() as http,  # a fresh connection, as a page's first request has
             http.post(
-                url + CALLS,
+                url + CALLS + query,
                 data=pc.localDescription.sdp,
                 headers={**words, "Content-Type": "application/sdp"},
             ) as response,
