@@ -20,9 +20,11 @@ from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import endpoints
+import front
 import guide
 import keys
 import ledger
@@ -33,11 +35,12 @@ import settings
 import steering
 import ufrag
 
-from . import maps
+from . import maps, shim
 from .premises import OFFER, PATIENCE_S, TRANSCEIVER, Program
 from .test_signaling import FakeTransceiver
 from .test_transceiver import free_port
 from .test_whip import FRAGMENT
+from .test_whip import site as whip_site
 
 CALLS, WHIP, PIPECAT = "/v1/realtime/calls", "/whip", "/api/offer"
 MASTER = "0 " + bytes(range(32)).hex()
@@ -506,6 +509,59 @@ def test_a_cluster_that_is_full_leaves_attempts_for_the_next() -> None:
     asked = [roster.home(peer, homes) for peer in found.order(shuffle, (1, 2, 3), homes)]
     assert asked == [2] * 2 + [3] * 14
     assert len(found.order(shuffle)) == 16
+
+
+# --- what a client makes of it --------------------------------------------------------------------
+
+
+def entered_at(client: shim.Client) -> int:
+    """The port that a stock client has chosen of those that it was told."""
+    ice = client.pc.sctp.transport.transport._connection
+    return int(ice._nominated[1].remote_addr[1])
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["all is well", "the first is lost"])
+def test_a_client_enters_at_the_first_site_or_falls_over_by_itself(
+    tmp_path: Path, lost: bool
+) -> None:
+    """Its ICE finds the second address in the same answer; signaling knows of nothing."""
+
+    async def story() -> None:
+        async with AsyncExitStack() as stack:
+            found = await stack.enter_async_context(whip_site(tmp_path))
+            near = shim.Shim(found.shim.transceiver)
+            stack.callback(near.close)
+            if lost:
+                near.up = lambda _: None
+            config = found.door.config
+            sites = tuple(
+                front.Site(
+                    name=name,
+                    latitude=latitude,
+                    longitude=0.0,
+                    relays=(endpoints.Endpoint("{}:{}".format(*relay.address)),),
+                    capacity=10,
+                )
+                for name, latitude, relay in (("far", 60.0, found.shim), ("near", 1.0, near))
+            )
+            table = msgspec.structs.replace(config.signaling, relays=())
+            home = front.Steering(latitude=0.0, longitude=0.0)
+            found.door.guide.reload(
+                msgspec.structs.replace(config, signaling=table, site=sites, steering=home)
+            )
+            client = shim.Client()
+            stack.push_async_callback(client.close)
+            headers = {"Content-Type": "application/sdp"}
+            async with found.http.post(CALLS, data=await client.offer(), headers=headers) as got:
+                assert got.status == 201
+                answer = await got.text()
+            ports = [int(port) for port in re.findall(r"udp \d+ 127\.0\.0\.1 (\d+) typ", answer)]
+            assert ports[:2] == [near.address[1], found.shim.address[1]]
+            await client.accept(answer)
+            await shim.until(lambda: client.channel.readyState == "open")
+            assert entered_at(client) == (found.shim if lost else near).address[1]
+
+    asyncio.run(asyncio.wait_for(story(), 3 * PATIENCE_S))
 
 
 # --- the parts of it that need no program ---------------------------------------------------------
