@@ -14,6 +14,7 @@ It judges no client: gate.py does.
 
 import collections
 import socket
+import zlib
 from collections.abc import Sequence
 
 import backbone
@@ -46,11 +47,23 @@ def addresses_of(found: settings.Relay) -> list[str]:
 
 def rows_in(memory: memoryview, count: int) -> list[ledger.Counters]:
     """What a worker says of each way, for others to read."""
-    octets = ledger.octets(metrics.Way)
+    octets, rows = ledger.octets(metrics.Way), memory[_MARK_OCTETS:]
     return [
-        ledger.Counters(metrics.Way, memory[at : at + octets])
+        ledger.Counters(metrics.Way, rows[at : at + octets])
         for at in range(0, count * octets, octets)
     ]
+
+
+def _begin_rows(memory: memoryview, ways: backbone.Backbone) -> list[ledger.Counters]:
+    """Rows of a configuration with other ways would be read under wrong addresses: they go."""
+    mark, now = memory[:_MARK_OCTETS].cast("Q"), zlib.crc32(b"".join(ways.ways))
+    if mark[0] != now:
+        memory[_MARK_OCTETS:] = bytes(len(memory) - _MARK_OCTETS)
+        mark[0] = now
+    return rows_in(memory, len(ways.ways))
+
+
+_MARK_OCTETS = 8
 
 
 class Entrance:
@@ -68,7 +81,7 @@ class Entrance:
         """Speak from `sock`, the one towards transceivers; `memory` is for `rows_in`."""
         self._socket, self._ways, self._tags = sock, ways, tags
         self._flows, self._gate = table, judge
-        self._rows = rows_in(memory, len(ways.ways))
+        self._rows = _begin_rows(memory, ways)
         self._open = self._opened()
         for hop in ways.ways.keys() & set(table.hops.values()):
             ways.use(hop)

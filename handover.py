@@ -54,6 +54,9 @@ _RELAY_SECTIONS = {
     "keeper": ledger.octets(metrics.Keeper),
 }
 
+WAYS_OCTETS = 8 + ledger.octets(metrics.Way) * settings.WAYS_MAX
+"""A mark, and what a worker says of each transit address (entrance.py)."""
+
 BACK_OCTETS = 32
 """For each slot of a face's flow table: length and socket address of the relay it answers to."""
 
@@ -261,7 +264,7 @@ def sections(found: settings.Relay, family: int) -> dict[str, int]:
         "batch_in": udp.octets(*shape, udp.Way.INBOUND),
         "batch_out": udp.octets(*shape, udp.Way.OUTBOUND),
         "waiting": recovery.octets(waiting_limits(found).waiting, table.datagram_octets_max),
-        "ways": ledger.octets(metrics.Way) * settings.WAYS_MAX,
+        "ways": WAYS_OCTETS,
     }
 
 

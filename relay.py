@@ -201,11 +201,15 @@ class Relay:
         if recovery.waiting_max != waiting_max:
             _log.warning("recovery.waiting_max is changed by a restart, and not by a reload")
             recovery = msgspec.structs.replace(recovery, waiting_max=waiting_max)
-        transit = found.transit
-        for key in ("listen", "internal"):
-            if str(getattr(transit, key)) != str(getattr(before.transit, key)):
-                _log.warning("transit.%s is changed by a restart, and not by a reload", key)
-                transit = msgspec.structs.replace(transit, **{key: getattr(before.transit, key)})
+        transit, old = found.transit, before.transit
+        if (transit.listen, transit.internal) != (old.listen, old.internal):
+            _log.warning(
+                "transit.listen and .internal are changed by a restart, and not by a reload"
+            )
+            prefixes = transit.relay_prefixes or old.relay_prefixes
+            transit = msgspec.structs.replace(
+                transit, listen=old.listen, internal=old.internal, relay_prefixes=prefixes
+            )
         table = msgspec.structs.replace(found.relay, **kept)
         self._found = msgspec.structs.replace(
             found, relay=table, recovery=recovery, transit=transit
@@ -296,6 +300,10 @@ def check(config: _Config) -> None:
         f" {handover.limits(table).flows} flows each, {len(found.cluster)} cluster(s),"
         f" {len(keyring.keys)} key(s)"
     )
+    if ways := sum(len(cluster.ways()) for cluster in found.cluster):
+        typer.echo(f"{ways} transit address(es) of other clusters' relays")
+    if found.transit.listen:
+        typer.echo(f"a transit face at {found.transit.listen}, and the next ports for more workers")
 
 
 @cli.command("flows")

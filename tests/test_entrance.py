@@ -6,11 +6,10 @@ import time
 import pytest
 
 import backbone
+import entrance
 import flows
 import frame
 import handover
-import ledger
-import metrics
 import recovery
 import ufrag
 
@@ -41,12 +40,8 @@ def probe(town):
 
 def rows(town):
     """What the entrance says of its ways."""
-    worker = town.entrance.shared.memories[0].section("ways")
-    octets = ledger.octets(metrics.Way)
-    return [
-        counted(ledger.Counters(metrics.Way, worker[i * octets : (i + 1) * octets]))
-        for i in range(len(town.faces))
-    ]
+    memory = town.entrance.shared.memories[0].section("ways")
+    return list(map(counted, entrance.rows_in(memory, len(town.faces))))
 
 
 def lose(town, number):

@@ -10,8 +10,8 @@ import signal
 
 import pytest
 
+import entrance
 import handover
-import ledger
 import metrics
 import settings
 
@@ -63,13 +63,9 @@ class Town:
 
     def ways(self, kind):
         """What the entrance's workers have counted of their ways, in all."""
-        octets = ledger.octets(metrics.Way)
-        found = 0
-        for memory in handover.Running.of(self.entrance.table).workers:
-            section = memory.section("ways")
-            for at in range(0, 4 * octets, octets):
-                found += ledger.Counters(metrics.Way, section[at : at + octets])[kind]
-        return found
+        workers = handover.Running.of(self.entrance.table).workers
+        rows = (row for each in workers for row in entrance.rows_in(each.section("ways"), 4))
+        return sum(row[kind] for row in rows)
 
     def law(self):
         """Each datagram is in one counter, at all that run."""
