@@ -30,7 +30,6 @@ from typing import Any
 import maxminddb
 
 import countries
-import front
 import settings
 import steering
 from endpoints import Prefix
@@ -58,7 +57,7 @@ class Geography:
     def reload(self, config: settings.Signaling) -> None:
         """From now on by these settings, the database read again. Raises SettingsError, and then
         nothing has changed."""
-        table = config.steering or front.Steering()
+        table = config.steering or settings.Steering()
         database = None if table.database is None else _opened(table.database)
         self._table, self._database, self._told = table, database, False
         self._trusted: tuple[Prefix, ...] = config.signaling.trusted_proxies

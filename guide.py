@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import msgspec
 from aiohttp import web
 
-import front
 import geography
 import limits
 import roster
@@ -127,7 +126,7 @@ def has_choice(config: settings.Signaling) -> bool:
 
 def steering_of(config: settings.Signaling) -> steering.Steering:
     """What decides, by these settings."""
-    table = config.steering or front.Steering()
+    table = config.steering or settings.Steering()
     home = None
     if table.latitude is not None and table.longitude is not None:
         home = table.latitude, table.longitude

@@ -24,7 +24,6 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-import front
 import ledger
 import settings
 import standing
@@ -74,7 +73,7 @@ class Sites:
     def __init__(self, config: settings.Signaling) -> None:
         """Asks nobody before `followed`."""
         self._standings: dict[str, standing.Standing] = {}
-        self._tables: dict[str, front.Site] = {}
+        self._tables: dict[str, settings.Site] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._figures: dict[str, ledger.Counters] = {}
         self._http: aiohttp.ClientSession | None = None
@@ -85,7 +84,7 @@ class Sites:
     def reload(self, config: settings.Signaling) -> None:
         """Follow the sites of these settings; what is known of those that stayed as they were is
         still known."""
-        self._period_s = (config.steering or front.Steering()).poll_s
+        self._period_s = (config.steering or settings.Steering()).poll_s
         tables = {site.name: site for site in config.site}
         for name, table in self._tables.items():
             if tables.get(name) != table:
@@ -163,7 +162,7 @@ class Sites:
             if table.status and name not in self._tasks:
                 self._tasks[name] = asyncio.create_task(self._keep_asking(self._http, table))
 
-    async def _keep_asking(self, http: aiohttp.ClientSession, site: front.Site) -> None:
+    async def _keep_asking(self, http: aiohttp.ClientSession, site: settings.Site) -> None:
         """Ask all relays of a site, for ever."""
         while True:
             begun = time.monotonic()
