@@ -262,8 +262,8 @@ class Handlers(Generic[AnyCall]):
         call = self._called(request)
         if pair != call.client_ice:
             _note(call, request, "is given new ICE credentials")
-            call.restarted_as = self._switchboard.restart(call)
             call.client_ice = pair
+            call.restarted_as = self._switchboard.restart(call)
         if call.restarted_as is None:  # candidates for the pair that there is
             return _json({"etag": call.etag})
         name, password = call.restarted_as  # the same again if the answer was lost on its way

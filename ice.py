@@ -2,7 +2,8 @@
 
 A client checks the relay's address; the relay brings the check here; `Agent.check` answers it. The
 first authenticated check completes ICE: there is nothing to gather, no check of our own to wait
-for, and no need to know the client's candidates.
+for, and no need to know the client's candidates. Later we check what the client has checked, so
+that a way in that it does not use stays open (paths.py); nothing depends on the answers.
 
 Rules that stay true:
 - MESSAGE-INTEGRITY is verified before anything of a check has an effect.
@@ -20,7 +21,7 @@ Rules that stay true:
 
 Why `a=ice-lite` is not announced: a full agent that faces a lite one nominates in an extra round
 trip (RFC 8445 section 8.1.1); unannounced, clients are connected after two round trips instead of
-three. A client cannot tell: checks towards it are the one thing it misses, and it needs none.
+three. A client cannot tell: it needs no check of ours, and later gets some.
 
 `Flight` is here because ICE's pace is what makes it useful: it re-sends a lost DTLS flight after
 100 ms where OpenSSL would wait a second.
@@ -35,17 +36,19 @@ https://www.rfc-editor.org/rfc/rfc6347#section-4.2.4 (re-sending a flight).
 
 import enum
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import frame
+import paths
 import stun
 
-Sockaddr: TypeAlias = tuple[Any, ...]
-"""A relay's address as the socket module gives and takes it; opaque here."""
+Sockaddr: TypeAlias = paths.Sockaddr
+Path = paths.Path
 
-PATHS_MAX = 8
-"""Verified addresses of one client. A phone has two networks in two families, a relay pair doubles
-that; more only helps someone with the password to fill memory. The longest silent one goes."""
+ADDRESSES_MAX = 8
+"""Verified addresses of one client. A phone has two networks in two families, and the ports of an
+ICE restart double that; more only helps someone with the password to fill memory. The longest
+silent one goes."""
 
 CREDENTIALS_MAX = 2
 """The newest username and password, and the pair that the client has checked with last: its ICE
@@ -91,13 +94,13 @@ FLIGHT_DATAGRAMS_MAX = 4
 _ROLE_CONFLICT = 487
 
 
-class Path(NamedTuple):
-    """Where a client is reached: its own address, and the relay that it came through."""
+class _Pair(NamedTuple):
+    """What goes with a ufrag of ours."""
 
-    header: bytes
-    """The 32 octets that stand in front of its datagrams, both ways (frame.py)."""
-    relay: Sockaddr
-    """Where to send them."""
+    password: bytes
+    """Ours."""
+    paths: paths.Paths
+    """Those that the client has checked with it."""
 
 
 class _Unchecked(NamedTuple):
@@ -131,8 +134,10 @@ class Checked(NamedTuple):
 class Agent:
     """One session's ICE: credentials, the client's addresses, the one in use, signs of life."""
 
-    def __init__(self, ufrag: bytes, password: bytes) -> None:
-        self._credentials: dict[bytes, bytes] = {ufrag: password}
+    def __init__(self, ufrag: bytes, password: bytes, client: tuple[bytes, bytes]) -> None:
+        """Answer to this ufrag and password; `client` has those that the client answers to."""
+        both = _Pair(password, paths.Paths((ufrag, password), client))
+        self._credentials: dict[bytes, _Pair] = {ufrag: both}  # the oldest first
         self._used = ufrag  # of these, by the last check
         self._heard: dict[bytes, float] = {}  # verified addresses by key: when last heard
         self._unchecked: dict[bytes, _Unchecked] = {}  # addresses that SRTP alone speaks for
@@ -162,12 +167,13 @@ class Agent:
 
         Nothing of the request is believed before its integrity holds.
         """
-        password = self._credentials.get(request.ufrag)
-        if password is None:
+        pair = self._credentials.get(request.ufrag)
+        if pair is None:
             return Checked(Verdict.UNKNOWN_UFRAG)
+        password = pair.password
         if not stun.check_integrity(datagram, request, password):
             return Checked(Verdict.FORGED)
-        key = frame.key(header)
+        key, new = frame.key(header), request.transaction_id not in self._transactions
         if self._transactions.setdefault(request.transaction_id, key) != key:
             return Checked(Verdict.REPLAYED)
         if len(self._transactions) > TRANSACTIONS_MAX:
@@ -179,6 +185,9 @@ class Agent:
         self._unchecked.pop(key, None)
         self._expired.pop(key, None)
         path = Path(header, relay)
+        if new:  # else another relay than the client's may have been made to bring it
+            pair.paths.checked(path, now)
+            self._outdate(request.ufrag)
         if self._moves(path, request.use_candidate, now):
             self._use(path, now)
         self._heard[key] = self.heard_at = now
@@ -264,13 +273,30 @@ class Agent:
                 self.active = home if known else None
         return gone
 
-    def restart(self, ufrag: bytes, password: bytes) -> bytes | None:
+    def requests(self, now: float) -> list[tuple[Path, bytes]]:
+        """Our own checks, and where to send each. Once a second; most seconds there are none."""
+        return [each for pair in self._credentials.values() for each in pair.paths.due(now)]
+
+    def answered(
+        self, datagram: bytes, answer: stun.Answer, header: bytes, relay: Sockaddr, now: float
+    ) -> paths.Reply:
+        """Judge what came back for one: a sign of life, which moves nothing."""
+        reply = paths.Reply.UNASKED
+        for pair in self._credentials.values():
+            reply = pair.paths.answered(datagram, answer, Path(header, relay), now)
+            if reply is not paths.Reply.UNASKED:
+                break
+        if reply is paths.Reply.ALIVE:
+            self.heard_at = now
+        return reply
+
+    def restart(self, ufrag: bytes, password: bytes, client: tuple[bytes, bytes]) -> bytes | None:
         """Accept new credentials beside those in use (ICE restart); the ufrag that goes, if any.
 
         Addresses stay as they are until the client checks with the new pair: DTLS and SRTP do not
-        notice (RFC 8445 section 9).
+        notice (RFC 8445 section 9). So do paths.
         """
-        self._credentials[ufrag] = password
+        self._credentials[ufrag] = _Pair(password, paths.Paths((ufrag, password), client))
         if len(self._credentials) <= CREDENTIALS_MAX:
             return None
         unused = next(each for each in self._credentials if each not in (self._used, ufrag))
@@ -280,6 +306,7 @@ class Agent:
     def forget(self, key: bytes) -> None:
         """Give up an address that another session has proved to own now."""
         self._heard.pop(key, None)
+        self._unpath(key)
         self._unchecked.pop(key, None)
         if self.active is not None and frame.key(self.active.header) == key:
             self.active = None
@@ -315,12 +342,24 @@ class Agent:
 
     def _make_room(self, key: bytes) -> bytes | None:
         """Forget the longest silent address if there is one too many: not `key`, not the active."""
-        if len(self._heard) <= PATHS_MAX:
+        if len(self._heard) <= ADDRESSES_MAX:
             return None
         keep = {key} if self.active is None else {key, frame.key(self.active.header)}
         oldest = min(self._heard.keys() - keep, key=self._heard.__getitem__)
         del self._heard[oldest]
+        self._unpath(oldest)
         return oldest
+
+    def _unpath(self, key: bytes) -> None:
+        for pair in self._credentials.values():
+            pair.paths.forget(key)
+
+    def _outdate(self, ufrag: bytes) -> None:
+        """Forget the paths of older credentials than these: the client checks with them no more."""
+        for each, pair in self._credentials.items():
+            if each == ufrag:
+                return
+            pair.paths.clear()
 
 
 class Flight:

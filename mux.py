@@ -34,6 +34,7 @@ import frame
 import ice
 import ledger
 import metrics
+import paths
 import sdp
 import stun
 from dtls import Certificate
@@ -114,13 +115,20 @@ class Mux:
 
     def open(self, offer: sdp.Offer, ufrag: str, password: bytes, handler: Handler) -> "Peer":
         """Begin to answer the checks of a session."""
-        peer = Peer(self, offer, self.certificate, ice.Agent(ufrag.encode(), password), handler)
+        client = offer.ufrag.encode(), offer.password.encode()
+        agent = ice.Agent(ufrag.encode(), password, client)
+        peer = Peer(self, offer, self.certificate, agent, handler)
         self._by_ufrag[ufrag.encode()] = peer
         return peer
 
-    def restart(self, peer: "Peer", ufrag: str, password: bytes) -> None:
-        """Answer a session's checks under new credentials too (ICE restart); media goes on."""
-        forgotten = peer.agent.restart(ufrag.encode(), password)
+    def restart(self, peer: "Peer", ufrag: str, password: bytes, client: tuple[str, str]) -> None:
+        """Answer a session's checks under new credentials too (ICE restart); media goes on.
+
+        `client` has the client's new ufrag and password.
+        """
+        name, secret = client
+        theirs = name.encode(), secret.encode()
+        forgotten = peer.agent.restart(ufrag.encode(), password, theirs)
         self._by_ufrag[ufrag.encode()] = peer
         if forgotten is not None:
             self._by_ufrag.pop(forgotten, None)
@@ -148,6 +156,13 @@ class Mux:
         for key in keys:
             if self._by_client.get(key) is peer:
                 del self._by_client[key]
+
+    def tend(self, peer: "Peer", now: float) -> None:
+        """Give up a session's addresses that no check has come from, keep its paths alive."""
+        self.unlearn(peer, peer.agent.sweep(now))
+        for path, request in peer.agent.requests(now):
+            self.send(path.header, request, path.relay)
+            self._values[Count.CHECKS_SENT] += 1
 
     def close(self) -> None:
         """Close the socket. Close the sessions first: their goodbyes go through it."""
@@ -227,6 +242,8 @@ class Mux:
 
     def _check(self, payload: bytes, header: bytes, relay: ice.Sockaddr, now: float) -> Count:
         request = stun.read_request(payload)
+        if request is stun.Malformed.NOT_REQUEST:
+            return self._answer(payload, header, relay, now)
         if isinstance(request, stun.Malformed):
             return Count.DROPPED_STUN_MALFORMED
         peer = self._by_ufrag.get(request.ufrag)
@@ -252,6 +269,21 @@ class Mux:
         peer.checked()
         return Count.FORWARDED
 
+    def _answer(self, payload: bytes, header: bytes, relay: ice.Sockaddr, now: float) -> Count:
+        """What may be an answer to a check of ours."""
+        answer = stun.read_answer(payload)
+        if answer is None:
+            return Count.DROPPED_STUN_MALFORMED
+        peer = self._by_client.get(frame.key(header))
+        if peer is None:
+            return Count.DROPPED_UNKNOWN_CLIENT
+        reply = peer.agent.answered(payload, answer, header, relay, now)
+        if reply is paths.Reply.ALIVE:
+            self._values[Count.CHECKS_ANSWERED] += 1
+        elif reply is paths.Reply.REFUSED:
+            self._values[Count.CHECKS_REFUSED] += 1
+        return _REPLIES[reply]
+
     def _fault(self, datagram: bytes) -> None:
         """A mistake of ours, met by this datagram: say so once, and end the session that it hit."""
         log.exception("a datagram of %d octets met a fault", len(datagram))
@@ -266,6 +298,13 @@ _VERDICTS = {
     ice.Verdict.UNKNOWN_UFRAG: Count.DROPPED_UNKNOWN_SESSION,
     ice.Verdict.FORGED: Count.DROPPED_BAD_INTEGRITY,
     ice.Verdict.REPLAYED: Count.DROPPED_STUN_REPLAYED,
+}
+
+_REPLIES = {
+    paths.Reply.ALIVE: Count.FORWARDED,
+    paths.Reply.REFUSED: Count.FORWARDED,
+    paths.Reply.UNASKED: Count.DROPPED_STUN_UNASKED,
+    paths.Reply.FORGED: Count.DROPPED_BAD_INTEGRITY,
 }
 
 

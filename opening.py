@@ -120,10 +120,7 @@ def _candidates(listed: Any) -> tuple[tuple[str, int], ...]:
 
 
 def read_restart(body: bytes) -> tuple[str, str]:
-    """A client's pair for an ICE restart, ufrag and password. Raises Wrong.
-
-    We send no checks and so never need it, but to see whether it is another one than before.
-    """
+    """A client's pair for an ICE restart, ufrag and password. Raises Wrong."""
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError:

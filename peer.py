@@ -114,14 +114,14 @@ class Wire(Protocol):
     def send(self, header: bytes, payload: bytes, relay: ice.Sockaddr) -> None:
         """Send a datagram to a client by its relay."""
 
-    def restart(self, peer: "Peer", ufrag: str, password: bytes) -> None:
+    def restart(self, peer: "Peer", ufrag: str, password: bytes, client: tuple[str, str]) -> None:
         """Answer a session's checks under new credentials too."""
 
     def sounds(self, peer: "Peer", ssrc: bytes) -> None:
         """Note a stream that has authenticated: it may show up from another address."""
 
-    def unlearn(self, peer: "Peer", keys: list[bytes]) -> None:
-        """Deliver nothing more from these addresses (frame.key) to this peer."""
+    def tend(self, peer: "Peer", now: float) -> None:
+        """Let a second pass for the peer's agent."""
 
     def forget(self, peer: "Peer") -> None:
         """Deliver nothing more to this peer."""
@@ -384,19 +384,16 @@ class Peer:
             failure = None if self._sctp is None else self._sctp.failure
             self.end(failure or "the client closed the connection")
 
-    def restart(self, ufrag: str, password: bytes) -> None:
-        """Answer checks under these credentials too (ICE restart)."""
-        self._wire.restart(self, ufrag, password)
+    def restart(self, ufrag: str, password: bytes, client: tuple[str, str]) -> None:
+        """Answer checks under these credentials too (ICE restart); `client` has its new ones."""
+        self._wire.restart(self, ufrag, password, client)
 
     def sweep(self, now: float) -> None:
-        """Give up addresses of the client that SRTP alone has spoken for too long, and a client
-        that does not finish its handshake."""
+        """Tend the ways to the client, and give up one that does not finish its handshake."""
         began = self._spoken_at
         if began is not None and not self._finished and now - began >= FINISH_S_MAX:
             self.end("the set-up failed")
-        gone = self.agent.sweep(now)
-        if gone:
-            self._wire.unlearn(self, gone)
+        self._wire.tend(self, now)
 
     def end(self, reason: str) -> None:
         """Tell the handler, once, that the transport has ended by itself."""

@@ -355,8 +355,8 @@ class Session:
         self.flow(now)
 
     def restart(self, name: str, password: bytes) -> None:
-        """Answer the client's checks under new credentials too; nothing else changes."""
-        self._peer.restart(name, password)
+        """Answer the client's checks under new credentials too; `client_ice` has its own by now."""
+        self._peer.restart(name, password, self.client_ice)
         self.ice = name, password
         self.etag = _etag(name)
         self._restarts += 1

@@ -1,12 +1,13 @@
 """STUN as ICE uses it, and telling STUN from everything else that shares its port.
 
-What it owns: the first-octet classes of RFC 7983, reading a Binding Request in place,
-MESSAGE-INTEGRITY and FINGERPRINT both ways, and the small encoder that answers, tests and load
-tools need.
+What it owns: the first-octet classes of RFC 7983, reading a Binding Request or its answer in place,
+MESSAGE-INTEGRITY and FINGERPRINT both ways, and the small encoder that answers, checks of our own,
+tests and load tools need.
 
 Rules that stay true:
-- Reading is total: any octets end in a `Request` or in a member of `Malformed`, never in an
-  exception. Whoever reads must still check the integrity before believing a word.
+- Reading is total: any octets end in a `Request` or in a member of `Malformed`, in an `Answer` or
+  in None, never in an exception. Whoever reads must still check the integrity before believing a
+  word.
 - What a peer chose is bounded before it is copied: the username (RFC 8489 section 14.3: 508 octets)
   and the number of attributes.
 - Attributes after MESSAGE-INTEGRITY are ignored but for FINGERPRINT (RFC 8489 section 14.5).
@@ -24,6 +25,9 @@ import hmac
 import ipaddress
 import struct
 from dataclasses import dataclass
+
+TRANSACTION_OCTETS = 12
+"""Of a transaction id."""
 
 HEADER_OCTETS = 20
 """Type, length, magic cookie and transaction id (RFC 8489 section 5)."""
@@ -128,6 +132,18 @@ class Request:
     """Offset of the MESSAGE-INTEGRITY attribute in the datagram."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A Binding response, well-formed but **not yet authenticated**."""
+
+    transaction_id: bytes
+    """12 octets."""
+    success: bool
+    """False for an error response."""
+    integrity_at: int
+    """Offset of the MESSAGE-INTEGRITY attribute in the datagram; 0 if it has none."""
+
+
 def read_request(datagram: bytes | memoryview) -> Request | Malformed:
     """Read a Binding Request. Total over any octets; the result holds copies, no views."""
     size = len(datagram)
@@ -164,6 +180,25 @@ def read_request(datagram: bytes | memoryview) -> Request | Malformed:
         controlled=None if controlled is None else _U64.unpack(controlled)[0],
         integrity_at=integrity_at,
     )
+
+
+def read_answer(datagram: bytes | memoryview) -> Answer | None:
+    """Read a Binding response; None for anything else. Total over any octets, like the above."""
+    size = len(datagram)
+    if size < HEADER_OCTETS:
+        return None
+    message_type, length, cookie, transaction_id = _HEADER.unpack_from(datagram)
+    if message_type not in (_BINDING_SUCCESS, _BINDING_ERROR) or cookie != MAGIC_COOKIE:
+        return None
+    if length & 3 or HEADER_OCTETS + length != size:
+        return None
+    found = _attributes(datagram, size)
+    if isinstance(found, Malformed):
+        return None
+    _, integrity_at, fingerprint_at = found
+    if fingerprint_at and not _fingerprint_holds(datagram, fingerprint_at, size):
+        return None
+    return Answer(transaction_id, message_type == _BINDING_SUCCESS, integrity_at)
 
 
 # The attributes that are read, and the size each must have; None: bounded below.
@@ -217,13 +252,15 @@ def _fingerprint_holds(datagram: bytes | memoryview, at: int, size: int) -> bool
     return bool(given == binascii.crc32(datagram[:at]) ^ _FINGERPRINT_XOR)
 
 
-def check_integrity(datagram: bytes | memoryview, request: Request, password: bytes) -> bool:
-    """True if the request's MESSAGE-INTEGRITY was made with `password`, in constant time.
+def check_integrity(datagram: bytes | memoryview, read: Request | Answer, password: bytes) -> bool:
+    """True if what was read has a MESSAGE-INTEGRITY made with `password`, in constant time.
 
     The HMAC covers what stands before the attribute, with the length field set as if the message
     ended with it (RFC 8489 section 14.5). ICE's passwords are ASCII: no SASLprep is applied.
     """
-    at = request.integrity_at
+    at = read.integrity_at
+    if not at:
+        return False
     covered = bytearray(datagram[:at])
     _LENGTH.pack_into(covered, 2, at + 4 + _INTEGRITY_OCTETS - HEADER_OCTETS)
     given = datagram[at + 4 : at + 4 + _INTEGRITY_OCTETS]
@@ -255,13 +292,15 @@ def request(
     use_candidate: bool = True,
     priority: int = 0x6E7F1EFF,
     tie_breaker: int = 1,
+    controlled: bool = False,
 ) -> bytes:
-    """A controlling client's connectivity check (RFC 8445 section 7.2), for tests and load.
+    """A connectivity check (RFC 8445 section 7.2): a controlling client's, unless `controlled`.
 
     The default priority is that of a peer-reflexive candidate with the highest local preference.
     """
     body = _attribute(_USERNAME, username.encode())
-    body += _attribute(_ICE_CONTROLLING, _U64.pack(tie_breaker))
+    role = _ICE_CONTROLLED if controlled else _ICE_CONTROLLING
+    body += _attribute(role, _U64.pack(tie_breaker))
     if use_candidate:
         body += _attribute(_USE_CANDIDATE, b"")
     body += _attribute(_PRIORITY, _U32.pack(priority))

@@ -43,13 +43,18 @@ class Transceiver(ledger.Kinds):
     )
     DROPPED_STUN_MALFORMED = (
         "datagrams",
-        "STUN that is no well-formed Binding Request.",
+        "STUN that is no well-formed Binding Request, and no answer to one.",
         "Garbage that came through a live flow.",
     )
     DROPPED_BAD_INTEGRITY = (
         "datagrams",
-        "A check whose MESSAGE-INTEGRITY is wrong.",
+        "A check, or an answer to one of ours, whose MESSAGE-INTEGRITY is wrong.",
         "A client with a stale answer, or someone who injects into a flow.",
+    )
+    DROPPED_STUN_UNASKED = (
+        "datagrams",
+        "An answer to no check that is under way on its path.",
+        "Answers that come seconds late or by another relay, or someone who makes them up.",
     )
     DROPPED_UNKNOWN_KIND = (
         "datagrams",
@@ -98,6 +103,17 @@ class Transceiver(ledger.Kinds):
     )
     ICE_RESTARTS = "times", "Sessions given new ICE credentials."
     ADDRESSES_LEARNED = "addresses", "Of clients, learned from SRTP before any check came."
+    CHECKS_SENT = (
+        "datagrams",
+        "Checks of our own, so that ways in stay open that clients do not use.",
+        "Many more than CHECKS_ANSWERED: a relay or a network has let such a way be lost.",
+    )
+    CHECKS_ANSWERED = "datagrams", "Authentic answers to them."
+    CHECKS_REFUSED = (
+        "datagrams",
+        "Errors in answer to them. The call goes on.",
+        "Clients that do not expect checks: a way in that they do not use may close.",
+    )
     SENT = "datagrams", "Sent to a relay."
     SEND_FAILED = (
         "datagrams",

@@ -6,16 +6,18 @@ import pytest
 
 import frame
 import ice
+import paths
 import stun
 
 UFRAG, PASSWORD = "APeT9ekG4r6OlO9+HGsokz4", b"Z4K/XErQpQxJ6rgyZhiW2+BN"
 HOME = frame.header("192.0.2.1", 40_000)
 MOBILE = frame.header("198.51.100.7", 50_000)
+CLIENT = (b"client", b"of the client")
 RELAY, OTHER_RELAY = ("10.0.0.1", 3500), ("10.0.0.2", 3500)
 
 
 def agent() -> ice.Agent:
-    return ice.Agent(UFRAG.encode(), PASSWORD)
+    return ice.Agent(UFRAG.encode(), PASSWORD, CLIENT)
 
 
 def check(
@@ -300,7 +302,7 @@ def test_transactions_are_bounded() -> None:
 
 def test_addresses_are_bounded_and_the_longest_silent_goes() -> None:
     server = agent()
-    headers = [frame.header("192.0.2.9", port) for port in range(1, ice.PATHS_MAX + 2)]
+    headers = [frame.header("192.0.2.9", port) for port in range(1, ice.ADDRESSES_MAX + 2)]
     for now, header in enumerate(headers):
         forgotten = check(server, header, now=float(now)).forgotten
     assert forgotten == frame.key(headers[0])
@@ -311,23 +313,23 @@ def test_addresses_are_bounded_and_the_longest_silent_goes() -> None:
 def test_the_active_address_stays_when_room_is_made() -> None:
     server = agent()
     check(server, HOME, now=0.0)
-    for port in range(1, ice.PATHS_MAX + 4):
+    for port in range(1, ice.ADDRESSES_MAX + 4):
         check(server, frame.header("192.0.2.9", port), now=0.001 * port, use_candidate=False)
     assert server.active == ice.Path(HOME, RELAY)
     assert frame.key(HOME) in server.keys
-    assert len(server.keys) == ice.PATHS_MAX
+    assert len(server.keys) == ice.ADDRESSES_MAX
 
 
 def test_restart_accepts_the_new_pair_and_for_a_while_the_old_one() -> None:
     server = agent()
     check(server, HOME)
-    assert server.restart(b"second", b"second password") is None
+    assert server.restart(b"second", b"second password", CLIENT) is None
     assert server.active == ice.Path(HOME, RELAY)
     both = [(UFRAG, PASSWORD), ("second", b"second password")]
     for ufrag, password in both:
         checked = check(server, MOBILE, ufrag=ufrag, password=password)
         assert checked.verdict is ice.Verdict.ANSWERED
-    assert server.restart(b"third", b"third password") == UFRAG.encode()
+    assert server.restart(b"third", b"third password", CLIENT) == UFRAG.encode()
     assert check(server).verdict is ice.Verdict.UNKNOWN_UFRAG
     assert server.ufrags == [b"second", b"third"]
 
@@ -335,12 +337,105 @@ def test_restart_accepts_the_new_pair_and_for_a_while_the_old_one() -> None:
 def test_restarts_that_nobody_follows_leave_the_pair_in_use() -> None:
     server = agent()
     check(server, HOME)
-    assert server.restart(b"second", b"second password") is None
-    assert server.restart(b"third", b"third password") == b"second"
-    assert server.restart(b"fourth", b"fourth password") == b"third"
+    assert server.restart(b"second", b"second password", CLIENT) is None
+    assert server.restart(b"third", b"third password", CLIENT) == b"second"
+    assert server.restart(b"fourth", b"fourth password", CLIENT) == b"third"
     assert check(server).verdict is ice.Verdict.ANSWERED
     checked = check(server, MOBILE, ufrag="fourth", password=b"fourth password")
     assert checked.verdict is ice.Verdict.ANSWERED
+
+
+def asked(server: ice.Agent, now: float) -> dict[ice.Path, bytes]:
+    """What the agent sends of its own accord, by where it goes."""
+    return dict(server.requests(now))
+
+
+def answered(
+    server: ice.Agent,
+    request: bytes,
+    path: ice.Path,
+    now: float,
+    client: tuple[bytes, bytes] = CLIENT,
+) -> paths.Reply:
+    """The client's answer to `request`, by `path`."""
+    datagram = stun.success(request[8:20], "203.0.113.1", 3478, client[1])
+    read = stun.read_answer(datagram)
+    assert read is not None
+    return server.answered(datagram, read, path.header, path.relay, now)
+
+
+def test_both_ways_in_are_asked_and_the_answers_move_nothing() -> None:
+    server = agent()
+    near, far = ice.Path(HOME, RELAY), ice.Path(HOME, OTHER_RELAY)
+    check(server, HOME, OTHER_RELAY, now=0.0, use_candidate=False)
+    check(server, HOME, RELAY, now=0.1)
+    server.media(HOME, RELAY, 6.5)
+    requests = asked(server, 6.5)
+    assert requests.keys() == {near, far}
+    for path in (near, far):
+        assert answered(server, requests[path], path, 20.0) is paths.Reply.ALIVE
+        assert server.active == near
+    assert server.heard_at == 20.0, "but they show that the client is there"
+    assert server.keys == [frame.key(HOME)]
+
+
+def test_nothing_is_sent_to_whom_no_check_has_verified() -> None:
+    server = agent()
+    assert asked(server, 1e6) == {}
+    check(server, HOME, password=b"wrong")
+    server.media(MOBILE, RELAY, 0.0)
+    server.learn(frame.key(MOBILE), 0.0)
+    assert asked(server, 6.0) == {}
+    check(server, HOME, now=1.0)
+    assert asked(server, 7.0).keys() == {ice.Path(HOME, RELAY)}
+
+
+def test_a_replayed_check_adds_no_path() -> None:
+    server = agent()
+    recorded = bytes(range(12))
+    check(server, HOME, RELAY, now=0.0, transaction_id=recorded)
+    check(server, HOME, OTHER_RELAY, now=1.0, transaction_id=recorded)
+    check(server, MOBILE, RELAY, now=1.0, transaction_id=recorded)
+    assert asked(server, 9.0).keys() == {ice.Path(HOME, RELAY)}
+
+
+def test_an_answer_that_is_not_the_clients_is_no_sign_of_life() -> None:
+    server = agent()
+    check(server, HOME, now=0.0)
+    ((path, request),) = asked(server, 6.0).items()
+    assert answered(server, request, path, 7.0, (b"", b"guessed")) is paths.Reply.FORGED
+    assert answered(server, bytes(20), path, 7.0) is paths.Reply.UNASKED
+    assert answered(server, request, ice.Path(MOBILE, RELAY), 7.0) is paths.Reply.UNASKED
+    assert server.heard_at == 0.0
+
+
+def test_an_address_that_is_given_up_is_not_asked() -> None:
+    server = agent()
+    check(server, HOME)
+    check(server, MOBILE)
+    server.forget(frame.key(HOME))
+    assert asked(server, 6.0).keys() == {ice.Path(MOBILE, RELAY)}
+    for port in range(1, 50):
+        check(server, frame.header("192.0.2.9", port), now=7.0)
+    assert len(asked(server, 14.0)) <= paths.PATHS_MAX
+
+
+def test_after_a_restart_paths_are_those_of_the_new_credentials() -> None:
+    server, again = agent(), (b"again", b"of the client, again")
+    check(server, HOME)
+    server.restart(b"second", b"second password", again)
+    ((path, request),) = asked(server, 6.0).items()
+    assert request[20:].startswith(b"\0\x06\0\x1eclient:" + UFRAG.encode())
+    assert answered(server, request, path, 6.1) is paths.Reply.ALIVE
+    # The client goes over to the new ones; what it still had under way changes nothing.
+    check(server, MOBILE, now=7.0, ufrag="second", password=b"second password")
+    ((path, request),) = asked(server, 13.0).items()
+    assert path == ice.Path(MOBILE, RELAY)
+    assert request[20:].startswith(b"\0\x06\0\x0cagain:second")
+    assert answered(server, request, path, 13.1) is paths.Reply.FORGED
+    assert answered(server, request, path, 13.1, again) is paths.Reply.ALIVE
+    check(server, HOME, now=14.0)
+    assert asked(server, 20.0).keys() == {path, ice.Path(HOME, RELAY)}
 
 
 def test_a_forgotten_address_is_no_longer_used() -> None:

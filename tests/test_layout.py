@@ -53,6 +53,7 @@ SANS_IO = {
     "receiver",
     "fec",
     "parrot",
+    "paths",
     "realtime",
     "turns",
     "floor",

@@ -248,12 +248,12 @@ def test_ice_restart_is_answered_beside_the_old_credentials() -> None:
         hint, password = bench.open()
         await bench.send(check(hint, password))
         session = bench.mux._by_ufrag[hint.encode()]
-        bench.mux.restart(session, "second", b"second password")
+        bench.mux.restart(session, "second", b"second password", ("c", "q"))
         for pair in ((hint, password), ("second", b"second password")):
             assert (await bench.send(check(*pair), MOBILE))["FORWARDED"] == 1
         assert session.agent.active is not None
         assert session.agent.active.header == frame.header(*MOBILE)
-        bench.mux.restart(session, "third", b"third password")
+        bench.mux.restart(session, "third", b"third password", ("c", "q"))
         assert (await bench.send(check(hint, password)))["DROPPED_UNKNOWN_SESSION"] == 1
 
     bench(scenario)

@@ -48,7 +48,7 @@ class FakePeer:
     """A transport that keeps what it is given."""
 
     def __init__(self) -> None:
-        self.agent = ice.Agent(b"u", b"p")
+        self.agent = ice.Agent(b"u", b"p", (b"c", b"q"))
         self.backlog_octets = 0
         self.carrier = carrier.Carrier()
         self.checked_at: float | None = None

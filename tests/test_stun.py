@@ -126,6 +126,41 @@ def test_request_round_trip(
     assert stun.check_integrity(memoryview(datagram), found, PASSWORD)
 
 
+@pytest.mark.parametrize("sample", [SAMPLE_RESPONSE_V4, SAMPLE_RESPONSE_V6])
+def test_rfc5769_responses_are_read(sample: bytes) -> None:
+    found = stun.read_answer(sample)
+    assert found is not None
+    assert (found.transaction_id, found.success) == (TRANSACTION, True)
+    assert stun.check_integrity(sample, found, PASSWORD)
+    assert not stun.check_integrity(sample, found, b"another")
+    for size in range(len(sample)):
+        assert stun.read_answer(sample[:size]) is None
+    for at in range(8 * len(sample)):
+        changed = bytearray(sample)
+        changed[at // 8] ^= 1 << at % 8
+        found = stun.read_answer(changed)
+        # What follows the integrity is the fingerprint's, which others may take for an attribute.
+        if found is not None and at < 8 * (len(sample) - 8):
+            assert not stun.check_integrity(changed, found, PASSWORD)
+
+
+def test_errors_are_read_and_requests_are_no_answers() -> None:
+    refusal = stun.error(TRANSACTION, 487, "Role Conflict", PASSWORD)
+    assert stun.read_answer(refusal) == stun.Answer(
+        TRANSACTION, False, refusal.index(b"\0\x08\0\x14")
+    )
+    bare = b"\x01\x11\0\0" + SAMPLE_RESPONSE_V4[4:20]
+    found = stun.read_answer(bare)
+    assert found == stun.Answer(TRANSACTION, False, 0)
+    assert not stun.check_integrity(bare, found, PASSWORD)
+    assert stun.read_answer(SAMPLE_REQUEST) is None
+
+
+def test_a_controlled_agents_request() -> None:
+    found = read(stun.request(TRANSACTION, "a:b", PASSWORD, controlled=True, tie_breaker=7))
+    assert (found.controlled, found.controlling) == (7, None)
+
+
 def test_every_changed_bit_is_noticed() -> None:
     """Each bit of a check, one at a time: malformed, or its integrity does not hold.
 
@@ -201,6 +236,7 @@ def test_what_follows_the_integrity_is_not_believed() -> None:
 @given(st.binary(max_size=200))
 def test_total_over_any_octets(octets: bytes) -> None:
     stun.read_request(octets)
+    stun.read_answer(octets)
     stun.is_rtcp(octets)
 
 
