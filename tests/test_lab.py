@@ -1,4 +1,4 @@
-"""The laboratory in its small form: two sites, one cluster with two relays, a tenth of all delays.
+"""The laboratory in its small form: two sites, one cluster with two relays, a third of all delays.
 
 What is lost there in mid-call is really lost, and what must hold holds; no figure of time is judged
 here but those that the product itself promises, and with patience. The record's arithmetic and the
