@@ -12,6 +12,7 @@ import pytest
 
 import frame
 import mux
+import paths
 import peer
 import sdp
 import stun
@@ -255,6 +256,92 @@ def test_ice_restart_is_answered_beside_the_old_credentials() -> None:
         assert session.agent.active.header == frame.header(*MOBILE)
         bench.mux.restart(session, "third", b"third password", ("c", "q"))
         assert (await bench.send(check(hint, password)))["DROPPED_UNKNOWN_SESSION"] == 1
+
+    bench(scenario)
+
+
+async def a_checked_session(bench: Bench) -> tuple[peer.Peer, tuple[str, bytes]]:
+    """A session whose client has come by the first relay, and what it answers to."""
+    pair = bench.open()
+    await bench.send(check(*pair))
+    found = bench.mux._by_ufrag[pair[0].encode()]
+    bench.received()
+    return found, pair
+
+
+def checks(bench: Bench) -> list[bytes]:
+    """Of what came back to the relay, STUN: DTLS sends its flight again and again."""
+    return [each for each in bench.received() if stun.kind(each[32]) is stun.Kind.STUN]
+
+
+def asked(bench: Bench, session: peer.Peer) -> bytes:
+    """The session's sweep at a moment when a check of ours is due: what the relay gets."""
+    bench.now += paths.PERIOD_S
+    before = bench.counters[Count.CHECKS_SENT]
+    bench.mux.tend(session, bench.now)
+    assert bench.counters[Count.CHECKS_SENT] == before + 1
+    (found,) = checks(bench)
+    assert found[:32] == frame.header(*HOME)
+    return found[32:]
+
+
+def test_a_check_of_ours_is_answered_and_nothing_moves() -> None:
+    async def scenario(bench: Bench) -> None:
+        session, pair = await a_checked_session(bench)
+        await bench.send(check(*pair), MOBILE)
+        bench.received()
+        active = session.agent.active
+        bench.now += paths.PERIOD_S
+        bench.mux.tend(session, bench.now)
+        framed = {each[:32]: each[32:] for each in checks(bench)}
+        assert framed.keys() == {frame.header(*HOME), frame.header(*MOBILE)}
+        request = stun.read_request(framed[frame.header(*HOME)])
+        assert isinstance(request, stun.Request)
+        assert request.username == f"{OFFER.ufrag}:{pair[0]}".encode()
+        password = OFFER.password.encode()
+        answer = stun.success(request.transaction_id, "203.0.113.1", 3478, password)
+        assert await bench.send(answer) == {"FORWARDED": 1, "CHECKS_ANSWERED": 1}
+        assert session.agent.active == active
+        assert session.agent.heard_at == bench.now
+        assert checks(bench) == []
+
+    bench(scenario)
+
+
+def test_answers_that_are_none_end_in_counters_of_their_own() -> None:
+    async def scenario(bench: Bench) -> None:
+        session, _ = await a_checked_session(bench)
+        password = OFFER.password.encode()
+        transaction_id = asked(bench, session)[8:20]
+        forged = stun.success(transaction_id, *HOME, b"guessed")
+        assert await bench.send(forged) == {"DROPPED_BAD_INTEGRITY": 1}
+        unasked = stun.success(os.urandom(12), *HOME, password)
+        assert await bench.send(unasked) == {"DROPPED_STUN_UNASKED": 1}
+        good = stun.success(transaction_id, *HOME, password)
+        assert await bench.send(good, MOBILE) == {"DROPPED_UNKNOWN_CLIENT": 1}
+        assert await bench.send(good[:-1]) == {"DROPPED_STUN_MALFORMED": 1}
+        for code in (400, 401, 487):
+            refused = stun.error(transaction_id, code, "no", b"")
+            assert await bench.send(refused) == {"FORWARDED": 1, "CHECKS_REFUSED": 1}
+        assert await bench.send(good) == {"FORWARDED": 1, "CHECKS_ANSWERED": 1}
+        assert checks(bench) == []
+        assert bench.handlers[0].heard == []
+
+    bench(scenario)
+
+
+def test_an_answer_by_another_relay_is_none() -> None:
+    async def scenario(bench: Bench) -> None:
+        session, _ = await a_checked_session(bench)
+        transaction_id = asked(bench, session)[8:20]
+        good = stun.success(transaction_id, *HOME, OFFER.password.encode())
+        other = shim.udp_socket()
+        try:
+            framed = frame.header(*HOME) + good
+            assert await bench.send_raw(framed, other) == {"DROPPED_STUN_UNASKED": 1}
+        finally:
+            other.close()
+        assert await bench.send(good) == {"FORWARDED": 1, "CHECKS_ANSWERED": 1}
 
     bench(scenario)
 
