@@ -19,14 +19,13 @@ from scenes import (
     Figures,
     account,
     add,
-    first_check,
     other_ports,
     over_time,
     sent_between,
     spread,
     total,
 )
-from setting_up import BEGUN, MEDIA_A_S, counted
+from setting_up import BEGUN, MEDIA_A_S, counted, first_check
 
 import backbone
 import entrance
@@ -93,11 +92,11 @@ def lose_transit(at: int, cluster: int, dead: frozenset[bytes], drains: bool) ->
         while now < start + WATCHED_S:
             silent = dead if now >= start else frozenset[bytes]()
             # Sessions on ways that live are heard of by their downlink, beside the answers.
-            ways.seen.update(ways.ways.keys() - silent if not drains else ways.ways.keys())
+            ways.seen.update(set(worker.flows.hops.values()) - (frozenset() if drains else silent))
             ahead.tend(now)
             probes += len(line.said)
             line.said.clear()
-            for name in ways.ways:
+            for name in [name for name, way in ways.ways.items() if way.probed_at == now]:
                 if name not in silent or drains:
                     body = backbone.token(now) + bytes([name in silent])
                     if ways.answered(name, body, now + trip_s):

@@ -16,11 +16,10 @@ import fleet
 import globe
 import numpy as np
 from planning import Ints, Plan, keyring, plan
-from setting_up import BEGUN, MEDIA_A_S, counted, indexes
+from setting_up import BEGUN, MEDIA_A_S, counted, first_check, indexes
 
 import ledger
 import metrics
-import ufrag
 
 CHECK_S = 2.5
 """Between two checks on the pair in use: Chromium's for a stable one. RFC 7675 asks for 5 s."""
@@ -38,8 +37,8 @@ BIN_S = 0.1
 STEP_S = 0.005
 """Of virtual time where datagrams go one by one: four times in 20 ms."""
 
-SEARCH_S = 8.0
-"""How long it is looked at who finds whom."""
+SEARCH_S = 3.5
+"""How long it is looked at who finds whom: everybody has sent a check by then, and another one."""
 
 SHARE_OF_CARRIER = 0.2
 """Of a site's clients, behind the one NAT that restarts."""
@@ -103,7 +102,9 @@ def fail_site(failed: int, at: int, silent_s: globe.Floats) -> Figures:
     moved = np.flatnonzero((on.first == failed) & (on.second == at))
     workers = on.edges.of_client(on.hashed[moved], at)
     resumed = np.full(len(moved), np.nan)
-    counters = ledger.Counters(metrics.Inbound)
+    own = np.flatnonzero(on.first == at)
+    own_at = on.edges.of_client(on.hashed[own], at)
+    counters, others_lost = ledger.Counters(metrics.Inbound), 0
     for number in on.edges.of(at):
         here = np.flatnonzero(workers == number)
         worker = on.worker(on.edges, number, start, ways=on.ways(start))
@@ -118,8 +119,16 @@ def fail_site(failed: int, at: int, silent_s: globe.Floats) -> Figures:
                 elif time + RETRY_S < start + PATIENCE_S:
                     again.append((time + RETRY_S, each))
             due = sorted(again)
+        # Those who have been here all the time.
+        there = [on.callers.headers[each] for each in own[own_at == number]]
+        others_lost += worker.media(there, 1)
         add(counters, worker.counters)
-    return {"moved": moved, "resumed": resumed, "counters": counted(counters)}
+    return {
+        "moved": moved,
+        "resumed": resumed,
+        "others_lost": others_lost,
+        "counters": counted(counters),
+    }
 
 
 def site_lost(on: Plan, failed: int, found: Sequence[Figures]) -> Figures:
@@ -135,17 +144,9 @@ def site_lost(on: Plan, failed: int, found: Sequence[Figures]) -> Figures:
     figures = account(lost, out, int((~there).sum()), over_time(phase, out))
     trips_s = globe.trips_ms(on.callers, globe.SITES[on.sites[failed]], moved) / 1000
     figures["lost_down"] = {"total": int((lost + trips_s * MEDIA_A_S).sum())}
-    figures["others_lost"] = 0
+    figures["others_lost"] = sum(each["others_lost"] for each in found)
     figures["counters"] = total(each["counters"] for each in found)
     return figures
-
-
-def first_check(on: Plan, caller: int, keys: ufrag.Keyring | None = None) -> memoryview:
-    """The caller's Binding Request, with the password that belongs to its ufrag."""
-    text = on.text(caller, keys)
-    password = ufrag.password(keys or on.keyring, text)
-    assert password is not None
-    return memoryview(fleet.check(caller, text, password))
 
 
 def add(to: ledger.Counters, other: ledger.Counters) -> None:
@@ -168,7 +169,8 @@ def total(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def search(at: int, what: str, latency_s: float | None, redis: bool = True) -> Figures:
-    """Clients of a site arrive at workers that have never heard of them; `what` is
+    """Clients of a site arrive at workers that have never heard of them. Of all whom it moves those
+    are followed who come to one of its relay hosts, one datagram after the other. `what` is
 
     kernel     other workers of the same relay hosts (a group of SO_REUSEPORT has changed)
     resilient  one relay host is lost, and its clients alone are spread over the others
@@ -192,8 +194,8 @@ class _Search:
     ) -> None:
         self._on, self._loop, self._start = on, loop, loop.time()
         self._keyring = keyring(on.shape.seed, [1], 1) if what == "retired" else on.keyring
-        own = np.flatnonzero(on.first == at)
-        before = on.edges.of_client(on.hashed[own], at)
+        own, tier = np.flatnonzero(on.first == at), on.edges
+        before = tier.of_client(on.hashed[own], at)
         hashed, headers = on.hashed[own].copy(), [on.callers.headers[each] for each in own]
         if what == "ports":
             chance = np.random.default_rng([on.shape.seed, 7])
@@ -203,6 +205,10 @@ class _Search:
                 headers[each] = header
         after = self._targets(at, what, hashed, before)
         met = changed if what == "ports" else np.flatnonzero(after != before)
+        self._all = len(met)
+        # All who come to one host, so that its budgets are used as they would be.
+        first = tier.first[at] + tier.workers
+        met = met[(after[met] >= first) & (after[met] < first + tier.workers)]
         self._callers, self._targets_ = own[met], after[met]
         self._headers = [headers[each] for each in met]
         self._number = {header: each for each, header in enumerate(self._headers)}
@@ -324,6 +330,7 @@ class _Search:
         found = np.isfinite(self._since)
         out = np.where(found, self._since, SEARCH_S)
         figures = account(self._lost, out, int((~found).sum()), self._series)
+        figures["moved_at_the_site"] = self._all
         figures["counters"] = counted(counters)
         figures["keeper"] = counted(asked)
         figures["redis_lookups"] = self.store.operations if self.store else 0

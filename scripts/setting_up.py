@@ -119,6 +119,7 @@ def _run(
     kinds = np.repeat([kind for kind, _, _ in parts], [len(part) for _, part, _ in parts])
     who = np.concatenate([part for _, _, part in parts])
     hops: dict[int, bytes] = {}
+    requests: dict[int, memoryview] = {}
     talking: list[bytes] = []
     for time, kind, caller in zip(
         times[order].tolist(), kinds[order].tolist(), who[order].tolist(), strict=True
@@ -133,16 +134,24 @@ def _run(
             assert not unknown, f"{unknown} flows were lost while they were used"
             worker.note_most()
         else:
-            text = on.text(caller)
-            password = ufrag.password(on.keyring, text)
-            assert password is not None
-            request = fleet.check(caller, text, password)
-            verdict = worker.receive(header, memoryview(request), time)
+            # A cluster's relay sees the same check from both entrances.
+            request = requests.pop(caller, None) or first_check(on, caller)
+            if kind == _FIRST and beside is here:
+                requests[caller] = request
+            verdict = worker.receive(header, request, time)
             if kind == _FIRST and isinstance(verdict, bytes):
                 hops[caller] = verdict
     worker.flows.sweep(BEGUN)
     worker.note_most()
     return [hops.get(caller) for caller in here.tolist()]
+
+
+def first_check(on: Plan, caller: int, keys: ufrag.Keyring | None = None) -> memoryview:
+    """The caller's Binding Request, with the password that belongs to its ufrag."""
+    text = on.text(caller, keys)
+    password = ufrag.password(keys or on.keyring, text)
+    assert password is not None
+    return memoryview(fleet.check(caller, text, password))
 
 
 # --- Redis ----------------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ class Run:
         with bar:
             yield bar.update
         self.timings[name] = round(time.monotonic() - start, 1)
+        if not self._show:
+            typer.echo(f"{name}: {self.timings[name]} s", err=True)
 
     def all(self) -> Plan:
         """Everything, in order."""
@@ -383,10 +385,8 @@ def simulate(
     start, shape = time.monotonic(), shape_of(sessions, seed, found)
     run = Run(shape, found, processes, show)
     on = run.all()
-    own, children = (
-        resource.getrusage(who).ru_maxrss / 1024
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    own, children = (each.ru_maxrss / 1024 for each in used)
     figures: Figures = {
         "sessions": sessions,
         "seed": seed,
@@ -402,6 +402,7 @@ def simulate(
         **run.figures,
         "timings": {
             "seconds": round(time.monotonic() - start, 1),
+            "cpu_seconds": round(sum(each.ru_utime + each.ru_stime for each in used), 1),
             "stages": run.timings,
             "processes": processes,
             "peak_rss_mib": round(own),
