@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 import steering
-from endpoints import Endpoint, Prefix
+from endpoints import Endpoint, Prefix, RedisUrl
 from tables import Cluster, HeaderName, Keys, SharedRedis, Table
 
 PerSecond = Annotated[float, Meta(gt=0, le=1_000_000)]
@@ -133,6 +133,9 @@ class PlacedCluster(Cluster, frozen=True):
     latitude: Latitude | None = None
     longitude: Longitude | None = None
     """Needed where there are sites and more than one cluster."""
+    redis: RedisUrl | None = None
+    """Where its transceivers announce themselves, if that is not `[redis]`: each cluster may have
+    one of its own, so that what happens to it concerns that cluster alone."""
 
 
 class Steering(Table, frozen=True):
@@ -181,7 +184,8 @@ def agree(found: Signaling) -> None:
     for number, server in enumerate(found.ice_server):
         if (server.username is None) != (server.credential is None):
             raise ValueError(f"ice_server[{number}]: username and credential go together")
-    if not found.signaling.transceivers and found.redis is None:
+    registries = [found.redis, *(cluster.redis for cluster in found.cluster)]
+    if not found.signaling.transceivers and not any(registries):
         raise ValueError(
             "signaling.transceivers: name some, or give [redis], where they announce themselves"
         )

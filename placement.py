@@ -1,8 +1,8 @@
 """Placement: which transceiver takes a call, and which one has it.
 
-What it owns: the client of the transceivers' control API, and the loops that learn who is there: by
-Redis (presence.py), by the settings, and by asking those that neither vouches for. What is known of
-each, and who is asked first, is roster.py's.
+What it owns: the client of the transceivers' control API, and the asking after those whom neither
+Redis nor anybody else vouches for. Who is there by Redis is directory.py's; what is known of each,
+and who is asked first, is roster.py's.
 
 Rules that stay true:
 - A call id leads to its owner from any instance, also to one that no list has, since an instance
@@ -24,7 +24,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,12 +32,12 @@ import aiohttp
 import orjson
 
 import attendance
+import directory
 import endpoints
 import ledger
 import metrics
 import observer
 import presence
-import redisclient
 import roster
 import settings
 import ufrag
@@ -150,9 +150,8 @@ class Placement:
         self._clusters = settings.clusters(config.cluster)
         self._counters = counters
         self._rng = rng
-        self._redis = config.redis
+        self._directory = directory.Directory(config, self.roster, counters)
         self._known: dict[endpoints.Endpoint, roster.Health] = {}  # what the log has said
-        self._unreadable = False
         self._checks: dict[roster.Peer, asyncio.Task[None]] = {}
         self._parting: set[asyncio.Task[None]] = set()
         for at in table.transceivers:
@@ -197,21 +196,18 @@ class Placement:
             cookie_jar=aiohttp.DummyCookieJar(),
             trace_configs=[observer.tracing(), _staying()],
         )
-        async with session as self._http, lasting as self._lasting, AsyncExitStack() as stack:
-            loops = [self._ask_for_health()]
-            client = redisclient.configured(self._redis, log, "calls are placed by what is known")
-            if client is not None:
-                stack.push_async_callback(client.close)
-                reader = presence.Reader(client, self._clusters)
-                await self._list(reader)  # who comes first finds somebody
-                loops += [client.watch(), self._follow(reader)]
-            tasks = [asyncio.create_task(each) for each in loops]
-            try:
-                yield
-            finally:
-                tasks += [*self._checks.values(), *self._parting]
-                for task in tasks:
-                    task.cancel()
+        async with session as self._http, lasting as self._lasting:
+            async with self._directory.followed(self._check, self._tell):
+                asking = asyncio.create_task(self._ask_for_health())
+                try:
+                    yield
+                finally:
+                    asking.cancel()
+                    await asyncio.wait([asking])
+            tasks = [*self._checks.values(), *self._parting]
+            for task in tasks:
+                task.cancel()
+            if tasks:
                 await asyncio.wait(tasks)
 
     async def place(self, order: Order, clusters: Sequence[int] = ()) -> Placed:
@@ -383,35 +379,6 @@ class Placement:
                 self._counters.values[metrics.Signaling.TRANSCEIVER_FAILED] += 1
                 log.error("transceiver %s answered %d to an offer", peer.endpoint, status)
         return None
-
-    async def _follow(self, reader: presence.Reader) -> None:
-        """Read in Redis who is there, for ever."""
-        while True:
-            await asyncio.sleep(presence.READ_S)
-            try:
-                await self._list(reader)
-            except Exception:  # a mistake of ours must not end the reading
-                log.exception("reading presence met a fault")
-
-    async def _list(self, reader: presence.Reader) -> None:
-        now = time.monotonic()
-        try:
-            reports = await reader.read(now)
-        except redisclient.Unavailable as error:
-            # The client says for itself that Redis is away.
-            if isinstance(error, presence.Unreadable) and not self._unreadable:
-                self._unreadable = True
-                log.warning("redis does not say which transceivers there are: %s", error)
-            self.roster.unlisted()
-            self._counters.values[metrics.Signaling.REDIS_UP] = 0
-        else:
-            self._counters.values[metrics.Signaling.REDIS_UP] = 1
-            if self._unreadable:
-                self._unreadable = False
-                log.info("redis says again which transceivers there are")
-            for peer in self.roster.listed(reports, now):
-                self._check(peer)  # it is gone, or Redis was emptied
-        self._tell()
 
     async def _ask_for_health(self) -> None:
         """Ask those transceivers for their load that nobody lists, for ever."""

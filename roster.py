@@ -147,6 +147,11 @@ Shuffle = Callable[[list[Peer]], None]
 """Puts them into a random order: random.Random.shuffle."""
 
 
+def everybody(_: Peer) -> bool:
+    """True of any transceiver: there is one Redis, or none."""
+    return True
+
+
 class Roster:
     """All transceivers."""
 
@@ -160,8 +165,14 @@ class Roster:
         """All that are known now."""
         return list(self._peers.values())
 
-    def listed(self, reports: dict[endpoints.Endpoint, Report], now: float) -> list[Peer]:
-        """Redis lists these, and no others; returns those whose lease has just ended."""
+    def listed(
+        self,
+        reports: dict[endpoints.Endpoint, Report],
+        now: float,
+        ours: Callable[[Peer], bool] = everybody,
+    ) -> list[Peer]:
+        """Redis lists these, and no others of those that are its own; returns those whose lease has
+        just ended."""
         lapsed = []
         for endpoint, report in reports.items():
             peer = self._peers.get(endpoint)
@@ -171,7 +182,7 @@ class Roster:
                 peer = self._peers[endpoint] = Peer(endpoint, fixed=False)
             peer.heard(report, now, listed=True)
         for peer in self.peers:
-            if peer.endpoint in reports:
+            if peer.endpoint in reports or not ours(peer):
                 continue
             if peer.listed:
                 peer.listed = False
@@ -181,10 +192,10 @@ class Roster:
                 del self._peers[peer.endpoint]
         return lapsed
 
-    def unlisted(self) -> None:
-        """Redis says nothing: what is known stands, and each is asked for itself."""
+    def unlisted(self, ours: Callable[[Peer], bool] = everybody) -> None:
+        """Redis says nothing of its own: what is known stands, and each is asked for itself."""
         for peer in self._peers.values():
-            peer.listed = False
+            peer.listed &= not ours(peer)
 
     def to_ask(self) -> list[Peer]:
         """Those whose health nobody else reports, or not credibly."""

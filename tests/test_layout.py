@@ -98,6 +98,7 @@ IMPORTERS = {
         "control",
         "attendance",
         "listener",
+        "directory",
         "sideband",
         "sites",
         "door",

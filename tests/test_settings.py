@@ -282,7 +282,7 @@ def without_sites(found: settings.Signaling) -> settings.Signaling:
     assert all(shown.values())
     at = {"latitude": found.steering.latitude, "longitude": found.steering.longitude}
     assert found.steering == front.Steering(**shown, **at)
-    cluster = msgspec.structs.replace(found.cluster[0], latitude=None, longitude=None)
+    cluster = msgspec.structs.replace(found.cluster[0], latitude=None, longitude=None, redis=None)
     return msgspec.structs.replace(found, site=(), steering=None, cluster=(cluster,))
 
 
