@@ -1,14 +1,22 @@
 """Paths: what is asked by which way and when, what counts as an answer, what is forgotten."""
 
+import asyncio
 import itertools
 import os
 
 import aioice.stun
 import pytest
+from aiortc.mediastreams import AudioStreamTrack
 
 import frame
+import ledger
+import mux
 import paths
+import sdp
 import stun
+from metrics import Transceiver as Count
+
+from . import shim, test_peer
 
 OURS = (b"APeT9ekG4r6OlO9+HGsokz4", b"Z4K/XErQpQxJ6rgyZhiW2+BN")
 THEIRS = (b"abcd", b"p" * 22)
@@ -201,3 +209,74 @@ def test_an_address_is_forgotten_with_all_its_relays() -> None:
     assert [path for path, _ in found.due(6.0)] == [paths.Path(MOBILE, FAR)]
     found.clear()
     assert found.due(6.5) == []
+
+
+def test_a_stock_client_answers_by_both_relays_and_its_call_goes_on() -> None:
+    """aiortc behind two relays: its header is the same by both."""
+
+    async def scenario() -> None:
+        counters, loop = ledger.Counters(Count), asyncio.get_running_loop()
+        sock, handler = shim.udp_socket(), test_peer.Recorder()
+        both = [shim.Shim(sock.getsockname()), shim.Shim(sock.getsockname())]
+        found = mux.Mux(sock, lambda host: host == "127.0.0.1", counters, loop.time)
+        client = shim.Client()
+        offer = sdp.read_offer(await client.offer(AudioStreamTrack()))
+        call = found.open(offer, OURS[0].decode(), OURS[1], handler)
+        came: set[int] = set()
+
+        def coming(number: int) -> None:
+            def up(datagram: bytes) -> bytes:
+                came.add(number)
+                return datagram
+
+            def down(datagram: bytes) -> bytes | None:
+                # The first to be answered is all that aioice checks: both have come before.
+                return datagram if len(came) == len(both) else None
+
+            both[number].up, both[number].down = up, down
+
+        for number in range(len(both)):
+            coming(number)
+        try:
+            await client.accept(
+                sdp.answer(
+                    offer,
+                    OURS[0].decode(),
+                    OURS[1].decode(),
+                    fingerprint=call.certificate.sha256,
+                    candidates=[each.address for each in both],
+                    ssrc=7,
+                    session_id=1,
+                )
+            )
+            await shim.until(lambda: "opened" in handler.heard and handler.packets)
+            home = call.agent.active
+            assert home is not None
+            asked: list[bytes] = []
+
+            def seen(datagram: bytes) -> bytes:
+                request = stun.read_request(datagram)
+                if isinstance(request, stun.Request):
+                    client_password = offer.password.encode()
+                    assert stun.check_integrity(datagram, request, client_password)
+                    asked.append(request.username)
+                return datagram
+
+            for each in both:
+                each.down = seen
+            call.sweep(loop.time() + paths.PERIOD_S)
+            await shim.until(lambda: counters[Count.CHECKS_ANSWERED] == 2)
+            assert asked == [f"{offer.ufrag}:{OURS[0].decode()}".encode()] * 2
+            assert counters[Count.CHECKS_SENT] == 2
+            before = len(handler.packets)
+            await shim.until(lambda: len(handler.packets) > before + 10)
+            assert not any(heard.startswith("lost") for heard in handler.heard)
+            assert (counters.missing(), counters[Count.CHECKS_REFUSED]) == (0, 0)
+        finally:
+            await call.close()
+            await client.close()
+            found.close()
+            for each in both:
+                each.close()
+
+    asyncio.run(scenario())
