@@ -4,10 +4,9 @@
               (worker.py)  <-- the same way back --  (transit.py)
 
 A cluster has several transit addresses, one a worker of its relays. Here is which of them a session
-goes by, which of them can be reached, and what relays say to one another about that.
+goes by, and which of them can be reached.
 
-What it owns: `Backbone`, the choice and its health; the octets of the messages; the tag that shows
-that a frame comes from a relay with the keys.
+What it owns: the choice and the health of transit addresses. parley.py has what relays say.
 
 **The choice** is rendezvous hashing (highest random weight) by the session's ufrag: all addresses
 of a client go the same way, at every entrance, and an address that is lost moves its own sessions
@@ -21,40 +20,18 @@ more. Sessions of a lost one are led to others and introduced there; it is chose
 answered for `STEADY_S`. That it drains is in its answer, too. Where none can be reached, all of
 them are tried.
 
-**Messages** are frames with a type in octet 2, which transceivers and clients never see:
+An answer counts if its body is one of our probes' of the last seconds: the moment, and octets that
+nobody can make who does not know the worker's secret.
 
-    0xC5 | version 1 | type | zero | struct sockaddr_in6 of the client, else zeros | tag u32 | body
-
-    type 1  probe          8 octets that mean nothing to anybody else
-    type 2  answer         the same 8 octets, and one: 0 serves, 1 drains
-    type 3  question       nothing: whose is this client, from which there was media?
-    type 4  introduction   one octet: 0 tentative, 1 assured; the ufrag, 23 octets
-
-**The tag**, if relays use one, is 32 bits: the first of HMAC-SHA256(K_transit[key id], what it
-covers), K_transit by HKDF-SHA256 from the master secret (info `earshot transit`, 32 octets). In a
-message it covers the 28 octets at the beginning and the body. In a frame with a client's datagram
-it covers the same 28 octets and stands in the last four of the header, where an address that is not
-link-local has a scope id that nobody reads: so frames stay as long as they are, it costs a relay no
-look at any octet of a payload, and transceivers give it back like the rest of the header. It shows
-who made the frame, not that the datagram is whole: SRTP, DTLS and STUN do that.
-
-Rules that stay true:
-- What a message can do is what a client's own check can do, or Redis: an introduction opens a flow
-  to the transceiver that its ufrag names under the keys, and nothing else.
-- Nothing here raises for octets that somebody sent.
-
-Sans-IO: `now` is an argument, in seconds. RFC 7363 (HRW in routing), RFC 2104 (HMAC)
+Sans-IO: `now` is an argument, in seconds. RFC 7363 (HRW in routing)
 """
 
-import enum
 import hashlib
-import hmac
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import frame
-import ufrag
+import parley
 
 PROBES = 5
 """In one `timeout_s`, of an address that has sessions and is silent: three in a row may be lost."""
@@ -75,126 +52,12 @@ STEADY_S = 5.0
 """How long an address must have answered again before it is chosen again: a path that flaps would
 move the same sessions again and again."""
 
-TAG_OCTETS = 4
-NO_TAG = bytes(TAG_OCTETS)
+ANSWER_S_MAX = 3.0
+"""Older answers are repetitions: no path takes so long."""
 
-_TYPE_AT = 2
-_COVERED = frame.HEADER_OCTETS - TAG_OCTETS
-_NOBODY = bytes(frame.HEADER_OCTETS - len(frame.MAGIC))
-_MARK = frame.MAGIC[:_TYPE_AT]
-_PROBE_OCTETS = 8
-_INTRODUCTION = struct.Struct(f"<B{ufrag.UFRAG_CHARACTERS}s")
-
-
-class Kind(enum.IntEnum):
-    """What a message says."""
-
-    PROBE = 1
-    ANSWER = 2
-    QUESTION = 3
-    INTRODUCTION = 4
-
-
-_BODIES = {
-    Kind.PROBE: _PROBE_OCTETS,
-    Kind.ANSWER: _PROBE_OCTETS + 1,
-    Kind.QUESTION: 0,
-    Kind.INTRODUCTION: _INTRODUCTION.size,
-}
-_KINDS = {int(kind): kind for kind in Kind}
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One that was read."""
-
-    kind: Kind
-    header: bytes
-    """The client's, as it stands before its datagrams."""
-    body: bytes
-
-
-class Tags:
-    """What relays with the same keys put on frames, and look for."""
-
-    def __init__(self, keyring: ufrag.Keyring, used: bool) -> None:
-        """Where tags are not `used`, all are right, and the one to put is zero."""
-        self.used = used
-        self._keys = [key.transit for key in keyring.keys.values()]
-        self._own = keyring.keys[keyring.mint_id].transit
-
-    def tag(self, octets: bytes) -> bytes:
-        """The tag to put, under the key that ufrags are minted with."""
-        return _tag(self._own, octets) if self.used else NO_TAG
-
-    def all(self, octets: bytes) -> list[bytes]:
-        """The tags that are right: one a key, so that keys can be changed one relay at a time."""
-        return [_tag(key, octets) for key in self._keys]
-
-    def right(self, octets: bytes, tag: bytes) -> bool:
-        """Whether somebody with a key has put this tag on these octets."""
-        if not self.used:
-            return True
-        return any(hmac.compare_digest(each, tag) for each in self.all(octets))
-
-    def stamp(self, header: bytes) -> bytes:
-        """The last four octets of this client's header, on the way to a relay."""
-        return self.tag(header[:_COVERED])
-
-    def stamped(self, header: bytes) -> bool:
-        """Whether a client's header comes from a relay with a key."""
-        return self.right(header[:_COVERED], header[_COVERED:])
-
-    def twins(self, header: bytes) -> list[bytes]:
-        """The headers that the same client has under the other keys."""
-        covered = header[:_COVERED]
-        found = [covered + tag for tag in self.all(covered)] if self.used else []
-        return [each for each in found if each != header]
-
-    def probe(self, token: bytes) -> bytes:
-        """A question whether somebody is there."""
-        return self._message(Kind.PROBE, frame.MAGIC + _NOBODY, token)
-
-    def answer(self, token: bytes, draining: bool) -> bytes:
-        """The answer to a probe with this body."""
-        return self._message(Kind.ANSWER, frame.MAGIC + _NOBODY, token + bytes([draining]))
-
-    def question(self, header: bytes) -> bytes:
-        """Whose is this client?"""
-        return self._message(Kind.QUESTION, header, b"")
-
-    def introduction(self, header: bytes, text: bytes, assured: bool) -> bytes:
-        """This client was given this ufrag."""
-        return self._message(Kind.INTRODUCTION, header, _INTRODUCTION.pack(assured, text))
-
-    def _message(self, kind: Kind, header: bytes, body: bytes) -> bytes:
-        covered = _MARK + bytes([kind, 0]) + header[len(frame.MAGIC) : _COVERED]
-        return covered + header[_COVERED:] + self.tag(covered + body) + body
-
-    def read(self, header: bytes, rest: bytes | memoryview) -> Message | None:
-        """A message in two pieces; None for what is none, or whose tag is wrong."""
-        kind = _KINDS.get(header[_TYPE_AT])
-        tag, body = bytes(rest[:TAG_OCTETS]), bytes(rest[TAG_OCTETS:])
-        if kind is None or len(body) != _BODIES[kind] or len(tag) < TAG_OCTETS:
-            return None
-        if not is_message(header) or not self.right(header[:_COVERED] + body, tag):
-            return None
-        return Message(kind, frame.MAGIC + header[len(frame.MAGIC) :], body)
-
-
-def is_message(header: bytes) -> bool:
-    """Whether 32 octets begin a message and not a client's datagram."""
-    return header[:_TYPE_AT] == _MARK and header[_TYPE_AT] != 0 and header[_TYPE_AT + 1] == 0
-
-
-def introduced(body: bytes) -> tuple[bytes, bool]:
-    """Of an introduction: the ufrag, and whether the flow is assured."""
-    assured, text = _INTRODUCTION.unpack(body)
-    return text, bool(assured)
-
-
-def _tag(key: bytes, octets: bytes) -> bytes:
-    return hmac.digest(key, octets, "sha256")[:TAG_OCTETS]
+_TOKEN = struct.Struct("<I4s")
+_TICKS_PER_S = 10_000
+_TICKS = 1 << 32
 
 
 @dataclass(slots=True)
@@ -239,9 +102,15 @@ class Backbone:
     ways: dict[bytes, Way]
     """By socket address (frame.name)."""
 
-    def __init__(self, groups: Mapping[int, Sequence[bytes]], timeout_s: float, now: float) -> None:
-        """The transit addresses of each cluster by its id."""
-        self._groups, self._timeout_s = groups, timeout_s
+    def __init__(
+        self,
+        groups: Mapping[int, Sequence[bytes]],
+        timeout_s: float,
+        now: float,
+        secret: bytes = b"",
+    ) -> None:
+        """The transit addresses of each cluster by its id. `secret`: up to 64 octets."""
+        self._groups, self._timeout_s, self._secret = groups, timeout_s, secret
         self._period_s = timeout_s / PROBES
         self.seen = set()
         self.due = self._planned_at = now
@@ -289,14 +158,25 @@ class Backbone:
     def answered(self, name: bytes, body: bytes, now: float) -> bool:
         """That address has answered a probe; whether sessions are to leave it from now on."""
         way = self.ways.get(name)
-        if way is None:
+        token, state = body[: parley.PROBE_OCTETS], body[parley.PROBE_OCTETS :]
+        ticks, _ = _TOKEN.unpack(token)
+        ago_s = (_ticks(now) - ticks) % _TICKS / _TICKS_PER_S
+        if way is None or ago_s > ANSWER_S_MAX or token != self._token(name, ticks):
             return False
         way.answered_at = way.heard_at = now
-        way.round_trip_s = max(0.0, now - _time_of(body))
-        drains, way.draining = way.draining, bool(body[_PROBE_OCTETS])
+        way.round_trip_s = ago_s
+        drains, way.draining = way.draining, state != b"\0"
         if drains != way.draining:
             self.rank()
         return way.draining and not drains
+
+    def token(self, name: bytes, now: float) -> bytes:
+        """The body of a probe of this way."""
+        return self._token(name, _ticks(now))
+
+    def _token(self, name: bytes, ticks: int) -> bytes:
+        whole = name + ticks.to_bytes(4, "little")
+        return _TOKEN.pack(ticks, hashlib.blake2b(whole, digest_size=4, key=self._secret).digest())
 
     def tend(self, now: float) -> tuple[list[bytes], list[bytes]]:
         """The addresses to probe now, and those that were lost since the last call.
@@ -359,11 +239,5 @@ def _digest(octets: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(octets, digest_size=8).digest(), "big")
 
 
-def token(now: float) -> bytes:
-    """The body of a probe."""
-    return struct.pack("<d", now)
-
-
-def _time_of(body: bytes) -> float:
-    found: float = struct.unpack_from("<d", body)[0]
-    return found
+def _ticks(now: float) -> int:
+    return int(now * _TICKS_PER_S) % _TICKS

@@ -1,7 +1,7 @@
 """The entrance: what a worker does, beside its datagrams, for sessions of clusters elsewhere.
 
-What it owns: the worker's end of the backbone (backbone.py has the choice, the health and the
-messages): probes, answers, questions; moving flows from a way that is lost or drains to another
+What it owns: the worker's end of the backbone (backbone.py has the choice and the health, parley.py
+the messages): probes, answers, questions; moving flows from a way that is lost or drains to another
 one, and introducing their clients there; the tags on frames, where relays use them.
 
 Rules that stay true:
@@ -13,6 +13,7 @@ It judges no client: gate.py does.
 """
 
 import collections
+import os
 import socket
 import zlib
 from collections.abc import Sequence
@@ -23,8 +24,12 @@ import frame
 import gate
 import ledger
 import metrics
+import parley
 import settings
 import udp
+
+STAMPS_MORE = 1024
+"""Tags that are remembered beyond the flows there are."""
 
 MOVES_AT_ONCE = 128
 """Flows moved between two batches, some 15 us each: 2 ms in which datagrams wait in their queue."""
@@ -37,7 +42,7 @@ def ways_of(found: settings.Relay, family: int, now: float) -> backbone.Backbone
         for cluster in found.cluster
         if cluster.transit
     }
-    return backbone.Backbone(groups, found.transit.timeout_s, now)
+    return backbone.Backbone(groups, found.transit.timeout_s, now, os.urandom(16))
 
 
 def addresses_of(found: settings.Relay) -> list[str]:
@@ -65,6 +70,12 @@ def _begin_rows(memory: memoryview, ways: backbone.Backbone) -> list[ledger.Coun
 
 _MARK_OCTETS = 8
 
+_STANDINGS = {
+    flows.Origin.CHECKED: parley.Standing.CHECKED,
+    flows.Origin.FAR: parley.Standing.FAR,
+    flows.Origin.NEAR: parley.Standing.NEAR,
+}
+
 
 class Entrance:
     """One worker's."""
@@ -73,7 +84,7 @@ class Entrance:
         self,
         sock: socket.socket,
         ways: backbone.Backbone,
-        tags: backbone.Tags,
+        tags: parley.Tags,
         table: flows.Table,
         judge: gate.Gate,
         memory: memoryview,
@@ -85,13 +96,14 @@ class Entrance:
         self._open = self._opened()
         for hop in ways.ways.keys() & set(table.hops.values()):
             ways.use(hop)
+        self._keys = {name: parley.Keys(tags.keys) for name in ways.ways}
         self._stamps: dict[bytes, bytes] = {}
         self._moving: collections.deque[bytes] = collections.deque()
-        strays = {hop for hop in set(table.hops.values()) if self._is_stray(hop)}
-        self._move_from(strays)  # the configuration was another one when these were opened
+        # The configuration was another one when these were opened.
+        self._move_from({hop for hop in set(table.hops.values()) if self._is_stray(hop)})
 
     def _is_stray(self, hop: bytes) -> bool:
-        return hop not in self._ways.ways and not self._gate.is_transceiver(hop)
+        return hop not in self._ways.ways and not self._gate.is_direct(hop)
 
     @property
     def moving(self) -> bool:
@@ -110,11 +122,18 @@ class Entrance:
     def stamp_of(self, header: bytes) -> bytes:
         """A client's tag. Strangers' are not remembered, and not sent."""
         if header not in self._flows.hops:
-            return backbone.NO_TAG
+            return parley.NO_TAG
         found = self._stamps.get(header)
         if found is None:
-            found = self._stamps[header] = self._tags.stamp(header)
+            if len(self._stamps) > len(self._flows.hops) + STAMPS_MORE:
+                self._stamps.clear()  # of clients that made room for others
+            key = self._key(self._flows.hops[header])
+            found = self._stamps[header] = self._tags.stamp(header, key)
         return found
+
+    def _key(self, hop: bytes) -> int | None:
+        keys = self._keys.get(hop)
+        return self._tags.keys[0] if keys is None else keys.best
 
     def forget(self, headers: Sequence[bytes]) -> None:
         """These clients' flows have ended."""
@@ -128,9 +147,10 @@ class Entrance:
         to_probe, lost = self._ways.tend(now)
         for name in lost:
             self._rows[self._ways.ways[name].number].values[metrics.Way.LOST] += 1
-        probe = self._tags.probe(backbone.token(now)) if to_probe else b""
         for name in to_probe:
-            self._say(probe, name)
+            token = self._ways.token(name, now)
+            for key in self._tags.keys:
+                self._say(self._tags.probe(token, key), name)
             self._show(self._ways.ways[name])
         opened = self._opened()
         if opened != self._open:
@@ -161,8 +181,8 @@ class Entrance:
             hop = self._gate.lead(flow.ufrag)
             if hop is None or hop == flow.hop:  # there is no better one
                 continue
+            self.introduce(header, hop)  # first: this process may end in between
             self._flows.redirect(header, hop)
-            self.introduce(header, hop)
             way = self._ways.ways.get(hop)
             if way is not None:
                 self._rows[way.number].values[metrics.Way.INTRODUCED] += 1
@@ -171,10 +191,11 @@ class Entrance:
         """Say there whose client this is, if that is another relay: it has seen no check of it."""
         flow = self._flows.find(header)
         if flow is not None and hop in self._ways.ways:
-            if self._tags.used:
-                header = header[: -backbone.TAG_OCTETS] + self.stamp_of(header)
-            assured = flow.state is flows.State.ASSURED
-            self._say(self._tags.introduction(header, flow.ufrag, assured), hop)
+            standing = _STANDINGS[flow.origin]
+            if flow.state is flows.State.ASSURED:
+                standing = parley.Standing.ASSURED
+            key = self._key(hop)
+            self._say(self._tags.introduction(header, flow.ufrag, standing, key), hop)
 
     def hear(self, header: bytes, rest: memoryview, source: bytes, now: float) -> metrics.Outbound:
         """A message instead of a transceiver's frame."""
@@ -183,10 +204,12 @@ class Entrance:
         said = self._tags.read(header, rest)
         if said is None:
             return metrics.Outbound.DROPPED_BAD_FRAME
-        if said.kind is backbone.Kind.ANSWER:
+        if said.kind is parley.Kind.ANSWER:
             if self._ways.answered(source, said.body, now):
                 self._ways.due = now  # its sessions are to leave it
-        elif said.kind is backbone.Kind.QUESTION:
+            if self._keys[source].answered(said.key, now):
+                self._stamps.clear()
+        elif said.kind is parley.Kind.QUESTION:
             hop = self._flows.hops.get(said.header)
             if hop == source or self._ways.same(hop, source):
                 self.introduce(said.header, source)

@@ -27,6 +27,7 @@ import backbone
 import flows
 import frame
 import metrics
+import parley
 import stun
 import ufrag
 
@@ -35,6 +36,7 @@ _MALFORMED = dict.fromkeys(stun.Malformed, metrics.Inbound.DROPPED_STUN_MALFORME
     stun.Malformed.NOT_REQUEST: metrics.Inbound.DROPPED_STUN_NOT_REQUEST,
 }
 _REJECTED = {why: metrics.Inbound[f"DROPPED_UFRAG_{why.name}"] for why in ufrag.Reject}
+_FOLLOWING = (parley.Standing.FAR, parley.Standing.NEAR)
 _LIMITS = (metrics.Inbound.DROPPED_INTEGRITY_LIMIT, metrics.Inbound.DROPPED_ADDRESSES_LIMIT)
 _REFUSED = {why: metrics.Inbound[f"DROPPED_{why.name}"] for why in flows.Refusal}
 
@@ -131,15 +133,19 @@ class Gate:
         return hop if refusal is None else metrics.Inbound.DROPPED_RECOVERED_INVALID
 
     def introduced(
-        self, header: bytes, text: bytes, assured: bool, now: float
+        self, header: bytes, text: bytes, standing: parley.Standing, now: float
     ) -> bytes | metrics.Inbound:
-        """Another relay has this client's flow, and leads it here: believed like Redis."""
+        """Another relay has this client's flow, and leads it here: believed like Redis, or, where
+        only an SSRC had opened it there, like that."""
         hop = self._flows.hops.get(header)
         if hop is not None and self._flows.ufrag(header) == text:
             return hop
-        if hop is None and assured and (hop := self.lead(text)) is not None:
-            flow = flows.Flow(flows.State.ASSURED, header, hop, text, now, now)
-            if self._flows.adopt([flow]):
+        if standing in _FOLLOWING:
+            return self.recovered(header, text, now, (0, standing is parley.Standing.NEAR))
+        if hop is None and standing is parley.Standing.ASSURED:
+            hop = self.lead(text)
+            flow = flows.Flow(flows.State.ASSURED, header, hop or b"", text, now, now)
+            if hop is not None and self._flows.adopt([flow]):
                 return hop
         hint = ufrag.parse(self._keyring, self._clusters, text)
         if isinstance(hint, ufrag.Reject):
@@ -168,7 +174,7 @@ class Gate:
             other = not (
                 isinstance(named, ufrag.Hint) and _transceiver(named) == _transceiver(hint)
             )
-            hop = before if old == text else hop
+            hop = hop if other else before
         refusal = self._flows.open(header, hop, text, now, other)
         return hop if refusal is None else _REFUSED[refusal]
 
@@ -179,7 +185,7 @@ class Gate:
         owner = self._flows.hops.get(header)
         if length >= frame.HEADER_OCTETS and (owner == source or self._ways.same(owner, source)):
             return None
-        if source not in self._ways.ways and not self.is_transceiver(source):
+        if source not in self._ways.ways and not self._is_transceiver(source):
             return metrics.Outbound.DROPPED_NOT_TRANSCEIVER
         if length < frame.HEADER_OCTETS or not frame.is_frame(header):
             return metrics.Outbound.DROPPED_BAD_FRAME
@@ -189,11 +195,21 @@ class Gate:
             else metrics.Outbound.DROPPED_WRONG_OWNER
         )
 
-    def is_transceiver(self, source: bytes) -> bool:
+    def _is_transceiver(self, source: bytes) -> bool:
         """Whether a transceiver of a configured cluster may have this socket address."""
         address, port = frame.endpoint(source)
         at = ipaddress.ip_address(address)
         return any(cluster.contains(at, port) for cluster in self._clusters.values())
+
+    def is_direct(self, hop: bytes) -> bool:
+        """The same, of a cluster whose transceivers are reached without another relay."""
+        address, port = frame.endpoint(hop)
+        at = ipaddress.ip_address(address)
+        return any(
+            cluster.contains(at, port)
+            for cluster in self._clusters.values()
+            if cluster.id not in self._ways
+        )
 
 
 def _transceiver(hint: ufrag.Hint) -> tuple[int, object, int]:

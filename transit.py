@@ -25,9 +25,8 @@ It knows no client's address but to hand it on, and asks no Redis.
 import itertools
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-import backbone
 import endpoints
 import flows
 import frame
@@ -35,6 +34,7 @@ import gate
 import handover
 import ledger
 import metrics
+import parley
 import settings
 import stun
 import udp
@@ -49,6 +49,9 @@ QUESTION_S = 0.05
 
 RELAYS_MAX = 4096
 """Relays' socket addresses that are known to be in the prefixes; beyond that each is looked up."""
+
+BACKS_MORE = 256
+"""Ways back that are remembered of followers which made room for others."""
 
 _HEADER = frame.HEADER_OCTETS
 
@@ -70,7 +73,7 @@ class Face:
         self.inbound_ledger, self.outbound_ledger = handover.counters_in(memory)
         self.flows = flows.Table(memory.section("flows"), handover.limits(table), now)
         self._backs = _Backs(memory.section("backs"), self.flows)
-        self._tags = backbone.Tags(keyring, found.transit.tag)
+        self._tags = parley.Tags(keyring, found.transit.tag)
         self._is_relay = endpoints.inside(found.transit.relay_prefixes)
         self._relays = set[bytes]()
         family = self.inner.family
@@ -122,9 +125,10 @@ class Face:
         to_judge = kinds.translate(stun.STUN_TABLE)
         hops: list[bytes | None] = list(map(table.hops.get, headers))
         # Media that comes by the relay that it came by before: nearly always all of the batch. Who
-        # has a way back has a flow.
+        # has a way back has a flow, but for a follower that has made room for another.
         if (
-            tuple(map(self._backs.get, headers)) == sources
+            None not in hops
+            and tuple(map(self._backs.get, headers)) == sources
             and 1 not in to_judge
             and min(lengths) > _HEADER
             and max(lengths) <= self._octets_max + _HEADER
@@ -199,7 +203,8 @@ class Face:
                 self._backs.note(header, source)
             else:
                 holes[i], hops[i] = verdict, None
-        self.flows.active.update(itertools.compress(headers, hops))
+        here = self.flows.hops
+        self.flows.active.update(h for h in itertools.compress(headers, hops) if h in here)
         for i, hop in enumerate(hops):
             if hop is None:
                 hops[i] = self._nowhere
@@ -214,11 +219,11 @@ class Face:
         if length > self._octets_max + _HEADER:
             return metrics.Inbound.DROPPED_OVERSIZED
         payload = self._inbound.payload(i, max(0, length - _HEADER))
-        if length >= _HEADER and backbone.is_message(header):
+        if length >= _HEADER and parley.is_message(header):
             return self._hear(header, payload, source, now)
         if length < _HEADER or not frame.is_frame(header):
             return metrics.Inbound.DROPPED_BAD_FRAME
-        if header not in self.flows.hops and not self._tags.stamped(header):
+        if header not in self.flows.hops and not self._tags.stamped(header)[0]:
             return metrics.Inbound.DROPPED_BAD_TAG
         verdict = self._gate.inbound(header, payload, len(payload), now)
         if verdict is not None:
@@ -226,7 +231,7 @@ class Face:
         for twin in self._tags.twins(header):  # the keys have changed, and with them the tag
             text = self.flows.ufrag(twin)
             if text is not None:
-                return self._gate.introduced(header, text, True, now)
+                return self._gate.introduced(header, text, parley.Standing.ASSURED, now)
         self._ask(header, source, now)
         return metrics.Inbound.DROPPED_UNKNOWN_CLIENT
 
@@ -245,16 +250,16 @@ class Face:
         self, header: bytes, payload: memoryview, source: bytes, now: float
     ) -> metrics.Inbound:
         """What another relay says."""
-        kinds, said = backbone.Kind, self._tags.read(header, payload)
+        kinds, said = parley.Kind, self._tags.read(header, payload)
         if said is None:
             return metrics.Inbound.DROPPED_BAD_TAG
         if said.kind is kinds.PROBE:
-            self._say(self._tags.answer(said.body, self.draining), source)
+            self._say(self._tags.answer(said, self.draining), source)
         elif said.kind is kinds.INTRODUCTION and frame.is_frame(said.header):
-            if not self._tags.stamped(said.header):
+            if not self._tags.stamped(said.header)[0]:
                 return metrics.Inbound.DROPPED_BAD_TAG
-            text, assured = backbone.introduced(said.body)
-            verdict = self._gate.introduced(said.header, text, assured, now)
+            text, standing = parley.introduced(said.body)
+            verdict = self._gate.introduced(said.header, text, standing, now)
             if not isinstance(verdict, bytes):
                 return verdict
             self._backs.note(said.header, source)
@@ -281,6 +286,8 @@ class Face:
         if now >= self.flows.due:
             for header in self.flows.sweep(now):
                 self._backs.pop(header, None)
+            if len(self._backs) > len(self.flows.hops) + BACKS_MORE:
+                self._backs.keep(self.flows.hops)
 
 
 class _Backs(dict[bytes, bytes]):
@@ -299,6 +306,11 @@ class _Backs(dict[bytes, bytes]):
             length = memory[at]
             if 0 < length < handover.BACK_OCTETS:
                 self[header] = bytes(memory[at + 1 : at + 1 + length])
+
+    def keep(self, headers: Collection[bytes]) -> None:
+        """Forget all others."""
+        for header in [header for header in self if header not in headers]:
+            del self[header]
 
     def note(self, header: bytes, source: bytes) -> None:
         """This client comes by this relay now. Its flow may have another slot, too."""

@@ -30,7 +30,6 @@ import socket
 import time
 from collections.abc import Container, Mapping, Sequence
 
-import backbone
 import entrance
 import flows
 import frame
@@ -38,6 +37,7 @@ import gate
 import handover
 import ledger
 import metrics
+import parley
 import recovery
 import roaming
 import settings
@@ -99,8 +99,8 @@ class Worker:
             ways,
         )
         self._ways, self._has_ways = ways, bool(ways.ways)
-        tags = backbone.Tags(keyring, found.transit.tag and self._has_ways)
-        self._tagged, self._no_tags = tags.used, [backbone.NO_TAG] * table.batch_size
+        tags = parley.Tags(keyring, found.transit.tag and self._has_ways)
+        self._tagged, self._no_tags = tags.used, [parley.NO_TAG] * table.batch_size
         self._entrance = entrance.Entrance(
             self._internal, ways, tags, self.flows, self._gate, memory.section("ways")
         )
@@ -111,6 +111,8 @@ class Worker:
         ends = self._public, self._internal
         self._inbound = batch(memory.section("batch_in"), udp.Way.INBOUND, *shape, *ends)
         self._outbound = batch(memory.section("batch_out"), udp.Way.OUTBOUND, *shape, *ends[::-1])
+        # Where all ways were taken out of the configuration there may still be flows to lead back.
+        self._tends = bool(self._face) or self._has_ways or self._entrance.moving
         self._nowhere = bytes(frame.name_octets(self._family))
         self._overloaded, self._judged_max = False, max(1, table.batch_size // JUDGED_SHARE)
         self._recovers = found.redis is not None
@@ -195,7 +197,7 @@ class Worker:
             now = now_ns * 1e-9
             if now >= flows_.due:
                 self._entrance.forget(flows_.sweep(now))
-            if face or self._has_ways:
+            if self._tends:
                 self._tend(now)
             if heard or self._recovery.asked_at:
                 self._hear(now)
@@ -203,9 +205,9 @@ class Worker:
     def _patience_ms(self, now: float) -> float:
         """How long an idle worker may sleep."""
         most = POLL_WAITING_MS if self._recovery.asked_at else POLL_MS
-        if not self._has_ways:
-            return most
-        return 0 if self._entrance.moving else min(most, max(0.0, (self._ways.due - now) * 1000))
+        if self._entrance.moving:
+            return 0
+        return min(most, max(0.0, (self._ways.due - now) * 1000)) if self._has_ways else most
 
     def _tend(self, now: float) -> None:
         """What is to be done for sessions that go by several relays."""
@@ -327,7 +329,7 @@ class Worker:
         holes: dict[int, ledger.Kinds] = {}
         for i, (header, length, source) in enumerate(zip(headers, lengths, sources, strict=True)):
             drop: metrics.Outbound | None
-            if self._has_ways and length >= frame.HEADER_OCTETS and backbone.is_message(header):
+            if self._has_ways and length >= frame.HEADER_OCTETS and parley.is_message(header):
                 rest = self._outbound.payload(i, length - frame.HEADER_OCTETS)
                 drop = self._entrance.hear(header, rest, source, time.monotonic())
             else:

@@ -159,6 +159,15 @@ class Crossing:
             for ledger in node.ledgers():
                 assert ledger.missing() == 0, str(ledger)
 
+    def probe(self):
+        """All ways are probed, and answer."""
+        ways, now = self.entrance.worker._ways, time.monotonic()
+        for way in ways.ways.values():
+            way.probed_at = 0.0
+        ways.due = ways._planned_at = now
+        self.entrance.worker._tend(now)
+        self.settle()
+
     def settle_waiting(self):
         """The same for the entrance alone, where a datagram may be left waiting for the keeper."""
         sock = self.entrance.shared.public[0]

@@ -1,15 +1,16 @@
 """The entrance: sessions leave a way that is lost or drains, and nobody notices."""
 
 import contextlib
+import struct
 import time
 
 import pytest
 
-import backbone
 import entrance
 import flows
 import frame
 import handover
+import parley
 import recovery
 import ufrag
 
@@ -26,16 +27,6 @@ def stack():
 @pytest.fixture(params=[False, True], ids=["plain", "tagged"])
 def town(request, tmp_path, stack):
     return crossing.Crossing(tmp_path, stack, tag=request.param)
-
-
-def probe(town):
-    """All ways are probed, and answer."""
-    ways, now = town.entrance.worker._ways, time.monotonic()
-    for way in ways.ways.values():
-        way.probed_at = 0.0
-    ways.due = ways._planned_at = now
-    town.entrance.worker._tend(now)
-    town.settle()
 
 
 def rows(town):
@@ -97,7 +88,7 @@ def test_a_relay_that_drains_is_left_at_once(town):
     gone = before[0]
     gone.worker._face.draining = True
     worker = town.entrance.worker
-    probe(town)  # it answers that it drains
+    town.probe()  # it answers that it drains
     assert worker._ways.due <= time.monotonic()
     worker._tend(time.monotonic())
     while worker._entrance.moving:
@@ -123,8 +114,9 @@ def test_a_relay_that_begins_with_nothing_asks_whose_media_it_is(town, tmp_path)
     assert found["DROPPED_UNKNOWN_CLIENT"] == 1 and found["CONTROL"] == 1
     assert counted(town.entrance.worker.outbound_ledger)["CONTROL"] == 1
     # A stranger's address, asked about: the entrance has no such client, and says nothing.
-    tags = backbone.Tags(town.keyring, town.entrance.found.transit.tag)
+    tags = parley.Tags(town.keyring, town.entrance.found.transit.tag)
     stranger = frame.header("192.0.2.1", 9)
+    stranger = stranger[:28] + tags.stamp(stranger, tags.keys[0])
     inner = face.shared.faces[0].transit
     inner.sendto(tags.question(stranger), town.entrance.shared.internal[0].getsockname())
     town.settle()
@@ -141,8 +133,8 @@ def test_probes_are_answered_and_show_up(town):
     town.call(1)
     worker = town.entrance.worker
     for _ in range(3):
-        probe(town)
-    probe(town)
+        town.probe()
+    town.probe()
     assert all(
         row["UP"] == 1 and row["ROUND_TRIP"] >= 0 for row in rows(town) if "ROUND_TRIP" in row
     )
@@ -151,10 +143,11 @@ def test_probes_are_answered_and_show_up(town):
 
 def test_messages_of_others_change_nothing(town):
     sock, header, _ = town.call(1)
-    tags = backbone.Tags(town.keyring, town.entrance.found.transit.tag)
+    tags = parley.Tags(town.keyring, town.entrance.found.transit.tag)
     to = town.entrance.shared.internal[0].getsockname()
     stranger = stack_socket(town)
-    for message in (tags.question(header), tags.answer(backbone.token(0.0), True)):
+    probe = parley.Message(parley.Kind.PROBE, header, bytes(8), tags.keys[0])
+    for message in (tags.question(header), tags.answer(probe, True)):
         stranger.sendto(message, to)
     town.settle()
     out = counted(town.entrance.worker.outbound_ledger)
@@ -252,3 +245,107 @@ def test_transceivers_behind_one_way_are_told_apart(tmp_path, stack):
     sock.send(town.check(own))
     town.settle()
     assert town.entrance.worker.flows.ufrag(header) == own.encode()
+
+
+@pytest.mark.parametrize("faces", [1, 2, 3])
+def test_an_ice_restart_stays_on_its_way(tmp_path, stack, faces):
+    """A new ufrag of the same transceiver is nobody else's session, whatever way it would choose;
+    nor is the client's next call there."""
+    town = crossing.Crossing(tmp_path, stack, faces=faces)
+    for nonce in range(10):
+        sock, header, _ = town.call(nonce)
+        way = town.passes(sock, header)
+        own = ufrag.mint(town.keyring, *town.home, 100 + nonce)
+        sock.send(town.check(own))
+        town.settle()
+        assert town.transceiver.recv(2048)[:32] == header
+        assert town.entrance.worker.flows.ufrag(header) == own.encode()
+        assert town.passes(sock, header) is way
+    assert "DROPPED_FLOW_HELD" not in counted(town.entrance.worker.inbound_ledger)
+
+
+def test_answers_that_nobody_could_have_given_are_ignored(town):
+    """From the very address of a way: only an answer to a probe of ours counts, and nothing in it
+    can hurt."""
+    town.call(1)
+    tags = parley.Tags(town.keyring, town.entrance.found.transit.tag)
+    to = town.entrance.shared.internal[0].getsockname()
+    face = town.faces[0].shared.faces[0].transit
+    before = {name: way.answered_at for name, way in town.entrance.worker._ways.ways.items()}
+    for body in (struct.pack("<d", float("-inf")), struct.pack("<d", -1e300), b"\xff" * 8):
+        probe = parley.Message(parley.Kind.PROBE, frame.header("::", 0), body, tags.keys[0])
+        face.sendto(tags.answer(probe, True), to)
+    town.settle()
+    ways = town.entrance.worker._ways.ways
+    assert {name: way.answered_at for name, way in ways.items()} == before
+    assert not any(way.draining for way in ways.values())
+    town.probe()
+    assert all(way.answered_at > before[name] for name, way in ways.items())
+
+
+def test_tags_are_remembered_for_clients_that_are_here(tmp_path, stack):
+    town = crossing.Crossing(tmp_path, stack, tag=True)
+    sock, header, text = town.call(1)
+    worker = town.entrance.worker
+    for number in range(entrance.STAMPS_MORE + 500):
+        far = frame.header("192.0.2.1", number)
+        worker.flows.follow(far, town.names[0], text.encode(), 7, False, time.monotonic())
+        worker._entrance.stamp_of(far)
+    assert len(worker._entrance._stamps) <= entrance.STAMPS_MORE + 10
+    town.passes(sock, header)
+
+
+@pytest.mark.parametrize("to", ["direct", "transit"])
+def test_a_cluster_is_reached_in_another_way_after_a_reload(tmp_path, stack, to):
+    town = crossing.Crossing(tmp_path, stack)
+    both = town.entrance.path.read_text()
+    flat = "\n".join(line for line in both.splitlines() if not line.startswith("transit = "))
+    if to == "transit":
+        town.entrance.path.write_text(flat)
+        town.entrance.worker = town.entrance.successor()
+    calls = []
+    for nonce in range(6):
+        sock, header, text = town.client(nonce)
+        sock.send(town.check(text))
+        town.settle()
+        framed, back = town.transceiver.recvfrom(2048)
+        town.transceiver.sendto(framed[:32] + b"\x16 hello", back)
+        town.settle()
+        calls.append((sock, header))
+        assert sock.recv(2048)
+    town.entrance.path.write_text(flat if to == "direct" else both)
+    worker = town.entrance.worker = town.entrance.successor()
+    assert worker._tends and worker._patience_ms(0.0) == 0
+    while worker._entrance.moving:
+        worker._tend(time.monotonic())
+    town.settle()
+    inners = {face.shared.faces[0].inner.getsockname() for face in town.faces}
+    for sock, _ in calls:
+        sock.send(crossing.MEDIA)
+        town.settle()
+        framed, back = town.transceiver.recvfrom(2048)
+        assert (back in inners) == (to == "transit")
+        town.transceiver.sendto(framed, back)
+        town.settle()
+        assert sock.recv(2048) == crossing.MEDIA
+
+
+def test_an_entrance_that_dies_while_it_moves_flows_loses_nothing(town):
+    n, died = 0, True
+    while died:
+        calls = [town.call(3 * n + nonce) for nonce in range(3)]
+        worker = town.entrance.worker
+        gone = worker.flows.hops[calls[0][1]]
+        for name, way in worker._ways.ways.items():
+            way.up = name != gone
+        worker._ways.rank()
+        worker._entrance._move_from({gone})
+        died = test_takeover.dies_at(worker._entrance.move, n, "line")
+        town.entrance.worker = town.entrance.successor()
+        for sock, header, _ in calls:
+            town.passes(sock, header)
+        for node in town.faces:
+            drops = node.worker._face.inbound_ledger.drops()
+            assert not drops, (n, drops)
+        n += 1
+    assert n > 10

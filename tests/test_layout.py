@@ -33,6 +33,7 @@ SANS_IO = {
     "meter",
     "endpoints",
     "backbone",
+    "parley",
     "contests",
     "frame",
     "ufrag",
