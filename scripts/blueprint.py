@@ -59,7 +59,6 @@ control_prefixes = ["10.4.0.0/16", "10.5.0.0/16"]
 SIGNALING = """[signaling]
 listen = "{at}:{port}"
 {relays}
-transceivers = [{transceivers}]
 keys_file = "{folder}/api-keys"
 metrics = "127.0.0.1:{metrics}"
 {more}
@@ -218,27 +217,18 @@ class Blueprint:
         """Signaling's files: one that steers to sites, one that knows its own relays only and
         places on its own transceivers."""
         own = ", ".join(f'"{cluster.public(which)}:3478"' for which in "ab")
-        redis = REDIS.format(at=cluster.at)
 
-        def door(port: int, relays: str, transceivers: str, more: str) -> str:
+        def door(port: int, relays: str, more: str) -> str:
             return self._keys() + SIGNALING.format(
                 at=cluster.door,
                 port=port,
                 relays=relays,
-                transceivers=transceivers,
                 folder=self._folder,
                 metrics=port + 1000,
                 more=more,
             )
 
-        # Its own transceivers announce themselves in its own Redis; the others are listed.
-        elsewhere = ", ".join(
-            f'"{each.at}:{9000 + number}"'
-            for each in self.clusters.values()
-            for number in range(self.plan.transceivers)
-            if each != cluster
-        )
-        steered = door(DOOR, "", elsewhere, PROXIES) + STEERING
+        steered = door(DOOR, "", PROXIES) + STEERING
         for site in self.sites.values():
             latitude, longitude = world.COORDINATES[site.name]
             steered += SITE.format(
@@ -250,9 +240,10 @@ class Blueprint:
             )
         for each in self.clusters.values():
             steered += self._table(each)
+            steered += f'redis = "redis://{each.at}:6379/0"\n'
             steered += "latitude = {}\nlongitude = {}\n".format(*world.COORDINATES[each.region])
-        plain = door(PLAIN_DOOR, f"relays = [{own}]", "", "") + self._table(cluster)
+        plain = door(PLAIN_DOOR, f"relays = [{own}]", "") + self._table(cluster)
         return {
-            f"signaling-{cluster.id}": steered + redis,
-            f"signaling-{cluster.id}-plain": plain + redis,
+            f"signaling-{cluster.id}": steered,
+            f"signaling-{cluster.id}-plain": plain + REDIS.format(at=cluster.at),
         }
