@@ -87,16 +87,7 @@ class Directory:
         self._homes = settings.clusters(config.cluster)
         self._roster, self._counters = known, counters
         self._listings: list[Listing] = []
-        self._sources: list[tuple[settings.SharedRedis, Mapping[int, ufrag.Cluster], str]] = []
-        shared = dict(self._homes)
-        for table in config.cluster:
-            if table.redis is not None:
-                timeout_s = config.redis.timeout_s if config.redis else TIMEOUT_S
-                own = settings.SharedRedis(url=table.redis, timeout_s=timeout_s)
-                homes = {table.id: shared.pop(table.id)}
-                self._sources.append((own, homes, f"redis of cluster {table.id}"))
-        if config.redis is not None and shared:
-            self._sources.append((config.redis, shared, "redis"))
+        self._sources = _sources(config, self._homes)
 
     @asynccontextmanager
     async def followed(self, gone: Gone, told: Callable[[], None]) -> AsyncIterator[None]:
@@ -104,9 +95,11 @@ class Directory:
         finds somebody. `told` is called after each time."""
         async with AsyncExitStack() as stack:
             loops = []
-            for table, homes, name in self._sources:
-                # It says itself that Redis is away, and of which cluster, by its logger's name.
-                logger = log if name == "redis" else log.getChild(name.rpartition("redis of ")[2])
+            for table, homes in self._sources:
+                alone = len(self._sources) == 1
+                name = "redis" if alone else f"redis of cluster {', '.join(map(str, homes))}"
+                # The client says itself that it is away: of which cluster, says its logger's name.
+                logger = log if alone else log.getChild(name.removeprefix("redis of "))
                 client = redisclient.Client(
                     table.url, table.timeout_s, logger, "calls are placed by what is known"
                 )
@@ -144,3 +137,21 @@ class Directory:
         up = all(each.up for each in self._listings)
         self._counters.values[metrics.Signaling.REDIS_UP] = up
         told()
+
+
+def _sources(
+    config: settings.Signaling, homes: Mapping[int, ufrag.Cluster]
+) -> list[tuple[settings.SharedRedis, dict[int, ufrag.Cluster]]]:
+    """Each Redis once, with the clusters that it speaks for."""
+    found: list[tuple[settings.SharedRedis, dict[int, ufrag.Cluster]]] = []
+    timeout_s = config.redis.timeout_s if config.redis else TIMEOUT_S
+    for table in config.cluster:
+        url = table.redis or (config.redis.url if config.redis else None)
+        if url is None:
+            continue
+        known = next((its for own, its in found if own.url == url), None)
+        if known is None:
+            known = {}
+            found.append((settings.SharedRedis(url=url, timeout_s=timeout_s), known))
+        known[table.id] = homes[table.id]
+    return found

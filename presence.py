@@ -338,7 +338,7 @@ def judge(
         raise ValueError("its report says nothing that can be understood")
     home = None if report.cluster is None else clusters.get(report.cluster)
     if home is None:
-        raise ValueError(f"it is of cluster {report.cluster}, which is not in the settings")
+        raise ValueError(f"it is of cluster {report.cluster}, which announces nobody here")
     if not home.contains(endpoint.address, endpoint.port):
         raise ValueError(f"its address is outside cluster {home.id}")
     return endpoint, report

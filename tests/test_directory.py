@@ -117,6 +117,23 @@ def test_one_that_is_away_concerns_its_own_cluster_alone(tmp_path: Path, three: 
     tell(tmp_path, [three[0].url, three[1].url], story)
 
 
+def test_one_redis_for_two_clusters_is_read_once(
+    tmp_path: Path, three: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By whichever of the two ways it is named."""
+    one = three[0]
+    announce(one, "127.0.1.1", 1)
+    announce(one, "127.0.2.1", 2)
+    announce(one, "127.0.3.1", 3)
+
+    async def story(found: placement.Placement) -> None:
+        assert known(found) == {f"127.0.{n}.1": Health.SERVING for n in (1, 2, 3)}
+        assert not [line for line in caplog.messages if "ignored" in line]
+        assert len(found._directory._sources) == 1
+
+    tell(tmp_path, [one.url, one.url, one.url], story)
+
+
 def test_one_that_says_nothing_delays_no_start(tmp_path: Path, three: list[Any]) -> None:
     announce(three[1], "127.0.2.1", 2)
 
