@@ -3,9 +3,10 @@
 As scenes.py: each begins with the state that setting_up.py has left, on copies of the flow tables.
 """
 
+import collections
 import heapq
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import fleet
@@ -34,6 +35,7 @@ import frame
 import handover
 import ledger
 import metrics
+import parley
 
 # --- a cluster's relay is lost --------------------------------------------------------------------
 
@@ -56,16 +58,49 @@ class Introduced(NamedTuple):
 
 
 class _Line:
-    """In place of an entrance's socket: what it has said, and to whom."""
+    """In place of the socket between an entrance and a cluster's relays, which answer probes as
+    transit.py does: what is said takes half of `trip_s`, and what is dead then says nothing."""
 
     family = socket.AF_INET
 
-    def __init__(self) -> None:
-        self.said: list[tuple[bytes, Any]] = []
+    def __init__(self, names: Iterable[bytes], tags: parley.Tags, trip_s: float) -> None:
+        self._names = {frame.reachable(name, self.family): name for name in names}
+        self._tags, self._trip_s = tags, trip_s
+        self.now = 0.0
+        self.probes = 0
+        self.introductions: list[tuple[bytes, bytes, bytes]] = []
+        """Client's header, transit address, message."""
+        self._probed: collections.deque[tuple[float, bytes, parley.Message]] = collections.deque()
 
-    def sendto(self, message: bytes, to: Any) -> int:
-        self.said.append((message, to))
+    def sendto(self, message: bytes, to: tuple[str, int]) -> int:
+        """The entrance says something."""
+        said = self._tags.read(message[: frame.HEADER_OCTETS], message[frame.HEADER_OCTETS :])
+        assert said is not None
+        if said.kind is parley.Kind.PROBE:
+            self.probes += 1
+            self._probed.append((self.now + self._trip_s, self._names[to], said))
+        else:
+            self.introductions.append((said.header, self._names[to], message))
         return len(message)
+
+    @property
+    def due(self) -> float:
+        """When the next answer arrives, if it does."""
+        return self._probed[0][0] if self._probed else float("inf")
+
+    def deliver(
+        self, to: entrance.Entrance, dead: frozenset[bytes], at: float, drains: bool
+    ) -> None:
+        """Answers that have arrived by now; `dead` died, or began to drain, `at` that time."""
+        while self.due <= self.now:
+            arrives, name, probe = self._probed.popleft()
+            met = name in dead and arrives - self._trip_s / 2 >= at
+            if met and not drains:
+                continue
+            message = self._tags.answer(probe, met)
+            header, rest = message[: frame.HEADER_OCTETS], message[frame.HEADER_OCTETS :]
+            said = to.hear(header, memoryview(rest), name, arrives)
+            assert said is metrics.Outbound.CONTROL
 
 
 def lose_transit(at: int, cluster: int, dead: frozenset[bytes], drains: bool) -> Figures:
@@ -77,6 +112,7 @@ def lose_transit(at: int, cluster: int, dead: frozenset[bytes], drains: bool) ->
     moved: list[Introduced] = []
     probes = met = 0
     own = {on.callers.headers[each] for each in np.flatnonzero(on.first == at)}
+    tags = parley.Tags(on.keyring, False)
     for number in on.edges.of(at):
         begun = start - 1.0 - 0.1 * chance.random()
         ways = on.ways(begun, cluster)
@@ -85,31 +121,29 @@ def lose_transit(at: int, cluster: int, dead: frozenset[bytes], drains: bool) ->
         # Second ways move as well; nothing of theirs is lost.
         left = {header for header, hop in worker.flows.hops.items() if hop in dead}
         met += len(left & own)
-        line, rows = _Line(), memoryview(bytearray(len(ways.ways) * ledger.octets(metrics.Way)))
-        tags = backbone.Tags(on.keyring, False)
-        ahead = entrance.Entrance(cast(Any, line), ways, tags, worker.flows, worker.gate, rows)
-        now = begun
-        while now < start + WATCHED_S:
-            silent = dead if now >= start else frozenset[bytes]()
-            # Sessions on ways that live are heard of by their downlink, beside the answers.
-            ways.seen.update(set(worker.flows.hops.values()) - (frozenset() if drains else silent))
-            ahead.tend(now)
-            probes += len(line.said)
-            line.said.clear()
-            for name in [name for name, way in ways.ways.items() if way.probed_at == now]:
-                if name not in silent or drains:
-                    body = backbone.token(now) + bytes([name in silent])
-                    if ways.answered(name, body, now + trip_s):
-                        ways.due = now + trip_s
+        line = _Line(ways.ways, tags, trip_s)
+        rows = memoryview(bytearray(handover.WAYS_OCTETS))
+        table_, judge = worker.flows, worker.gate
+        ahead = entrance.Entrance(cast(Any, line), ways, tags, table_, judge, rows)
+        line.now = begun
+        while line.now < start + WATCHED_S:
+            line.deliver(ahead, dead, start, drains)
+            if line.now >= ways.due:
+                # Sessions on ways that live are heard of by their downlink, beside the answers.
+                gone = line.now - trip_s / 2 >= start and not drains
+                silent = dead if gone else frozenset[bytes]()
+                ways.seen.update(set(table_.hops.values()) - silent)
+                ahead.tend(line.now)
             while ahead.moving:
                 ahead.move()
-            for message, _ in line.said:
-                header = _header_of(message)
+            for header, hop, message in line.introductions:
                 if header in left:
                     left.discard(header)
-                    hop = worker.flows.hops[header]
-                    moved.append(Introduced(now, header, hop, message, header in own, trip_s))
-            now = max(ways.due, now + 1e-3)
+                    used = header in own
+                    moved.append(Introduced(line.now, header, hop, message, used, trip_s))
+            line.introductions.clear()
+            line.now = max(min(ways.due, line.due), line.now + 1e-4)
+        probes += line.probes
     return {
         "met": met,
         "moved": moved,
@@ -126,18 +160,13 @@ def _only(table: memoryview, ways: backbone.Backbone) -> memoryview:
     return table
 
 
-def _header_of(message: bytes) -> bytes:
-    """The client's header in an introduction."""
-    return frame.MAGIC + message[len(frame.MAGIC) : frame.HEADER_OCTETS]
-
-
 def introduce(cluster: int, moved: list[Introduced]) -> Figures:
     """The other end: relays of the cluster are told of clients that they have never heard of."""
     on = plan()
     index = list(on.clusters).index(cluster)
     numbers = dict(zip(on.groups[cluster], on.relays.of(index), strict=True))
     counters = ledger.Counters(metrics.Inbound)
-    accepted, tags = set[bytes](), backbone.Tags(on.keyring, False)
+    accepted, tags = set[bytes](), parley.Tags(on.keyring, False)
     for hop in sorted({each.hop for each in moved}):
         clusters = {cluster: on.clusters[cluster]}
         worker = on.worker(on.relays, numbers[hop], BEGUN + 2.0, clusters=clusters)
@@ -146,8 +175,8 @@ def introduce(cluster: int, moved: list[Introduced]) -> Figures:
                 continue
             said = tags.read(message[: frame.HEADER_OCTETS], message[frame.HEADER_OCTETS :])
             assert said is not None and said.header == header
-            text, assured = backbone.introduced(said.body)
-            verdict = worker.gate.introduced(header, text, assured, now)
+            text, shown = parley.introduced(said.body)
+            verdict = worker.gate.introduced(header, text, shown, now)
             # What follows at once is media: it goes where the introduction leads.
             worker.counters.values[fleet.RECEIVED] += 1
             if isinstance(verdict, bytes):
@@ -176,14 +205,15 @@ def transit_lost(
     out = np.array([each.now for each in used]) - BEGUN - 2.0
     trip = np.array([each.trip_s for each in used])
     # A frame is on its way for half a round trip: what left that much earlier is lost as well.
-    lost = np.zeros(len(used)) if drains else sent_between(phase, 0.0, out + trip / 2)
+    after, out = out, out + trip / 2
+    lost = np.zeros(len(used)) if drains else sent_between(phase, 0.0, out)
     figures = account(lost, out * (not drains), 0, over_time(phase, out * (not drains)))
     met = sum(each["met"] for each in found)
     figures |= {
         "met": met,
         "given_up": met - sum(each.header in accepted for each in used),
         "second_ways_moved": len(moved) - len(used),
-        "moved_after_ms": spread(out * 1000),
+        "moved_after_ms": spread(after * 1000),
         "probes_a_s": round(sum(each["probes_a_s"] for each in found)),
         "probes_a_s_to_all_clusters": round(
             sum(each["probes_a_s"] for each in found)

@@ -88,7 +88,7 @@ def needed(
     redis_a_s: float,
 ) -> dict[str, Any]:
     """Machines for so many sessions: `sites` and `clusters` is what is at each, `most` what is at
-    each site when the worst other one has failed."""
+    each site once the largest one has failed."""
     each = sessions_a_worker(found)
 
     def hosts(sessions_there: int) -> int:
@@ -98,7 +98,7 @@ def needed(
     return {
         "entrance_hosts": sum(map(hosts, sites)),
         "entrance_hosts_one_spare_a_site": sum(hosts(there) + 1 for there in sites),
-        "entrance_hosts_any_site_lost": sum(max(2, hosts(there)) for there in most),
+        "entrance_hosts_largest_site_lost": sum(max(2, hosts(there)) for there in most),
         "cluster_relay_hosts_one_spare_a_cluster": sum(hosts(there) + 1 for there in clusters),
         "relay_cpus": round(sessions / each * 2),
         "transceiver_hosts": math.ceil(cores / TRANSCEIVER_CPUS),

@@ -158,7 +158,7 @@ def _machines(axes: Any, figures: Figures, on: Plan) -> None:
     rows = {
         "transceivers": "transceiver_hosts",
         "cluster relays, one spare a cluster": "cluster_relay_hosts_one_spare_a_cluster",
-        "entrances, any one site lost": "entrance_hosts_any_site_lost",
+        "entrances, for the largest site lost": "entrance_hosts_largest_site_lost",
         "entrances, one spare a site": "entrance_hosts_one_spare_a_site",
         "entrances, nothing spare": "entrance_hosts",
         "Redis processes (rate assumed)": "redis_processes",

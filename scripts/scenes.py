@@ -214,7 +214,7 @@ class _Search:
         self._number = {header: each for each, header in enumerate(self._headers)}
         self._lost = np.zeros(len(met))
         self._since = np.full(len(met), np.nan)
-        self._series = np.zeros(round(SEARCH_S / BIN_S) + 2, dtype=np.int64)
+        self._series = np.zeros(round((SEARCH_S + 2.0) / BIN_S), dtype=np.int64)
         self._build(at, what, latency_s, redis)
 
     def _targets(self, at: int, what: str, hashed: Any, before: Ints) -> Ints:
@@ -301,7 +301,8 @@ class _Search:
             worker.expire(self._loop.time())
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(ended, asyncio.CancelledError), f"a keeper has ended: {ended!r}"
         return self._figures()
 
     def _step(self, each: int, now: float, next_check: globe.Floats) -> int:

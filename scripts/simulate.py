@@ -41,6 +41,8 @@ from planning import Crew, Ints, Plan, Shape
 
 import keeper
 import settings
+import standing
+import steering
 from endpoints import Endpoint, RedisUrl
 
 Figures = dict[str, Any]
@@ -53,7 +55,8 @@ SMALL_SESSIONS, SMALL_WORKERS, SMALL_FLOWS_MAX = 200_000, 2, 8_192
 RESTED = 100_000
 """Callers about whom steering is asked again when a site has failed."""
 
-WAVES_AFTER, WAVE_SHARE = 40, planning.ARRIVE_S / planning.WAVES / planning.ARRIVE_S
+WAVES_AFTER, WAVE_SHARE = 40, 1 / planning.WAVES
+WAVE_S = planning.ARRIVE_S / planning.WAVES
 """After a site has failed new calls come as before: in each wave so many of all calls end, and as
 many begin."""
 
@@ -253,7 +256,7 @@ def hops_ms(on: Plan, who: Ints, sites: Ints) -> globe.Floats:
 
 def settle(on: Plan, crew: Crew, failed: int, chance: np.random.Generator) -> Figures:
     """All who were there go to their second site; then calls end and others begin, and steering
-    hears of the load between. Half way through, the site comes back."""
+    hears of the load between, through standing.Standing. Half way through, the site comes back."""
     saved = on.first.copy()
     on.first[saved == failed] = on.second[saved == failed]
     capacity = np.array([on.capacity(at) for at in range(len(on.sites))])
@@ -263,11 +266,24 @@ def settle(on: Plan, crew: Crew, failed: int, chance: np.random.Generator) -> Fi
 
     over = [loads()]
     most = np.bincount(on.first, minlength=len(on.sites))
+    heard = [standing.Standing(on.capacity(at), (name,)) for at, name in enumerate(on.sites)]
+    for at, each in enumerate(heard):
+        each.heard(on.sites[at], True, int((saved == at).sum()), planning.BEGIN)
+    clusters = planning.states(on)[1]
     for wave in range(WAVES_AFTER):
-        gone = [failed] if wave < WAVES_AFTER // 2 else []
+        now = planning.BEGIN + wave * WAVE_S
+        for at, each in enumerate(heard):
+            if at == failed and wave < WAVES_AFTER // 2:
+                for _ in range(standing.MISSES):
+                    each.failed(on.sites[at], now)
+            else:
+                each.heard(on.sites[at], True, int((on.first == at).sum()), now)
+        states = {
+            on.sites[at]: each.state(now) or steering.UNKNOWN for at, each in enumerate(heard)
+        }
         fresh = chance.choice(len(on.callers), round(WAVE_SHARE * len(on.callers)), replace=False)
         fresh = np.sort(fresh)
-        on.first[fresh] = planning.decide_all(crew, fresh, planning.states(on, gone))[0]
+        on.first[fresh] = planning.decide_all(crew, fresh, (states, clusters))[0]
         over.append(loads())
         most = np.maximum(most, np.bincount(on.first, minlength=len(on.sites)))
     on.first[:] = saved
@@ -284,7 +300,7 @@ def settle(on: Plan, crew: Crew, failed: int, chance: np.random.Generator) -> Fi
             on.sites[at]: [round(float(each), 3) for each in table[:, at]]
             for at in np.argsort(-np.nan_to_num(table[0]))[:5]
         },
-        "wave_s": planning.ARRIVE_S / planning.WAVES,
+        "wave_s": WAVE_S,
         "sessions_most": most.tolist(),
     }
 
