@@ -331,9 +331,9 @@ def test_a_cluster_is_reached_in_another_way_after_a_reload(tmp_path, stack, to)
 
 
 def test_an_entrance_that_dies_while_it_moves_flows_loses_nothing(town):
+    calls = [town.call(nonce) for nonce in range(3)]
     n, died = 0, True
     while died:
-        calls = [town.call(3 * n + nonce) for nonce in range(3)]
         worker = town.entrance.worker
         gone = worker.flows.hops[calls[0][1]]
         for name, way in worker._ways.ways.items():
