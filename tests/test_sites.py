@@ -20,6 +20,8 @@ from front import Site, Steering
 from standing import MISSES
 from steering import State
 
+from . import shim
+from .premises import Program
 from .test_front import WORLD
 
 PATIENCE_S = 20
@@ -222,3 +224,32 @@ def test_without_status_nobody_is_asked(tmp_path: Path) -> None:
             assert found.states() == {}
 
     asyncio.run(story())
+
+
+def test_a_real_relay_is_well_and_lost_when_it_is_stopped(tmp_path: Path) -> None:
+    (tmp_path / "keys").touch(mode=0o600)
+    (tmp_path / "keys").write_text("0 " + bytes(range(32)).hex() + "\n")
+    path = tmp_path / "relay.toml"
+    public, internal = (shim.udp_socket() for _ in range(2))
+    ports = [each.getsockname()[1] for each in (public, internal)]
+    for each in (public, internal):
+        each.close()
+    path.write_text(
+        f'[relay]\npublic = "127.0.0.1:{ports[0]}"\ninternal = "127.0.0.1:{ports[1]}"\n'
+        'metrics = "127.0.0.1:0"\nworkers = 1\n[keys]\nfile = "keys"\n'
+        '[[cluster]]\nid = 1\nprefix = "127.0.0.0/8"\nports = [1, 65535]\n'
+    )
+    relay = Program("relay", path)
+
+    async def story() -> None:
+        url = (await asyncio.to_thread(relay.said, "metrics at http")).split()[-1]
+        found = sites.Sites(configured(tmp_path, url.removesuffix("/metrics")))
+        async with found.followed():
+            await until(lambda: found.states() == {"tokyo": State(True, 0.0, 100)})
+            await asyncio.to_thread(relay.stop)
+            await until(lambda: not found.states()["tokyo"].healthy)
+
+    try:
+        asyncio.run(asyncio.wait_for(story(), 3 * PATIENCE_S))
+    finally:
+        relay.stop()
