@@ -65,7 +65,8 @@ class Guide:
         Raises SettingsError for a database that cannot be used.
         """
         self._peers, self._client_of = peers, client_of
-        self._places, self._homes = config.cluster, settings.clusters(config.cluster)
+        self._places = config.cluster
+        self._standing = standing.Clusters(settings.clusters(config.cluster))
         self._clusters: dict[int, steering.State] = {}
         self._clusters_at = -CLUSTERS_S
         self.geography = geography.Geography(config)
@@ -115,7 +116,7 @@ class Guide:
         now = time.monotonic()
         if now - self._clusters_at >= CLUSTERS_S:
             self._clusters_at = now
-            self._clusters = standing.of_clusters(self._peers(), self._homes)
+            self._clusters = self._standing.states(self._peers(), now)
         return self._clusters
 
 

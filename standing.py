@@ -11,8 +11,8 @@ Rules that stay true:
 - A site that has lost some of its relays has the room of the others.
 - Clients that were sent to a site count there until a report must have them, rather a little too
   long: a burst is over before the next report is there.
-- What a site had when it was lost is on its way to others, and forgotten after FADE_S: by then they
-  are where they are, and count there.
+- What a site or a cluster had when it was lost is on its way to others, and forgotten after FADE_S:
+  by then they are where they are, and count there.
 
 Sans-IO: `now` is an argument.
 """
@@ -113,6 +113,25 @@ class Standing:
             self._ailing_since = None
         elif self._ailing_since is None:
             self._ailing_since = now
+
+
+class Clusters:
+    """All clusters, and what those had that were lost a moment ago."""
+
+    def __init__(self, homes: Mapping[int, ufrag.Cluster]) -> None:
+        self._homes = homes
+        self._had: dict[int, tuple[State, float]] = {}
+
+    def states(self, peers: Iterable[Peer], now: float) -> dict[int, State]:
+        """How they are, by these transceivers."""
+        found = of_clusters(peers, self._homes)
+        for id, state in found.items():
+            if state.healthy:
+                self._had[id] = state, now
+            elif id in self._had:
+                (_, load, capacity), at = self._had[id]
+                found[id] = State(False, load * max(0.0, 1 - (now - at) / FADE_S), capacity)
+        return found
 
 
 def of_clusters(peers: Iterable[Peer], homes: Mapping[int, ufrag.Cluster]) -> dict[int, State]:

@@ -133,6 +133,7 @@ class Monitor:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # signaling that stops in mid-question is none
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
 

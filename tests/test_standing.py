@@ -12,7 +12,7 @@ import ufrag
 from endpoints import Endpoint
 from presence import Report
 from roster import Health, Peer, home
-from standing import FADE_S, MISSES, Standing, of_clusters
+from standing import FADE_S, MISSES, Clusters, Standing, of_clusters
 from steering import Request, Site, State, Steering
 
 ONE, TWO = "http://10.9.0.1:9464", "http://10.9.0.2:9464"
@@ -208,6 +208,19 @@ def test_those_that_take_nothing_have_no_room() -> None:
     found = of_clusters([gone, drains, refused], HOMES)
     assert found == {1: State(False), 2: State(True, 1.0, 100)}
     assert of_clusters([], HOMES) == {1: State(False), 2: State(False)}
+
+
+def test_a_cluster_that_was_lost_has_had_calls_that_go_elsewhere_now() -> None:
+    found, one = Clusters(HOMES), peer("10.4.0.1:9000", 80)
+    other = peer("10.5.0.1:9000", 10)
+    assert found.states([one, other], 0.0)[1] == State(True, 0.8, 100)
+    one.failed()
+    assert found.states([one, other], 0.0)[1] == State(False, 0.8, 100)
+    assert found.states([other], FADE_S / 2)[1] == State(False, pytest.approx(0.4), 100)
+    assert found.states([other], 2 * FADE_S)[1] == State(False, 0.0, 100)
+    assert found.states([other], 2 * FADE_S)[2] == State(True, 0.1, 100)
+    one.heard(Report(sessions=5, sessions_max=100), 200.0)
+    assert found.states([one, other], 200.0)[1] == State(True, 0.05, 100)
 
 
 def test_one_that_was_not_heard_of_yet_may_take_calls() -> None:
