@@ -55,10 +55,13 @@ SMALL = 0.3
 """What `--quick` makes of all delays. With less, ICE would be done within the 48 ms that Chromium
 takes from the first check to the second, which it then never makes, and has nowhere to go later."""
 
+BROWSERS = "tokyo", "frankfurt", "singapore"
+"""Where a Chromium calls from, too: far from its cluster, near to it, and far from any site."""
+
 
 def plan(quick: bool, chromium: bool, caller: str, public_factor: float, loss: float) -> Plan:
     """What is to be built. Mishaps happen to the first of the callers."""
-    browsers = (caller, *({"singapore"} - {caller})) if chromium else ()
+    browsers = (caller, *(each for each in BROWSERS if each != caller)) if chromium else ()
     if quick:
         model = world.Model(public_factor=public_factor, loss=loss, scale=SMALL)
         return Plan(

@@ -92,17 +92,20 @@ def talking(
 def site(lab: Lab) -> Figures:
     """The nearest site is lost while both speak; later it comes back."""
     rows: list[Figures] = []
-    estate, region = lab.estate(), lab.plan.callers[0]
-    cases = [] if lab.quick and lab.plan.browsers else [(region, 0.0)]
-    for name in {region} & set(lab.plan.browsers):
-        cases += [(f"{name}/chromium", age_s) for age_s in ((0.0,) if lab.quick else (0.0, OLD_S))]
+    estate, browsers = lab.estate(), lab.plan.browsers
+    cases = [] if lab.quick and browsers else [(lab.plan.callers[0], 0.0)]
+    for region in browsers:
+        if region in lab.plan.sites:
+            cases.append((f"{region}/chromium", 0.0))
+            cases += [] if lab.quick else [(f"{region}/chromium", OLD_S)]
     for name, age_s in cases:
+        lost = name.partition("/")[0]
         at, row = _lose_site(lab, estate, name, age_s)
         if not rows:
-            row |= _new_callers(lab, estate, region, at)
+            row |= _new_callers(lab, estate, lost, at)
         rows.append(row)
         if len(rows) < len(cases):
-            estate.site_back(region)
+            estate.site_back(lost)
             time.sleep(NOTICED_S)
     return {"rows": rows, "words": SITE_WORDS}
 
@@ -136,6 +139,7 @@ def _lose_site(lab: Lab, estate: Estate, name: str, age_s: float) -> tuple[float
                     found.silence_ms is not None, f"{name}, {age:.0f} s old: {direction} never"
                 )
     row = {
+        "caller": name,
         "client": "Chromium" if browser else "stock aiortc",
         "call_age_s": round(age),
         "entered_at": entry,
