@@ -9,6 +9,7 @@ ms, a check every CHECK_S on the pair in use, and after the loss of a site as lo
 """
 
 import asyncio
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ SHARE_OF_CARRIER = 0.2
 """Of a site's clients, behind the one NAT that restarts."""
 
 ASSUMED = {
+    "answers": "a transceiver's next media comes 20 ms and the backbone's round trip after ours",
     "media": f"{MEDIA_A_S} datagrams a second each way, without pauses",
     "checks": f"every {CHECK_S} s on the pair in use, at a phase of its own",
     "failover": f"ICE leaves a dead pair after {FAILOVER_S[0]} to {FAILOVER_S[1]} s, evenly",
@@ -104,21 +106,25 @@ def fail_site(failed: int, at: int, silent_s: globe.Floats) -> Figures:
     resumed = np.full(len(moved), np.nan)
     own = np.flatnonzero(on.first == at)
     own_at = on.edges.of_client(on.hashed[own], at)
+    trips = answers_after(on, at)
     counters, others_lost = ledger.Counters(metrics.Inbound), 0
     for number in on.edges.of(at):
         here = np.flatnonzero(workers == number)
         worker = on.worker(on.edges, number, start, ways=on.ways(start))
-        due = sorted((start + silent_s[moved[each]], int(each)) for each in here)
+        due = [(start + silent_s[moved[each]], False, int(each)) for each in here]
+        heapq.heapify(due)
         while due:
-            again = []
-            for time, each in due:
-                request = first_check(on, int(moved[each]))
-                verdict = worker.receive(on.callers.headers[moved[each]], request, time)
-                if isinstance(verdict, bytes):
-                    resumed[each] = time - start
-                elif time + RETRY_S < start + PATIENCE_S:
-                    again.append((time + RETRY_S, each))
-            due = sorted(again)
+            time, answers, each = heapq.heappop(due)
+            header = on.callers.headers[moved[each]]
+            if answers:
+                worker.flows.answered((header,), time)
+                continue
+            verdict = worker.receive(header, first_check(on, int(moved[each])), time)
+            if isinstance(verdict, bytes):
+                resumed[each] = time - start
+                heapq.heappush(due, (time + trips[on.cluster[moved[each]]], True, each))
+            elif time + RETRY_S < start + PATIENCE_S:
+                heapq.heappush(due, (time + RETRY_S, False, each))
         # Those who have been here all the time.
         there = [on.callers.headers[each] for each in own[own_at == number]]
         others_lost += worker.media(there, 1)
@@ -128,6 +134,16 @@ def fail_site(failed: int, at: int, silent_s: globe.Floats) -> Figures:
         "resumed": resumed,
         "others_lost": others_lost,
         "counters": counted(counters),
+    }
+
+
+def answers_after(on: Plan, at: int) -> dict[int, float]:
+    """Seconds until a transceiver's next media is there that goes by this site, for each cluster:
+    until then a flow is tentative."""
+    where = globe.SITES[on.sites[at]]
+    return {
+        number: 1 / MEDIA_A_S + globe.between_ms(where, there) / 1000
+        for number, (_, there) in globe.CLUSTERS.items()
     }
 
 
@@ -215,6 +231,8 @@ class _Search:
         self._lost = np.zeros(len(met))
         self._since = np.full(len(met), np.nan)
         self._series = np.zeros(round((SEARCH_S + 2.0) / BIN_S), dtype=np.int64)
+        self._trips = answers_after(on, at)
+        self._answers: list[tuple[float, int]] = []
         self._build(at, what, latency_s, redis)
 
     def _targets(self, at: int, what: str, hashed: Any, before: Ints) -> Ints:
@@ -274,6 +292,8 @@ class _Search:
         if isinstance(verdict, bytes):
             if np.isnan(self._since[each]):
                 self._since[each] = now - self._start
+                after = self._trips[int(self._on.cluster[self._callers[each]])]
+                heapq.heappush(self._answers, (now + after, each))
         else:
             self._lost[each] += count
             self._series[int((now - self._start) / BIN_S)] += count
@@ -288,6 +308,10 @@ class _Search:
         steps = 0
         while any(pending) and steps * STEP_S < SEARCH_S:
             q, now = steps % 4, self._loop.time()
+            while self._answers and self._answers[0][0] <= now:
+                at, each = heapq.heappop(self._answers)
+                worker = self._workers[int(self._targets_[each])]
+                worker.flows.answered((self._headers[each],), at)
             pending[q] = [each for each in pending[q] if np.isnan(self._since[each])]
             touched = {self._step(each, now, next_check) for each in pending[q]}
             for worker in self._workers.values():

@@ -173,8 +173,14 @@ class Run:
             names = "relays first, as documented", "transceivers first"
             figures["keys"] = dict(zip(names, told, strict=True))
         with self._stage("second ways kept alive", 2) as done:
-            limits = self._shape.relay.flows_max
+            limits, seconds = (
+                self._shape.relay.flows_max,
+                np.bincount(on.second, minlength=len(on.sites)),
+            )
+            workers = np.array([len(on.edges.of(at)) for at in range(len(seconds))])
+            here = int((seconds / workers).argmax())
             told = crew.work(incidents.keep_second, [(here, None), (here, limits)], done)
+            figures["second_ways_site"] = on.sites[here]
             figures["second_ways"] = dict(
                 zip(("default limit", "tentative as many as flows"), told, strict=True)
             )
