@@ -18,7 +18,7 @@ nor sent anything for `timeout_s` is lost. Traffic alone is believed half as lon
 longer: a transceiver goes on sending for seconds where nothing of its client comes through any
 more. Sessions of a lost one are led to others and introduced there; it is chosen again once it has
 answered for `STEADY_S`. That it drains is in its answer, too. Where none can be reached, all of
-them are tried.
+them are tried, and the first one that answers speaks for all.
 
 An answer counts if its body is one of our probes' of the last seconds: the moment, and octets that
 nobody can make who does not know the worker's secret.
@@ -31,10 +31,12 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import frame
 import parley
 
 PROBES = 5
-"""In one `timeout_s`, of an address that has sessions and is silent: three in a row may be lost."""
+"""In one `timeout_s`, of an address that has sessions and is silent or owes an answer: three in a
+row may be lost."""
 
 TALKING = 2.5
 """How many times rarer is an address probed from which datagrams come: traffic shows most of it."""
@@ -66,7 +68,8 @@ class Way:
 
     number: int
     """Among all of them, in the order of the configuration."""
-    cluster: int
+    clusters: set[int]
+    """A relay may stand before several."""
     salt: int
     """What its weights are made with."""
     answered_at: float
@@ -117,7 +120,10 @@ class Backbone:
         self.ways = {}
         for cluster, names in groups.items():
             for name in names:
-                self.ways[name] = Way(len(self.ways), cluster, _digest(name), now, now)
+                # What a name stands for: an IPv4 socket and an IPv6 one choose alike.
+                salt = _digest(repr(frame.endpoint(name)).encode())
+                new = Way(len(self.ways), set(), salt, now, now)
+                self.ways.setdefault(name, new).clusters.add(cluster)
         self.rank()
 
     def __contains__(self, cluster: int) -> bool:
@@ -153,10 +159,11 @@ class Backbone:
     def same(self, one: bytes | None, other: bytes) -> bool:
         """Whether two socket addresses are transit addresses of one cluster."""
         first, second = self.ways.get(one or b""), self.ways.get(other)
-        return first is not None and second is not None and first.cluster == second.cluster
+        return first is not None and second is not None and bool(first.clusters & second.clusters)
 
     def answered(self, name: bytes, body: bytes, now: float) -> bool:
-        """That address has answered a probe; whether sessions are to leave it from now on."""
+        """That address says that it answers a probe; false if it was none of ours. Where sessions
+        are to leave it from now on, `tend` is due."""
         way = self.ways.get(name)
         token, state = body[: parley.PROBE_OCTETS], body[parley.PROBE_OCTETS :]
         ticks, _ = _TOKEN.unpack(token)
@@ -168,7 +175,15 @@ class Backbone:
         drains, way.draining = way.draining, state != b"\0"
         if drains != way.draining:
             self.rank()
-        return way.draining and not drains
+            self.due = 0.0
+        return True
+
+    def begin(self, name: bytes, up: bool, draining: bool) -> None:
+        """What a worker before this one knew of a way."""
+        way = self.ways[name]
+        way.up, way.draining = up, draining
+        way.steady_at = _NEVER
+        self.rank()
 
     def token(self, name: bytes, now: float) -> bytes:
         """The body of a probe of this way."""
@@ -183,9 +198,11 @@ class Backbone:
 
         To be called when `due`.
         """
-        if now - self._planned_at > self._timeout_s:
-            self._forgive(now)
+        late_s = now - self._planned_at
+        if late_s > self._period_s:
+            self._forgive(late_s)
         to_probe, lost, busy = [], [], False
+        dark = self._dark()
         for name, way in self.ways.items():
             talks = name in self.seen
             if talks or way.used_at == _JUST_NOW:
@@ -195,35 +212,53 @@ class Backbone:
             way.busy, was = now - way.used_at < USED_S, way.busy
             if way.busy and not was and way.up:
                 way.answered_at = way.heard_at = now  # nobody had asked it often enough
-            period_s = self._period_s * (TALKING if talks else 1) if way.busy else IDLE_S
+            quiet = talks and way.answered_at >= way.probed_at  # an answer that is late is no sign
+            period_s = self._period_s * (TALKING if quiet else 1) if way.busy else IDLE_S
             if now - way.probed_at >= period_s * 0.95:
                 way.probed_at = now
                 to_probe.append(name)
-            if self._judge(way, now):
+            if self._judge(way, now, dark):
                 lost.append(name)
             busy = busy or way.busy
+        for cluster in dark - self._dark():
+            self._believe(cluster, now)
         self.seen.clear()
         self.due = self._planned_at = now + (self._period_s if busy else IDLE_S)
         return to_probe, lost
 
-    def _forgive(self, now: float) -> None:
-        """This process had no CPU for a while: silence has shown nothing."""
+    def _forgive(self, late_s: float) -> None:
+        """This process had no CPU for so long: that silence has shown nothing."""
         for way in self.ways.values():
             if way.up:
-                way.answered_at = way.heard_at = now
+                way.answered_at += late_s
+                way.heard_at += late_s
 
-    def _judge(self, way: Way, now: float) -> bool:
+    def _dark(self) -> set[int]:
+        """Clusters of which no way is up."""
+        lit = {cluster for way in self.ways.values() if way.up for cluster in way.clusters}
+        return self._groups.keys() - lit
+
+    def _believe(self, cluster: int, now: float) -> None:
+        """All of its ways were lost, so it was something on our side: the first one that is heard
+        again speaks for all. Else each session would be led to it, and stay."""
+        for name in self._groups[cluster]:
+            way = self.ways[name]
+            if not way.up:
+                way.up, way.answered_at, way.heard_at = True, now, now
+        self.rank()
+
+    def _judge(self, way: Way, now: float, dark: set[int]) -> bool:
         """Up or not; true if it was, and is no more."""
         patience_s = self._timeout_s + (0.0 if way.busy else 2 * IDLE_S)
         silent_s = now - max(way.answered_at, way.heard_at)
         unanswered_s = now - way.answered_at
         was = way.up
         if silent_s > patience_s or unanswered_s > patience_s * ONE_WAY:
-            way.up, way.steady_at = False, float("inf")
+            way.up, way.steady_at = False, _NEVER
         elif not way.up:
-            if way.steady_at == float("inf"):
+            if way.steady_at == _NEVER:
                 way.steady_at = now + STEADY_S
-            way.up = now >= way.steady_at
+            way.up = now >= way.steady_at or way.clusters <= dark
         if was != way.up:
             self.rank()
         return was and not way.up
@@ -231,6 +266,8 @@ class Backbone:
 
 _JUST_NOW = float("inf")
 """Since the last `tend`: only that knows what time it is."""
+
+_NEVER = float("inf")
 
 _FACTOR, _MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1  # the golden ratio's, odd: Fibonacci hashing
 

@@ -47,7 +47,8 @@ def ways_of(found: settings.Relay, family: int, now: float) -> backbone.Backbone
 
 def addresses_of(found: settings.Relay) -> list[str]:
     """The ways' addresses by their numbers."""
-    return [str(each) for cluster in found.cluster for each in cluster.ways()]
+    every = (each for cluster in found.cluster for each in cluster.ways())
+    return [str(each) for each in dict.fromkeys(every)]
 
 
 def rows_in(memory: memoryview, count: int) -> list[ledger.Counters]:
@@ -93,10 +94,15 @@ class Entrance:
         self._socket, self._ways, self._tags = sock, ways, tags
         self._flows, self._gate = table, judge
         self._rows = _begin_rows(memory, ways)
+        self._keys = {name: parley.Keys(tags.keys) for name in ways.ways}
+        self._recall()
         self._open = self._opened()
         for hop in ways.ways.keys() & set(table.hops.values()):
             ways.use(hop)
-        self._keys = {name: parley.Keys(tags.keys) for name in ways.ways}
+        at = sock.getsockname()
+        self._address = frame.packed_address(
+            frame.name(at[0].partition("%")[0], at[1], sock.family)
+        )
         self._stamps: dict[bytes, bytes] = {}
         self._moving: collections.deque[bytes] = collections.deque()
         # The configuration was another one when these were opened.
@@ -104,6 +110,17 @@ class Entrance:
 
     def _is_stray(self, hop: bytes) -> bool:
         return hop not in self._ways.ways and not self._gate.is_direct(hop)
+
+    def _recall(self) -> None:
+        """What a worker before this one had found: a way is lost, or drains, or has a newer key."""
+        kinds = metrics.Way
+        for name, way in self._ways.ways.items():
+            row = self._rows[way.number]
+            if row[kinds.UP] and row[kinds.KEY] in self._tags.keys:
+                self._keys[name].best = row[kinds.KEY]
+            lost = bool(row[kinds.LOST]) and not row[kinds.UP]
+            if lost or row[kinds.DRAINING]:
+                self._ways.begin(name, up=not lost, draining=bool(row[kinds.DRAINING]))
 
     @property
     def moving(self) -> bool:
@@ -128,10 +145,10 @@ class Entrance:
             if len(self._stamps) > len(self._flows.hops) + STAMPS_MORE:
                 self._stamps.clear()  # of clients that made room for others
             key = self._key(self._flows.hops[header])
-            found = self._stamps[header] = self._tags.stamp(header, key)
+            found = self._stamps[header] = self._tags.stamp(header, self._address, key)
         return found
 
-    def _key(self, hop: bytes) -> int | None:
+    def _key(self, hop: bytes) -> int:
         keys = self._keys.get(hop)
         return self._tags.keys[0] if keys is None else keys.best
 
@@ -151,18 +168,20 @@ class Entrance:
             token = self._ways.token(name, now)
             for key in self._tags.keys:
                 self._say(self._tags.probe(token, key), name)
-            self._show(self._ways.ways[name])
+            self._show(name)
         opened = self._opened()
         if opened != self._open:
             self._open = opened
-            for way in self._ways.ways.values():
-                self._show(way)
+            for name in self._ways.ways:
+                self._show(name)
             self._move_from(self._ways.ways.keys() - opened)
 
-    def _show(self, way: backbone.Way) -> None:
+    def _show(self, name: bytes) -> None:
+        way = self._ways.ways[name]
         kinds, values = metrics.Way, self._rows[way.number].values
         values[kinds.UP], values[kinds.DRAINING] = way.up, way.draining
         values[kinds.ROUND_TRIP] = int(way.round_trip_s * 1e6)
+        values[kinds.KEY] = self._keys[name].best
 
     def _opened(self) -> set[bytes]:
         return {name for name, way in self._ways.ways.items() if way.open}
@@ -183,6 +202,7 @@ class Entrance:
                 continue
             self.introduce(header, hop)  # first: this process may end in between
             self._flows.redirect(header, hop)
+            self._stamps.pop(header, None)
             way = self._ways.ways.get(hop)
             if way is not None:
                 self._rows[way.number].values[metrics.Way.INTRODUCED] += 1
@@ -195,6 +215,8 @@ class Entrance:
             if flow.state is flows.State.ASSURED:
                 standing = parley.Standing.ASSURED
             key = self._key(hop)
+            stamp = self._tags.stamp(header, self._address, key)
+            header = header[: -len(stamp)] + stamp
             self._say(self._tags.introduction(header, flow.ufrag, standing, key), hop)
 
     def hear(self, header: bytes, rest: memoryview, source: bytes, now: float) -> metrics.Outbound:
@@ -205,10 +227,9 @@ class Entrance:
         if said is None:
             return metrics.Outbound.DROPPED_BAD_FRAME
         if said.kind is parley.Kind.ANSWER:
-            if self._ways.answered(source, said.body, now):
-                self._ways.due = now  # its sessions are to leave it
-            if self._keys[source].answered(said.key, now):
-                self._stamps.clear()
+            if self._ways.answered(source, said.body, now) and said.key is not None:
+                if self._keys[source].answered(said.key, now):
+                    self._stamps.clear()
         elif said.kind is parley.Kind.QUESTION:
             hop = self._flows.hops.get(said.header)
             if hop == source or self._ways.same(hop, source):

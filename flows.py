@@ -213,10 +213,7 @@ class Table:
         return len(self._slots)
 
     def slot(self, header: bytes) -> int:
-        """The number of a client's slot: another one where its flow has been replaced since.
-
-        Raises KeyError without a flow.
-        """
+        """The number of a client's slot: another one where its flow has been replaced since."""
         return self._slots[header]
 
     def find(self, header: bytes) -> Flow | None:
@@ -246,16 +243,19 @@ class Table:
             self._put(flow)
         return refusal
 
-    def _refusal(self, flow: Flow) -> Refusal | None:
-        """The limit that a flow with a slot of its own would exceed."""
+    def _refusal(self, flow: Flow, old: Flow | None = None) -> Refusal | None:
+        """The limit that a flow would exceed, in place of an old one or with a slot of its own."""
         limits = self._limits
-        if not self._free:
+        if old is None and not self._free:
             return Refusal.FLOWS_LIMIT
-        if flow.state is State.TENTATIVE and self.tentative >= limits.tentative:
+        was_tentative = old is not None and old.state is State.TENTATIVE
+        more = flow.state is State.TENTATIVE and not was_tentative
+        if more and self.tentative >= limits.tentative:
             return Refusal.TENTATIVE_LIMIT
         if flow.follows:
             return Refusal.TENTATIVE_LIMIT if len(self._followers) >= self._followers_max else None
-        if self._addresses[flow.ufrag] >= limits.addresses:
+        counted = old is not None and old.ufrag == flow.ufrag and not old.follows
+        if not counted and self._addresses[flow.ufrag] >= limits.addresses:
             return Refusal.ADDRESSES_LIMIT
         return None
 
@@ -288,10 +288,8 @@ class Table:
         return refusal
 
     def adopt(self, found: Iterable[Flow]) -> int:
-        """Take over flows of another table as they are; returns how many.
-
-        Those beyond the limits are left out, and those of clients that have a flow here.
-        """
+        """Take over flows of another table as they are; returns how many. Those beyond the limits
+        are left out, and those of clients that have a flow here."""
         before = len(self)
         for flow in found:
             if flow.header not in self._slots and self._refusal(flow) is None:
@@ -308,18 +306,26 @@ class Table:
             if header in self._contested:
                 self.watched.add(header)
             return Refusal.FLOW_HELD
-        if not tentative and not same_hop and self.tentative >= self._limits.tentative:
-            return Refusal.TENTATIVE_LIMIT
-        counted = old.ufrag == ufrag and not old.follows
-        if not counted and self._addresses[ufrag] >= self._limits.addresses:
-            return Refusal.ADDRESSES_LIMIT
         # The same transceiver (an ICE restart) keeps its place; another one has to earn it.
         flow = Flow(State.TENTATIVE, header, hop, ufrag, now, 0.0)
         if same_hop:
             ssrc = old.ssrc if old.ufrag == ufrag else 0
             flow = old._replace(ufrag=ufrag, ssrc=ssrc, origin=Origin.CHECKED)
-        self._replace(number, old, flow)
-        return None
+        refusal = self._refusal(flow, old)
+        if refusal is None:
+            self._replace(number, old, flow)
+        return refusal
+
+    def install(self, flow: Flow) -> Refusal | None:
+        """Another relay has this flow: as it is, in place of what its client had here."""
+        number = self._slots.get(flow.header)
+        old = None if number is None else self._flow(number)
+        refusal = self._refusal(flow, old)
+        if refusal is None and number is not None and old is not None:
+            self._replace(number, old, flow)
+        elif refusal is None:
+            self._put(flow)
+        return refusal
 
     def _replace(self, number: int, old: Flow, flow: Flow) -> None:
         """Into another slot, if there is one: the flow stands in one of the two at every moment."""
@@ -332,14 +338,11 @@ class Table:
             self._put(flow)
 
     def redirect(self, header: bytes, hop: bytes) -> None:
-        """The same session is reached by another way. Not to be called with a batch in hand."""
+        """The same session is reached by another way; who contests it, begins anew. Not to be
+        called with a batch in hand."""
         number = self._slots[header]
         old = self._flow(number)
-        contested = self._contested.get(header)
         self._replace(number, old, old._replace(hop=hop))
-        if contested is not None:
-            self._contested[header] = contested
-            self.watched.add(header)
 
     def answered(self, headers: Iterable[bytes], now: float) -> None:
         """Transceivers have sent these clients something other than STUN."""

@@ -113,6 +113,11 @@ def endpoint(octets: bytes) -> tuple[str, int]:
     return str(address.ipv4_mapped or address), _PORT.unpack(at)[0]
 
 
+def packed_address(octets: bytes) -> bytes:
+    """The 16 octets of a `name`'s address, IPv4 as v4-mapped."""
+    return _V4_MAPPED + octets[4:8] if len(octets) == _IPV4_NAME.size else octets[8:24]
+
+
 def reachable(octets: bytes, family: int) -> tuple[str, int]:
     """A `name` as Python's sockets of that family take it: v4-mapped where they are AF_INET6."""
     host, port = endpoint(octets)

@@ -7,8 +7,8 @@ to go to, what may not has the counter that says why.
 Rules that stay true:
 - Nothing opens a flow but a Binding Request whose ufrag names a transceiver of a configured cluster
   under one of the keys and whose MESSAGE-INTEGRITY shows that its sender was given that ufrag's
-  password; or a ufrag under the keys that Redis has for the client, or that a flow has whose SSRC
-  the client's media carries.
+  password; or a ufrag under the keys that Redis has for the client, or another relay that leads it
+  here, or that a flow has whose SSRC the client's media carries.
 - A known client's STUN with its flow's own ufrag passes unchecked: the transceiver checks it. But
   for a flow that only follows another one (flows.py): a genuine check makes it the client's own.
 - The dear steps are last, and the dearest, the integrity check, has a budget.
@@ -46,6 +46,9 @@ class Gate:
 
     draining: bool
     """True while no flow of a new session is to be opened. The worker sets it."""
+    reopened: list[bytes]
+    """Clients whose flow leads by a way to another session since: that relay is to know. The worker
+    takes them out."""
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Gate:
         self._checks_per_s = self._checks_left = checks_per_s
         self._checks_renewed_at = now
         self.draining = False
+        self.reopened: list[bytes] = []
 
     def inbound(
         self, header: bytes, payload: memoryview, length: int, now: float
@@ -135,22 +139,21 @@ class Gate:
     def introduced(
         self, header: bytes, text: bytes, standing: parley.Standing, now: float
     ) -> bytes | metrics.Inbound:
-        """Another relay has this client's flow, and leads it here: believed like Redis, or, where
-        only an SSRC had opened it there, like that."""
-        hop = self._flows.hops.get(header)
-        if hop is not None and self._flows.ufrag(header) == text:
-            return hop
+        """Another relay has this client's flow, and leads it here. It has judged whose it is: what
+        the client had here does not count. Where only an SSRC had opened the flow there, it is no
+        more than that here."""
+        before = self._flows.hops.get(header)
+        if before is not None and self._flows.ufrag(header) == text:
+            return before
         if standing in _FOLLOWING:
             return self.recovered(header, text, now, (0, standing is parley.Standing.NEAR))
-        if hop is None and standing is parley.Standing.ASSURED:
-            hop = self.lead(text)
-            flow = flows.Flow(flows.State.ASSURED, header, hop or b"", text, now, now)
-            if hop is not None and self._flows.adopt([flow]):
-                return hop
-        hint = ufrag.parse(self._keyring, self._clusters, text)
-        if isinstance(hint, ufrag.Reject):
+        hop, assured = self.lead(text), standing is parley.Standing.ASSURED
+        if hop is None:
             return metrics.Inbound.DROPPED_RECOVERED_INVALID
-        return self._open(header, hint, text, now)
+        state = flows.State.ASSURED if assured else flows.State.TENTATIVE
+        flow = flows.Flow(state, header, hop, text, now, now if assured else 0.0)
+        refusal = self._flows.install(flow)
+        return hop if refusal is None else _REFUSED[refusal]
 
     def lead(self, text: bytes) -> bytes | None:
         """Where the flow of a session goes now; None if its ufrag is none of ours."""
@@ -176,7 +179,11 @@ class Gate:
             )
             hop = hop if other else before
         refusal = self._flows.open(header, hop, text, now, other)
-        return hop if refusal is None else _REFUSED[refusal]
+        if refusal is not None:
+            return _REFUSED[refusal]
+        if before is not None and hop in self._ways.ways:
+            self.reopened.append(header)
+        return hop
 
     def outbound(self, header: bytes, length: int, source: bytes) -> metrics.Outbound | None:
         """Why a frame must not be sent to the client that it names; None if it may."""

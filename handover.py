@@ -140,7 +140,9 @@ class Shared:
                 for number, memory in enumerate(self.memories)
                 if number not in self._fresh
             }
-            left = ours | {number: list(estate.read_flows(number)) for number in estate.memories}
+            left = ours | {
+                number: list(estate.read_flows(f"memory-{number}")) for number in estate.memories
+            }
             for number, memory in enumerate(self.memories):
                 offered = left.get(number, []) if number in self._fresh else []
                 if self._all_to_all:
@@ -150,6 +152,13 @@ class Shared:
                 _log.info(
                     "worker %d: %d flows brought over, %d found no room", number, carried, refused
                 )
+        for number, face in enumerate(self.faces):
+            if face and not any(face.memory.section("flows")[:: flows.SLOT_OCTETS]):
+                # Where their clients come by shows with the next datagram of each.
+                offered = list(estate.read_flows(f"face-{number}"))
+                if offered:
+                    carried, _ = _carry(offered, face.memory, self._limits, face.inner.family)
+                    _log.info("transit face %d: %d flows brought over", number, carried)
         estate.close()
 
     def descriptors(self) -> list[tuple[str, int]]:
@@ -208,8 +217,7 @@ def _internal(estate: legacy.Estate, table: settings.RelayTable, number: int) ->
 
 
 def _face(estate: legacy.Estate, found: settings.Relay, number: int) -> Ends | None:
-    """A worker's transit face, if the relay has any. Flows in a memory that does not fit are not
-    brought over: the relays that have those clients introduce them again."""
+    """A worker's transit face, if the relay has any."""
     table, octets = found.transit, found.relay.receive_buffer_octets
     if table.listen is None or table.internal is None:
         return None

@@ -133,9 +133,8 @@ class Estate:
         names = (_MEMORY_NUMBER.fullmatch(name) for name, _ in self._left)
         return sorted(int(found[1]) for found in names if found)
 
-    def read_flows(self, number: int) -> Iterator[flows.Flow]:
-        """Copies of the flows in a worker's memory; none, with a log line, if it cannot be read."""
-        name = f"memory-{number}"
+    def read_flows(self, name: str) -> Iterator[flows.Flow]:
+        """Copies of the flows in a memory; none, with a log line, if it cannot be read."""
         found = self._find_memory(name)
         if found is None:
             return

@@ -219,6 +219,7 @@ class Way(ledger.Kinds):
         "A relay that was restarted or lost, or a path through the backbone.",
     )
     INTRODUCED = "flows", "Led to it from another one that was lost or drains."
+    KEY = "id", "Of the newest key that the relay there has.", "", True
 
 
 class Signaling(ledger.Kinds):

@@ -9,13 +9,18 @@
     type 3  question       nothing: whose is this client, from which there was media?
     type 4  introduction   one octet, see `Standing`; the ufrag, 23 octets
 
-**The tag**, if relays use one, is 32 bits: the first of HMAC-SHA256(K_transit[key id], what it
-covers), K_transit by HKDF-SHA256 from the master secret (info `earshot transit`, 32 octets). In a
-message it covers the 28 octets at the beginning and the body. In a frame with a client's datagram
-it covers the same 28 octets and stands in the last four of the header, where an address that is not
-link-local has a scope id that nobody reads: so frames stay as long as they are, it costs a relay no
-look at any octet of a payload, and transceivers give it back like the rest of the header. It shows
-who made the frame, not that the datagram is whole: SRTP, DTLS and STUN do that.
+**The tag** is 32 bits: the first of HMAC-SHA256(K_transit[key id], what it covers), K_transit by
+HKDF-SHA256 from the master secret (info `earshot transit`, 32 octets). In a message it covers the
+28 octets at the beginning and the body. In a frame with a client's datagram it covers the same 28
+octets and the address, 16 octets, that the entrance sends from; it stands in the last four of the
+header, where an address that is not link-local has a scope id that nobody reads. So frames stay as
+long as they are, it costs no look at any octet of a payload, and transceivers give it back like the
+rest of the header. It does two things:
+
+- A client that two entrances serve has two headers, each answered by the entrance that made it: a
+  check by the way that it does not use, and media by the other.
+- Where the settings demand it, it shows that a relay with the keys made the frame. Not that the
+  datagram is whole: SRTP, DTLS and STUN do that.
 
 Keys are changed one relay at a time. What is said is answered under the same key, so an entrance
 knows which of its keys the other side has (`Keys`).
@@ -92,69 +97,63 @@ class Message:
     """The client's, as it stands before its datagrams."""
     body: bytes
     key: int | None
-    """Id of the key it is tagged with; None without tags."""
+    """Id of the key it is tagged with; None for none of ours."""
 
 
 class Tags:
     """What relays with the same keys put on frames, and look for. A key is named by its id."""
 
-    def __init__(self, keyring: ufrag.Keyring, used: bool) -> None:
-        """Where tags are not `used`, all are right, and the one to put is zero."""
-        self.used = used
+    def __init__(self, keyring: ufrag.Keyring, demanded: bool) -> None:
+        """They are always put; where they are not `demanded`, all are right."""
+        self.demanded = demanded
         self._keys = {key_id: key.transit for key_id, key in keyring.keys.items()}
-        self.keys: list[int | None] = list(self._keys) if used else [None]
-        """Oldest first, as in the key file; one that is none where tags are not used."""
+        self.keys = list(self._keys)
+        """Oldest first, as in the key file."""
 
-    def tag(self, octets: bytes, key: int | None) -> bytes:
-        """What to put on these octets."""
-        return NO_TAG if key is None else _tag(self._keys[key], octets)
-
-    def right(self, octets: bytes, tag: bytes) -> tuple[bool, int | None]:
-        """Whether somebody with a key has put this tag on these octets, and which key it was."""
-        if not self.used:
-            return True, None
+    def _key_of(self, octets: bytes, tag: bytes) -> int | None:
+        """Of whoever has put this tag on these octets; None for a stranger."""
         for key_id, key in self._keys.items():
             if hmac.compare_digest(_tag(key, octets), tag):
-                return True, key_id
-        return False, None
+                return key_id
+        return None
 
-    def stamp(self, header: bytes, key: int | None) -> bytes:
-        """The last four octets of this client's header, on the way to a relay."""
-        return self.tag(header[:_COVERED], key)
+    def stamp(self, header: bytes, entrance: bytes, key: int) -> bytes:
+        """The last four octets of this client's header, from an entrance with this address."""
+        return _tag(self._keys[key], header[:_COVERED] + entrance)
 
-    def stamped(self, header: bytes) -> tuple[bool, int | None]:
-        """Whether a client's header comes from a relay with a key, and which."""
-        return self.right(header[:_COVERED], header[_COVERED:])
+    def stamped(self, header: bytes, entrance: bytes) -> bool:
+        """Whether a client's header may come from there."""
+        if not self.demanded:
+            return True
+        return self._key_of(header[:_COVERED] + entrance, header[_COVERED:]) is not None
 
-    def twins(self, header: bytes) -> list[bytes]:
-        """The headers that the same client has under the other keys."""
+    def twins(self, header: bytes, entrance: bytes) -> list[bytes]:
+        """The headers that the same client has from there under the other keys."""
         covered = header[:_COVERED]
-        found = [covered + _tag(key, covered) for key in self._keys.values()] if self.used else []
+        found = [covered + _tag(key, covered + entrance) for key in self._keys.values()]
         return [each for each in found if each != header]
 
-    def probe(self, body: bytes, key: int | None) -> bytes:
+    def probe(self, body: bytes, key: int) -> bytes:
         """Is somebody there?"""
         return self._message(Kind.PROBE, frame.MAGIC + _NOBODY, body, key)
 
     def answer(self, to: Message, draining: bool) -> bytes:
-        """The answer to a probe."""
+        """The answer to a probe, under its key."""
         return self._message(Kind.ANSWER, to.header, to.body + bytes([draining]), to.key)
 
-    def question(self, header: bytes) -> bytes:
+    def question(self, header: bytes, entrance: bytes) -> bytes:
         """Whose is this client? Under the key that its frame came with."""
-        return self._message(Kind.QUESTION, header, b"", self.stamped(header)[1])
+        key = self._key_of(header[:_COVERED] + entrance, header[_COVERED:])
+        return self._message(Kind.QUESTION, header, b"", key)
 
-    def introduction(
-        self, header: bytes, text: bytes, standing: Standing, key: int | None
-    ) -> bytes:
-        """This client was given this ufrag."""
-        body = _INTRODUCTION.pack(standing, text)
-        stamped = header[:_COVERED] + self.stamp(header, key) if self.used else header
-        return self._message(Kind.INTRODUCTION, stamped, body, key)
+    def introduction(self, header: bytes, text: bytes, standing: Standing, key: int) -> bytes:
+        """This client, with its stamp, was given this ufrag."""
+        return self._message(Kind.INTRODUCTION, header, _INTRODUCTION.pack(standing, text), key)
 
     def _message(self, kind: Kind, header: bytes, body: bytes, key: int | None) -> bytes:
         covered = _MARK + bytes([kind, 0]) + header[len(frame.MAGIC) : _COVERED]
-        return covered + header[_COVERED:] + self.tag(covered + body, key) + body
+        secret = self._keys[self.keys[0] if key is None else key]
+        return covered + header[_COVERED:] + _tag(secret, covered + body) + body
 
     def read(self, header: bytes, rest: bytes | memoryview) -> Message | None:
         """A message in two pieces; None for what is none, or whose tag is wrong."""
@@ -162,8 +161,8 @@ class Tags:
         tag, body = bytes(rest[:TAG_OCTETS]), bytes(rest[TAG_OCTETS:])
         if kind is None or len(body) != _BODIES[kind] or not is_message(header):
             return None
-        right, key = self.right(header[:_COVERED] + body, tag)
-        if not right:
+        key = self._key_of(header[:_COVERED] + body, tag)
+        if key is None and self.demanded:
             return None
         return Message(kind, frame.MAGIC + header[len(frame.MAGIC) :], body, key)
 
@@ -191,13 +190,13 @@ class Keys:
     of them have.
     """
 
-    def __init__(self, known: list[int | None]) -> None:
+    def __init__(self, known: list[int]) -> None:
         """`known` are ours, oldest first; the oldest is what everybody has had for longest."""
         self._order = known
-        self._answered_at: dict[int | None, float] = {}
+        self._answered_at: dict[int, float] = {}
         self.best = known[0]
 
-    def answered(self, key: int | None, now: float) -> bool:
+    def answered(self, key: int, now: float) -> bool:
         """It has this key; true if that changes which one is best."""
         self._answered_at[key] = now
         fresh = [

@@ -138,9 +138,9 @@ class Transit(Table, frozen=True):
     """Where frames may come from: the `relay.internal` addresses of the others. From anywhere else
     they are dropped."""
     tag: bool = False
-    """Frames between relays carry a tag under the keys, and are dropped without it: for a backbone
-    on which others can send. All relays need the same keys and this setting; clients at link-local
-    addresses cannot be served then."""
+    """Frames between relays carry a tag under the keys. true: they are dropped without a right one,
+    for a backbone on which others can send. Clients at link-local addresses cannot be served by a
+    relay that leads to other clusters."""
     timeout_s: Annotated[float, Meta(ge=0.1, le=10)] = 0.5
     """A transit address that is silent for so long is left, and its sessions go by another one.
     Each is probed five times in it, while there are sessions."""
@@ -335,6 +335,8 @@ def _agree_on_transit(found: Relay) -> None:
     for at, of in ((table.listen, "listen"), (table.internal, "internal")):
         if at is not None and not at.port:
             raise ValueError(f"transit.{of}: needs a port, so that others can be told of it")
+    if table.tag and found.relay.internal.address.is_unspecified:
+        raise ValueError("transit.tag: relay.internal has to say which address frames come from")
     families = {at.address.version for at in (table.listen, table.internal) if at}
     if len(families) > 1:
         raise ValueError("transit.internal: frames pass from one family to the same")
@@ -342,6 +344,12 @@ def _agree_on_transit(found: Relay) -> None:
     for cluster in found.cluster:
         names = cluster.ways()
         ways += len(names)
+        mapped = [getattr(each.address, "ipv4_mapped", None) for each in names]
+        if any(mapped):
+            raise ValueError(f"cluster {cluster.id}: transit: write IPv4 addresses as such")
+        direct_v6 = not cluster.transit and cluster.prefix.network.version == 6
+        if direct_v6 and table.internal and table.internal.address.version == 4:
+            raise ValueError(f"transit.internal: an IPv4 address cannot reach cluster {cluster.id}")
         if len(set(names)) != len(names):
             raise ValueError(f"cluster {cluster.id}: transit: an address stands there twice")
         if version == 4 and any(each.address.version == 6 for each in names):

@@ -23,7 +23,6 @@ It knows no client's address but to hand it on, and asks no Redis.
 """
 
 import itertools
-import socket
 import time
 from collections.abc import Collection, Iterable, Sequence
 
@@ -79,12 +78,7 @@ class Face:
         family = self.inner.family
         self._gate = gate.Gate(
             keyring,
-            {
-                cluster.id: cluster.hints()
-                for cluster in found.cluster
-                if not cluster.transit
-                and (cluster.prefix.network.version == 4 or family == socket.AF_INET6)
-            },
+            {cluster.id: cluster.hints() for cluster in found.cluster if not cluster.transit},
             self.flows,
             family,
             table.datagram_octets_max,
@@ -193,7 +187,7 @@ class Face:
         holes: dict[int, ledger.Kinds] = {}
         large, now = self._octets_max + _HEADER, time.monotonic()
         for i, (header, source, length) in enumerate(zip(headers, sources, lengths, strict=True)):
-            # As of before this batch, and now: an introduction in it is followed by its client's.
+            hops[i] = self.flows.hops.get(header)  # one before it may have been its introduction
             known = hops[i] is not None and self._backs.get(header) == source
             if (known and not stun_flags[i] and _HEADER < length <= large) or i in sent:
                 continue
@@ -223,12 +217,18 @@ class Face:
             return self._hear(header, payload, source, now)
         if length < _HEADER or not frame.is_frame(header):
             return metrics.Inbound.DROPPED_BAD_FRAME
-        if header not in self.flows.hops and not self._tags.stamped(header)[0]:
+        entrance = frame.packed_address(source)
+        if not self._tags.stamped(header, entrance):
+            # Under a key that has been taken away, or from before tags were demanded: its media,
+            # which is not looked at otherwise, ends here as well.
+            self._backs.pop(header, None)
             return metrics.Inbound.DROPPED_BAD_TAG
         verdict = self._gate.inbound(header, payload, len(payload), now)
         if verdict is not None:
             return verdict
-        for twin in self._tags.twins(header):  # the keys have changed, and with them the tag
+        for twin in self._tags.twins(
+            header, entrance
+        ):  # the keys have changed, and with them the tag
             text = self.flows.ufrag(twin)
             if text is not None:
                 return self._gate.introduced(header, text, parley.Standing.ASSURED, now)
@@ -256,7 +256,7 @@ class Face:
         if said.kind is kinds.PROBE:
             self._say(self._tags.answer(said, self.draining), source)
         elif said.kind is kinds.INTRODUCTION and frame.is_frame(said.header):
-            if not self._tags.stamped(said.header)[0]:
+            if not self._tags.stamped(said.header, frame.packed_address(source)):
                 return metrics.Inbound.DROPPED_BAD_TAG
             text, standing = parley.introduced(said.body)
             verdict = self._gate.introduced(said.header, text, standing, now)
@@ -273,7 +273,7 @@ class Face:
         if self._questions_left and now - self._asked.get(header, 0.0) >= QUESTION_S:
             self._questions_left -= 1
             self._asked[header] = now
-            self._say(self._tags.question(header), source)
+            self._say(self._tags.question(header, frame.packed_address(source)), source)
 
     def _say(self, message: bytes, to: bytes) -> None:
         try:

@@ -99,8 +99,8 @@ class Worker:
             ways,
         )
         self._ways, self._has_ways = ways, bool(ways.ways)
-        tags = parley.Tags(keyring, found.transit.tag and self._has_ways)
-        self._tagged, self._no_tags = tags.used, [parley.NO_TAG] * table.batch_size
+        self._no_tags = [parley.NO_TAG] * table.batch_size
+        tags = parley.Tags(keyring, found.transit.tag)
         self._entrance = entrance.Entrance(
             self._internal, ways, tags, self.flows, self._gate, memory.section("ways")
         )
@@ -131,7 +131,7 @@ class Worker:
         self._agree_on_waiting()
         n = inbound.in_hand(self.inbound_ledger.mark)
         if n:
-            if self._tagged:  # it may have put tags on them
+            if self._has_ways:  # it may have put tags on them
                 inbound.stamp(n, self._no_tags[:n])
             self._pass_inbound(n, inbound.sent(n))
         m = outbound.in_hand(self.outbound_ledger.mark)
@@ -241,7 +241,7 @@ class Worker:
         if table.listening and not table.listening.keys().isdisjoint(headers):
             self._note_ssrcs(headers, lengths)
         batch.direct(n, hops)  # type: ignore[arg-type]  # judged: no None is left
-        if self._tagged:
+        if self._has_ways:
             self._entrance.stamp(batch, headers)
         refused = batch.send(n, _skipped(holes, sent) if holes or sent else ())
         self.inbound_ledger.book_batch(batch.number, lengths, 0, holes, refused)
@@ -256,7 +256,7 @@ class Worker:
     def _pass_outbound(self, n: int, sent: Sequence[int] = ()) -> None:
         """As `_pass_inbound`, the other way."""
         batch, table = self._outbound, self.flows
-        if self._tagged:
+        if self._has_ways:
             batch.stamp(n, self._no_tags[:n])
         headers, lengths, kinds = batch.read(n)
         sources = batch.sources(n)
@@ -312,6 +312,8 @@ class Worker:
             else:
                 holes[i] = self._hold(headers[i], payload, now) if verdict is None else verdict
                 hops[i] = None
+        while self._gate.reopened:
+            self._entrance.introduce(header := self._gate.reopened.pop(), self.flows.hops[header])
         self.flows.active.update(itertools.compress(headers, hops))
         for i in itertools.compress(numbers, map(operator.not_, hops)):
             hops[i] = self._nowhere
@@ -334,7 +336,7 @@ class Worker:
                 drop = self._entrance.hear(header, rest, source, time.monotonic())
             else:
                 drop = self._gate.outbound(header, length, source)
-                if drop is None:
+                if drop is None and self._has_ways:
                     self._ways.seen.add(source)
             if drop is not None and i not in sent:
                 holes[i] = drop
@@ -434,7 +436,7 @@ class Worker:
     def _send_waiting(self, slot: int, hop: bytes) -> int:
         """Octets of the frame that was sent; 0 if the kernel refused it."""
         whole = self._recovery.frame(slot)
-        if self._tagged:
+        if self._has_ways:
             header, payload = bytes(whole[: frame.HEADER_OCTETS]), whole[frame.HEADER_OCTETS :]
             stamp = self._entrance.stamp_of(header)
             whole = memoryview(header[: -len(stamp)] + stamp + payload)

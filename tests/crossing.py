@@ -47,9 +47,12 @@ FACE = """
 [transit]
 listen = "127.0.0.1:{listen}"
 internal = "127.0.0.1:{inner}"
-relay_prefixes = ["127.0.0.1/32"]
+relay_prefixes = ["127.0.0.0/8"]
 tag = {tag}
 """
+
+LOOPBACK = frame.packed_address(frame.name("127.0.0.1", 1, 2))
+"""The address that entrances here send from."""
 
 MEDIA = b"\x80\x6f\0\1\0\0\0\2\0\0\0\x07 media"
 

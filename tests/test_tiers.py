@@ -129,3 +129,19 @@ def test_a_cluster_relay_is_lost_and_its_clients_go_by_the_other(tmp_path, stack
     town.law()
     found = [each.drops() for each in town.faces(1)]
     assert not any(found), found
+
+
+def test_a_face_whose_memory_does_not_fit_brings_its_flows_over(tmp_path, stack):
+    """Another number of flows: nothing that waited in its sockets meanwhile is lost."""
+    town = Town(tmp_path, stack, tag=True)
+    media, site = town.media, town.relays[0]
+    text = site.config.read_text()
+    site.config.write_text(text.replace("workers = 2", "workers = 2\nflows_max = 9000"))
+    site.table = settings.load(site.config, settings.Relay).relay
+    after = site.start("handover")
+    media.run(lambda: after.said("ready") and town.running[0].ended())
+    town.running[0] = after
+    media.run(at_least=100)
+    assert media.lost() == 0
+    assert after.said("flows brought over")
+    town.law()

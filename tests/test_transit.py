@@ -12,7 +12,7 @@ import recovery
 import transit
 import ufrag
 
-from . import crossing, test_takeover
+from . import crossing, node, test_takeover
 from .crossing import counted
 
 
@@ -35,17 +35,19 @@ def test_a_call_goes_through_two_relays_and_back(tmp_path, stack, tag):
     inbound = [counted(face.worker._face.inbound_ledger) for face in used]
     assert sum(each["FORWARDED"] for each in inbound) == 12 * 4
     assert all(set(each) == {"RECEIVED", "FORWARDED", "OCTETS"} for each in inbound)
-    assert all(not any(counted(each) for each in node.ledgers()[:2]) for node in town.faces)
+    assert all(not any(counted(each) for each in face.ledgers()[:2]) for face in town.faces)
 
 
 def test_frames_pass_unchanged(tmp_path, stack):
     town = crossing.Crossing(tmp_path, stack, faces=1)
     sock, header, _ = town.call(1)
+    tags = parley.Tags(town.keyring, False)
+    stamped = header[:28] + tags.stamp(header, crossing.LOOPBACK, 0)
     for payload in (b"\x80", b"\x80" * 172, b"\x16" * 1500):
         sock.send(payload)
         town.settle()
         framed, back = town.transceiver.recvfrom(2048)
-        assert framed == header + payload
+        assert framed == stamped + payload
         town.transceiver.sendto(framed, back)
         town.settle()
         assert sock.recv(2048) == payload
@@ -68,7 +70,7 @@ def test_frames_come_from_relays_alone(tmp_path, stack):
     to, found = face_of(town)
     node.path.write_text(
         node.path.read_text().replace(
-            'relay_prefixes = ["127.0.0.1/32', 'relay_prefixes = ["127.9.9.9/32'
+            'relay_prefixes = ["127.0.0.0/8', 'relay_prefixes = ["127.9.9.9/32'
         )
     )
     node.worker = node.successor()
@@ -114,6 +116,8 @@ def test_media_of_a_stranger_is_asked_about_within_a_budget(tmp_path, stack):
     relay = stack.enter_context(crossing.bound())
     relay.setblocking(False)
     asked = 0
+    # The second of the budget does not end while this runs.
+    town.faces[0].worker._face._questions_renewed_at = time.monotonic() + 3600
     for number in range(transit.QUESTIONS_PER_S + 100):
         relay.sendto(frame.header("192.0.2.1", number + 1) + crossing.MEDIA, to)
         if number % 50 == 49:
@@ -142,38 +146,57 @@ def test_an_introduction_leads_to_transceivers_of_this_cluster_alone(tmp_path, s
     tags = parley.Tags(town.keyring, False)
     header = frame.header("192.0.2.1", 5)
     assured = parley.Standing.ASSURED
-    relay.sendto(tags.introduction(header, ufrags[text].encode(), assured, None), to)
+    relay.sendto(tags.introduction(header, ufrags[text].encode(), assured, 0), to)
     relay.sendto(header + crossing.MEDIA, to)
     town.settle()
     assert found()["DROPPED_RECOVERED_INVALID"] == 1 and "FORWARDED" not in found()
 
 
-def test_where_tags_are_used_nothing_passes_without_one(tmp_path, stack):
-    town = crossing.Crossing(tmp_path, stack, faces=1, tag=False, face_tag=True)
-    sock, header, text = town.client(1)
+def test_where_tags_are_demanded_nothing_passes_without_one(tmp_path, stack):
+    town = crossing.Crossing(tmp_path, stack, faces=1, tag=True)
+    _, header, text = town.client(1)
     to, found = face_of(town)
-    sock.send(town.check(text))
-    sock.send(crossing.MEDIA)
-    town.settle()
-    assert found() == {"RECEIVED": 2, "DROPPED_BAD_TAG": 2}
     relay = stack.enter_context(crossing.bound())
-    tags, others = parley.Tags(town.keyring, True), parley.Tags(town.keyring, False)
-    assured = parley.Standing.ASSURED
-    right = tags.introduction(header, text.encode(), assured, 0)
-    for message in (
-        others.probe(b"12345678", None),
-        others.introduction(header, text.encode(), assured, None),
-        right[:28] + b"\0\0\0\0" + right[32:],
+    tags = parley.Tags(town.keyring, True)
+    strangers = parley.Tags(ufrag.Keyring.parse("0 " + "44" * 32), True)
+    stamp, assured = tags.stamp(header, crossing.LOOPBACK, 0), parley.Standing.ASSURED
+    stamped = header[:28] + stamp
+    right = tags.introduction(stamped, text.encode(), assured, 0)
+    for octets in (
+        strangers.probe(b"12345678", 0),
+        strangers.introduction(stamped, text.encode(), assured, 0),
+        right[:28] + bytes(4) + right[32:],  # a message of ours, for a header that is not
+        header + town.check(text),
+        header[:28] + bytes([*stamp[:3], stamp[3] ^ 1]) + town.check(text),
+        header[:28] + strangers.stamp(header, crossing.LOOPBACK, 0) + town.check(text),
     ):
-        relay.sendto(message, to)
-    stamp = tags.stamp(header, 0)
-    relay.sendto(header[:28] + bytes([*stamp[:3], stamp[3] ^ 1]) + town.check(text), to)
+        relay.sendto(octets, to)
+    elsewhere = stack.enter_context(node.bound("127.0.0.2"))
+    elsewhere.sendto(stamped + town.check(text), to)  # it belongs to another entrance's address
     town.settle()
-    assert found() == {"RECEIVED": 6, "DROPPED_BAD_TAG": 6}
-    right = header[:28] + stamp
-    relay.sendto(right + town.check(text), to)
+    assert found() == {"RECEIVED": 7, "DROPPED_BAD_TAG": 7}
+    relay.sendto(stamped + town.check(text), to)
     town.settle()
-    assert town.transceiver.recv(2048)[:32] == right
+    assert town.transceiver.recv(2048)[:32] == stamped
+
+
+@pytest.mark.parametrize("order", ["entrance", "faces"])
+def test_tags_are_demanded_from_now_on_and_nothing_is_lost(tmp_path, stack, order):
+    town = crossing.Crossing(tmp_path, stack, faces=2)
+    calls = [town.call(nonce)[:2] for nonce in range(6)]
+    for flag in ("true", "false"):
+        for each in town.nodes if order == "entrance" else town.nodes[::-1]:
+            lines = each.path.read_text().splitlines()
+            each.path.write_text(
+                "\n".join(f"tag = {flag}" if line.startswith("tag = ") else line for line in lines)
+            )
+            each.worker = each.successor()
+            town.probe()
+            for sock, header in calls:
+                town.passes(sock, header)
+    for each in town.faces:
+        assert not each.worker._face.inbound_ledger.drops()
+    assert all(way.up for way in town.entrance.worker._ways.ways.values())
 
 
 def test_a_frame_with_another_clients_tag_is_none(tmp_path, stack):
@@ -182,7 +205,7 @@ def test_a_frame_with_another_clients_tag_is_none(tmp_path, stack):
     to, found = face_of(town)
     tags = parley.Tags(town.keyring, True)
     relay = stack.enter_context(crossing.bound())
-    other = frame.header("192.0.2.9", 9)[:28] + tags.stamp(header, 0)
+    other = frame.header("192.0.2.9", 9)[:28] + tags.stamp(header, crossing.LOOPBACK, 0)
     relay.sendto(other + crossing.MEDIA, to)
     town.settle()
     assert found()["DROPPED_BAD_TAG"] == 1
@@ -205,8 +228,8 @@ def test_tags_rotate_with_the_keys_and_nothing_is_lost(tmp_path, stack, first):
                 for sock, header in calls:
                     town.passes(sock, header)
                 town.probe()
-    for node in town.faces:
-        found = counted(node.worker._face.inbound_ledger)
+    for each in town.faces:
+        found = counted(each.worker._face.inbound_ledger)
         drops = {name for name in found if name.startswith("DROPPED")}
         assert drops <= {"DROPPED_BAD_TAG"}, found  # probes under a key that it has not, or no more
         assert found.get("DROPPED_BAD_TAG", 0) <= 12
@@ -217,27 +240,94 @@ def test_tags_rotate_with_the_keys_and_nothing_is_lost(tmp_path, stack, first):
 # --- whose answers go where -----------------------------------------------------------------------
 
 
-def test_answers_go_by_the_entrance_that_is_used(tmp_path, stack):
-    """A client with two ways in has one address: it is answered by the one it sent by last."""
-    town = crossing.Crossing(tmp_path, stack, faces=1)
+def test_a_client_with_two_entrances_has_two_ways_back(tmp_path, stack):
+    """It has one address, and a check by the entrance that it does not use is answered by that one,
+    while its media goes on by the other."""
+    town = crossing.Crossing(tmp_path, stack, faces=1, tag=True)
     sock, header, text = town.call(1)
     to, _ = face_of(town)
-    second = stack.enter_context(crossing.bound())
-    second.sendto(header + town.check(text), to)
-    town.settle()
-    framed, back = town.transceiver.recvfrom(2048)
-    town.transceiver.sendto(framed[:32] + b"\x01\x01 answer", back)
-    town.settle()
-    assert second.recv(2048) == header + b"\x01\x01 answer"
-    town.passes(sock, header)
-    second.sendto(header + crossing.MEDIA, to)
-    town.settle()
-    _, back = town.transceiver.recvfrom(2048)
-    town.transceiver.sendto(header + b"\x80 media", back)
-    town.settle()
-    assert second.recv(2048) == header + b"\x80 media"
-    town.passes(sock, header)
+    second = stack.enter_context(node.bound("127.0.0.2"))
+    second.setblocking(True)
+    second.settimeout(crossing.PATIENCE_S)
+    address = frame.packed_address(frame.name("127.0.0.2", 1, 2))
+    other = header[:28] + parley.Tags(town.keyring, True).stamp(header, address, 0)
+    for _ in range(3):
+        town.passes(sock, header)
+        second.sendto(other + town.check(text), to)
+        town.settle()
+        checked, back = town.transceiver.recvfrom(2048)
+        assert checked[:32] == other and frame.key(checked) == frame.key(header)
+        # An answer to that check, media for the other way, and a check of the transceiver's own.
+        sock.send(crossing.MEDIA)
+        town.settle()
+        framed, _ = town.transceiver.recvfrom(2048)
+        for octets in (checked[:32] + b"\x01\x01 answer", framed[:32] + b"\x80 media"):
+            town.transceiver.sendto(octets, back)
+        town.transceiver.sendto(checked[:32] + b"\x00\x01 check", back)
+        town.settle()
+        assert second.recv(2048) == other + b"\x01\x01 answer"
+        assert second.recv(2048) == other + b"\x00\x01 check"
+        assert sock.recv(2048) == b"\x80 media"
     assert town.quiet()
+
+
+def test_a_face_with_an_old_flow_believes_the_entrance(tmp_path, stack):
+    """The client had a session by this face, then another one by another face, which is lost: what
+    it had here before does not hold its media up, let alone lead it there."""
+    town = crossing.Crossing(tmp_path, stack, faces=2)
+    (home, address, port), nonce = town.home, 0
+    wide = ufrag.Cluster(1, home.prefix, 1, 65535)
+    second = stack.enter_context(crossing.bound())
+    for each in town.nodes:
+        text = each.path.read_text().replace(f"ports = [{port}, {port}]", "ports = [1, 65535]")
+        each.path.write_text(text)
+        each.worker = each.successor()
+    sock, header, _ = town.call(nonce)
+    old = town.passes(sock, header)
+    while True:  # a session of another transceiver that goes by the other face
+        nonce += 1
+        text = ufrag.mint(town.keyring, wide, address, second.getsockname()[1], nonce)
+        way = town.entrance.worker._ways.choose(1, text.encode())
+        if way != town.entrance.worker.flows.hops[header]:
+            break
+    entrance, now = town.entrance.worker, time.monotonic()
+    entrance.flows._contested[header] = now - 10.0  # its transceiver has long been silent
+    sock.send(town.check(text))
+    town.settle()
+    framed, back = second.recvfrom(2048)
+    second.sendto(framed[:32] + b"\x80 hello", back)
+    town.settle()
+    assert sock.recv(2048) == b"\x80 hello"
+    for name, each in entrance._ways.ways.items():
+        each.up = name != way
+    entrance._ways.rank()
+    entrance._entrance._move_from({way})
+    entrance._entrance.move()
+    sock.send(crossing.MEDIA)
+    town.settle()
+    framed, back = second.recvfrom(2048)
+    assert framed[32:] == crossing.MEDIA
+    assert back == old.shared.faces[0].inner.getsockname()
+    assert town.quiet()
+
+
+def test_a_port_that_is_used_again_is_held_once(tmp_path, stack):
+    """The entrance has waited until the old transceiver was silent: the face need not, too."""
+    town = crossing.Crossing(tmp_path, stack, faces=1)
+    home, address, port = town.home
+    wide = ufrag.Cluster(1, home.prefix, 1, 65535)
+    second = stack.enter_context(crossing.bound())
+    for each in town.nodes:
+        text = each.path.read_text().replace(f"ports = [{port}, {port}]", "ports = [1, 65535]")
+        each.path.write_text(text)
+        each.worker = each.successor()
+    sock, header, _ = town.call(1)
+    text = ufrag.mint(town.keyring, wide, address, second.getsockname()[1], 2)
+    town.entrance.worker.flows._contested[header] = time.monotonic() - 10.0
+    sock.send(town.check(text))
+    town.settle()
+    assert second.recv(2048)[:28] == header[:28]
+    assert not town.faces[0].worker._face.inbound_ledger.drops()
 
 
 def test_transceivers_send_to_clients_of_their_own_alone(tmp_path, stack):
@@ -257,11 +347,16 @@ def test_transceivers_send_to_clients_of_their_own_alone(tmp_path, stack):
     town.passes(sock, header)
 
 
+def stamped(town, header):
+    """A client's header as the entrance sends it."""
+    return header[:28] + parley.Tags(town.keyring, True).stamp(header, crossing.LOOPBACK, 0)
+
+
 def test_idle_clients_are_forgotten_with_their_way_back(tmp_path, stack):
     town = crossing.Crossing(tmp_path, stack, faces=1)
     _, header, _ = town.call(1)
     face = town.faces[0].worker._face
-    assert set(face._backs) == {header} == set(face.flows.hops)
+    assert set(face._backs) == set(face.flows.hops) == {stamped(town, header)}
     now = time.monotonic()
     for seconds in range(0, 240, 1):
         face.sweep(now + seconds)
@@ -320,19 +415,19 @@ def test_a_face_that_dies_loses_and_doubles_nothing(tmp_path, stack, way, tag):
 def test_a_successor_knows_all_clients_and_their_ways_back(tmp_path, stack):
     town = crossing.Crossing(tmp_path, stack, faces=2, tag=True)
     calls = [town.call(nonce) for nonce in range(10)]
-    before = [dict(node.worker._face._backs) for node in town.faces]
-    for node in town.nodes:
-        node.worker = node.successor()
-    assert [dict(node.worker._face._backs) for node in town.faces] == before
+    before = [dict(each.worker._face._backs) for each in town.faces]
+    for each in town.nodes:
+        each.worker = each.successor()
+    assert [dict(each.worker._face._backs) for each in town.faces] == before
     for sock, header, _ in calls:
         town.passes(sock, header)
     # What a torn entry says is not believed: the client's next datagram writes it again.
-    for node in town.faces:
-        node.shared.faces[0].memory.section("backs")[:] = b"\xff" * len(
-            node.shared.faces[0].memory.section("backs")
+    for each in town.faces:
+        each.shared.faces[0].memory.section("backs")[:] = b"\xff" * len(
+            each.shared.faces[0].memory.section("backs")
         )
-        node.worker = node.successor()
-        assert not node.worker._face._backs
+        each.worker = each.successor()
+        assert not each.worker._face._backs
     for sock, header, _ in calls:
         town.passes(sock, header)
 
@@ -363,3 +458,17 @@ def test_followers_take_no_place_of_clients_that_check(tmp_path, stack):
         face.inbound_ledger
     )
     town.passes(sock, header)
+
+
+def test_keys_that_are_gone_open_nothing_any_more(tmp_path, stack):
+    """Also a flow from before ends with the next check that comes under one."""
+    town = crossing.Crossing(tmp_path, stack, faces=1, tag=True)
+    sock, _, text = town.call(1)
+    face = town.faces[0]
+    (face.path.parent / "keys").write_text("1 " + "43" * 32 + "\n")
+    face.worker = face.successor()
+    sock.send(town.check(text))
+    sock.send(crossing.MEDIA)
+    town.settle()
+    assert counted(face.worker._face.inbound_ledger)["DROPPED_BAD_TAG"] == 2
+    assert town.quiet()
