@@ -23,7 +23,8 @@ import geography
 import guide
 import sdp
 import settings
-from steering import Decision, Request, State, position
+from mileage import position
+from steering import Decision, Request, State
 
 
 class Wrong(ValueError):

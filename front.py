@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta
 
 import steering
@@ -119,6 +120,11 @@ class Site(Table, frozen=True):
     told one of each family."""
     capacity: Annotated[int, Meta(ge=1, le=100_000_000)]
     """Flows that all its relays together carry well: load is measured by it."""
+    backbone_ms: dict[str, Annotated[float, Meta(ge=0, le=10_000)]] = msgspec.field(
+        default_factory=dict
+    )
+    """What a round trip from here to clusters takes, by their ids: `{1 = 248, 2 = 165}`. What is
+    not said is estimated by distance, and cables are not laid by distance."""
     status: Annotated[
         tuple[Annotated[str, Meta(pattern=r"\Ahttps?://[0-9A-Za-z.:\[\]-]{1,256}\Z")], ...],
         Meta(max_length=16),
@@ -159,7 +165,8 @@ class Steering(Table, frozen=True):
     busy: Annotated[float, Meta(gt=0, lt=1)] = steering.BUSY
     """Load from which on a site or a cluster gives away a share of its new clients."""
     full: Annotated[float, Meta(gt=0, le=2)] = steering.FULL
-    """Load at which it gives away all of them. The nearer to `busy`, the more load swings."""
+    """Load at which it gives away all of them. The nearer to `busy`, the more load swings.
+    Those who move since a site is lost may fill others half-way up from `busy` to this."""
     poll_s: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
     """How often the relays' `status` addresses are asked. One that does not answer three times is
     lost; a site all of whose relays are lost gets nobody."""
@@ -232,12 +239,34 @@ def _agree_on_sites(found: Signaling) -> None:
             raise ValueError(f"site: relays {at}: clients cannot send to port 0")
     for number, cluster in enumerate(found.cluster):
         _pair(cluster.latitude, cluster.longitude, f"cluster[{number}]")
+    _agree_on_backbones(found)
     placed = [cluster.latitude is not None for cluster in found.cluster]
     if not all(placed) and (any(placed) or (found.site and len(placed) > 1)):
         raise ValueError(
             f"cluster[{placed.index(False)}]: needs latitude and longitude: without them nobody"
             " knows which cluster is near to a client"
         )
+
+
+def _agree_on_backbones(found: Signaling) -> None:
+    ids = {str(cluster.id): cluster.latitude is not None for cluster in found.cluster}
+    for number, site in enumerate(found.site):
+        for id in site.backbone_ms:
+            if id not in ids:
+                raise ValueError(
+                    f"site[{number}].backbone_ms: there is no cluster {id}; there is"
+                    f" {', '.join(ids)}"
+                )
+        for id, placed in ids.items():
+            if not placed and id not in site.backbone_ms and _said_anywhere(found, id):
+                raise ValueError(
+                    f"site[{number}].backbone_ms: lacks cluster {id}, which has no latitude and"
+                    " longitude to estimate by: say it of every site, or of none"
+                )
+
+
+def _said_anywhere(found: Signaling, id: str) -> bool:
+    return any(id in site.backbone_ms for site in found.site)
 
 
 def _agree_on_steering(found: Signaling) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 import maxminddb
 
 import countries
+import mileage
 import settings
 import steering
 from endpoints import Prefix
@@ -70,7 +71,7 @@ class Geography:
         if any((remote or "") in prefix for prefix in self._trusted):
             latitude = _number(_one(headers, self._table.latitude_header))
             longitude = _number(_one(headers, self._table.longitude_header))
-            if steering.position(latitude, longitude) is not None:
+            if mileage.position(latitude, longitude) is not None:
                 return steering.Request(latitude, longitude, None, key, _family(client))
             country = _country(_one(headers, self._table.country_header))
             if country in countries.CENTRES:

@@ -133,7 +133,14 @@ def steering_of(config: settings.Signaling) -> steering.Steering:
         home = table.latitude, table.longitude
     return steering.Steering(
         [
-            steering.Site(each.name, each.latitude, each.longitude, each.relays, each.capacity)
+            steering.Site(
+                each.name,
+                each.latitude,
+                each.longitude,
+                each.relays,
+                each.capacity,
+                {int(id): ms for id, ms in each.backbone_ms.items()},
+            )
             for each in config.site
         ],
         [steering.Place(each.id, each.latitude, each.longitude) for each in config.cluster],

@@ -3,19 +3,29 @@
     Steering(sites, places).decide(Request(35.7, 139.7, key=b"…"), {"tokyo": State()}, {1: State()})
         -> Decision(clusters=(2, 1), relays=((tokyo, [2001:db8::5]:3478), …), why=("…",))
 
-What it owns: nearness on the sphere, who gives clients away and to whom, and the order of relay
-addresses, in which a client's ICE falls over from one site to the next by itself.
+What it owns: who gives clients away and to whom, and the order of relay addresses, in which a
+client's ICE falls over from one site to the next by itself. How long ways are says mileage.py.
 
-A decision is a walk from the nearest site outwards. Each site that the walk comes to
+What counts is the whole way in milliseconds, from the client by the public Internet to a site and
+from there by the backbone to the cluster: the nearest site may be a detour. So first the cluster
+is chosen, by the least that it takes over any site; then the sites are gone through in the order
+of the way over each to that cluster. Who ends up at another site than the first, since that is
+full or lost, gets the cluster that is nearest from there. Of whom nothing is known, the site is
+drawn, and the cluster is the nearest one to it.
+
+A decision is a walk, among clusters and then among sites. Each one that the walk comes to
 - keeps the client, or gives it away: above the load `busy` it gives away a share that grows in
   proportion and is everything at `full`. A number drawn from the client's key says who is among
   them, so that it is the same clients each time, and more of them as load grows, never others;
 - if it is not healthy passes on those whom it would have kept, and each of the next takes as many
   of them as it has room for: else all who were at a site that fails would fall upon its neighbour.
+  They may use half of what is between `busy` and `full`: that is what it is kept for, and better
+  than to be sent around the world past a neighbour that has room.
 
 Rules that stay true:
 - The same arguments give the same decision. There is neither a clock nor chance in it.
-- What happens to a site moves nobody who was not there.
+- What happens to a site moves nobody who was not there, neither from a site nor from a cluster: the
+  orders depend on places and settings alone.
 - Load moves little by little, never all at once: what is known of it is a second old, and whoever
   sends everybody to the emptiest fills that, and then the next one.
 - An opinion turns nobody away. Where nothing is known of a site's health it is taken to be healthy,
@@ -24,12 +34,8 @@ Rules that stay true:
 - At least two sites are named where there are two, each by both families if it has them, and in
   each family two where there are two that have it.
 
-The cluster is the one that is nearest to the first site, since from there on the way is ours; its
-room is judged in the same way.
-
-The angle between two places is a scalar product of unit vectors. The order by distance is
-remembered for places that are asked about again (a country's centre, a city): with 50 sites and 10
-clusters a decision takes 20 us then, and 35 us else.
+With 50 sites and 10 clusters a decision takes 20 us for places that are asked about again, and 80
+us else.
 
 The order becomes one of candidates (sdp.py): https://www.rfc-editor.org/rfc/rfc8445#section-5.1.2;
 two families: https://www.rfc-editor.org/rfc/rfc8421#section-4.
@@ -40,12 +46,13 @@ Sans-IO.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import countries
 from endpoints import Endpoint
+from mileage import Listed, Mileage, Order, Position, position
 
 BUSY = 0.8
 """Load from which on a site or a cluster gives clients away. Lower wastes what there is nearby;
@@ -59,20 +66,12 @@ SITES_NAMED = 2
 """Sites in an answer, of each family. More cost every client checks on paths that it does not need;
 a third helps only who loses two at once."""
 
-PLACES_REMEMBERED = 1024
-"""Places whose order by distance is remembered: all countries and some hundred cities; 5 KB each
-with 50 sites."""
+SPARE = 0.5
+"""Share of what is between BUSY and FULL that those may use who move since a site or a cluster has
+failed. All of it would leave nothing for what comes before the next report does, and would make the
+next one give away all that comes to it by itself; nothing, and they go far while neighbours have
+room."""
 
-EARTH_KM = 6371.0
-
-LISTED = 4
-"""Places whose distance `why` names."""
-
-NOWHERE = 2.0
-"""In an order by distance: of what is at no known place. Every cosine is smaller."""
-
-_Order = Sequence[tuple[float, int]]
-"""Places, nearest first: the negative cosine of the angle to each, and its number."""
 _Notes = list[tuple[str, tuple[Any, ...]]]
 
 _MASK = (1 << 64) - 1
@@ -93,6 +92,9 @@ class Site:
     """Public addresses of its relays, of one family or both."""
     capacity: int
     """Flows that it takes."""
+    backbone_ms: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """What a round trip to clusters takes, by their ids, where that is known better than by their
+    distance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,31 +171,20 @@ class Steering:
         named: int = SITES_NAMED,
         busy: float = BUSY,
         full: float = FULL,
-        home: tuple[float, float] | None = None,
+        home: Position | None = None,
     ) -> None:
         """`named` is how many sites an answer names. `home` is where those clients are taken to be
         of whom nothing is known; without it they are spread over all sites."""
         self.sites, self.places = tuple(sites), tuple(places)
         self._named, self._home = named, home
-        self._entrances = _Field(
-            {
-                site.name: (site.name, position(site.latitude, site.longitude), site.capacity)
-                for site in sites
-            },
-            busy,
-            full,
+        self._mileage = Mileage(
+            {site.name: position(site.latitude, site.longitude) for site in sites},
+            {place.id: position(place.latitude, place.longitude) for place in places},
+            {site.name: site.backbone_ms for site in sites},
         )
+        self._entrances = _Field({at.name: (at.name, at.capacity) for at in sites}, busy, full)
         self._clusters = _Field(
-            {
-                place.id: (
-                    f"cluster {place.id}",
-                    position(place.latitude, place.longitude),
-                    place.capacity,
-                )
-                for place in places
-            },
-            busy,
-            full,
+            {at.id: (f"cluster {at.id}", at.capacity) for at in places}, busy, full
         )
         self._families = [
             [[at for at in site.relays if at.address.version == version] for version in (6, 4)]
@@ -208,30 +199,81 @@ class Steering:
         notes: _Notes = []
         digest = int.from_bytes(hashlib.blake2b(request.key, digest_size=8).digest(), "big")
         where = self._where(request, notes)
+        chosen: list[int] = []
+        if self.places and (where is not None or not self.sites):
+            chosen = self._owners(where, digest, clusters, notes)
         relays: list[tuple[Site, Endpoint]] = []
         if self.sites:
-            title = "Sites, nearest first" if where else "Sites, as its lot has them"
-            first, rest = self._entrances.ranked(where, digest, sites, notes, title)
+            order = self._entrance_order(where, digest, chosen, notes)
+            first, rest = self._entrances.ranked(order, digest, sites, notes)
             relays = self._relays(first, rest, digest, request.family)
-            entrance = self.sites[first]
-            where = entrance.latitude, entrance.longitude
-            notes.append(("It enters at {}.", (entrance.name,)))
-            others = list(dict.fromkeys(site.name for site, _ in relays if site is not entrance))
+            entrance = self.sites[first].name
+            notes.append(("It enters at {}.", (entrance,)))
+            others = list(dict.fromkeys(at.name for at, _ in relays if at.name != entrance))
             if others:
                 text = "Should that be lost, its ICE goes on by itself at {}."
                 notes.append((text, (" and then at ".join(others),)))
             else:
                 notes.append(("There is no other site where it could go on.", ()))
-        chosen: list[int] = []
-        if self.places:
-            near = f"nearest to {self.sites[first].name} first" if relays else "nearest first"
-            title = f"Clusters, {near}" if where else "Clusters, as its lot has them"
-            first, rest = self._clusters.ranked(where, digest, clusters, notes, title)
-            chosen = [self.places[at].id for at in (first, *rest)]
-            notes.append(("Its call goes to cluster {}.", (chosen[0],)))
-        return Decision(tuple(chosen), tuple(relays), tuple(notes))
+            if self.places and (where is None or first != order[0][1]):
+                chosen = self._onward(first, digest, clusters, notes)
+        ids = tuple([self.places[at].id for at in chosen])
+        if ids:
+            notes.append(("Its call goes to cluster {}.", (ids[0],)))
+        return Decision(ids, tuple(relays), tuple(notes))
 
-    def _where(self, request: Request, notes: _Notes) -> tuple[float, float] | None:
+    def _owners(
+        self,
+        where: Position | None,
+        digest: int,
+        clusters: Mapping[int, State],
+        notes: _Notes,
+    ) -> list[int]:
+        """Clusters in the order in which to ask them, by the least way over any site."""
+        if where is None:
+            order = self._clusters.drawn(digest)
+            listed = Listed(order, self._clusters.labels.__getitem__)
+            notes.append(("Clusters, as its lot has them: {}.", (listed,)))
+        else:
+            order = self._mileage.clusters(where)
+            notes.append(("{}", (_Legend(self._mileage),)))
+            told = partial(self._mileage.told_cluster, where)
+            text = "Clusters, by the least way{}: {}."
+            over = " over a site" if self.sites else ""
+            notes.append((text, (over, Listed(order, told))))
+        first, rest = self._clusters.ranked(order, digest, clusters, notes)
+        return [first, *rest]
+
+    def _entrance_order(
+        self, where: Position | None, digest: int, chosen: Sequence[int], notes: _Notes
+    ) -> Order:
+        """Sites in the order in which the client comes to them."""
+        if where is None:
+            order = self._entrances.drawn(digest)
+            listed = Listed(order, self._entrances.labels.__getitem__)
+            notes.append(("Sites, as its lot has them: {}.", (listed,)))
+            return order
+        cluster = chosen[0] if chosen else None
+        order = self._mileage.sites(where, cluster)
+        to = "" if cluster is None else f" to {self._clusters.labels[cluster]}"
+        told = partial(self._mileage.told_site, where, cluster)
+        notes.append(("Sites, by the least way{}: {}.", (to, Listed(order, told))))
+        return order
+
+    def _onward(
+        self, entrance: int, digest: int, clusters: Mapping[int, State], notes: _Notes
+    ) -> list[int]:
+        """Clusters in the order in which to ask them, by the way from a site."""
+        order = self._mileage.onward(entrance)
+        told = partial(self._mileage.told_onward, entrance)
+        text = "Clusters, by the least way from {}: {}."
+        notes.append((text, (self.sites[entrance].name, Listed(order, told))))
+        again: _Notes = []
+        first, rest = self._clusters.ranked(order, digest, clusters, again)
+        notes.extend(note for note in again if note not in notes)
+        return [first, *rest]
+
+    def _where(self, request: Request, notes: _Notes) -> Position | None:
         """Where the client is taken to be; None if nothing says it."""
         found = position(request.latitude, request.longitude)
         if found is not None:
@@ -283,40 +325,29 @@ class _Field:
 
     def __init__(
         self,
-        known: Mapping[Any, tuple[str, tuple[float, float] | None, int]],
+        known: Mapping[Any, tuple[str, int]],
         busy: float,
         full: float,
     ) -> None:
-        """`known` has name, coordinates and capacity of each, by its key in the states."""
+        """`known` has name and capacity of each, by its key in the states."""
         self._busy, self._full = busy, full
+        self._spare = busy + SPARE * (full - busy)
         self._keys = list(known)
-        self._labels = [label for label, _, _ in known.values()]
-        self._capacities = [capacity for _, _, capacity in known.values()]
+        self.labels = [label for label, _ in known.values()]
+        self._capacities = [capacity for _, capacity in known.values()]
         self.salts = [
             int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "big")
-            for label in self._labels
+            for label in self.labels
         ]
         self._shares = [
             (salt, -1.0 / (capacity or 1), at)
             for at, (salt, capacity) in enumerate(zip(self.salts, self._capacities, strict=True))
         ]
-        positions = enumerate(position for _, position, _ in known.values())
-        self._vectors = [(*_unit(*each), at) for at, each in positions if each is not None]
-        placed = {at for *_, at in self._vectors}
-        self._nowhere = [(NOWHERE, at) for at in range(len(known)) if at not in placed]
-        self._nearest = lru_cache(PLACES_REMEMBERED)(self._by_distance)
 
     def ranked(
-        self,
-        where: tuple[float, float] | None,
-        digest: int,
-        states: Mapping[Any, State],
-        notes: _Notes,
-        title: str,
+        self, order: Order, digest: int, states: Mapping[Any, State], notes: _Notes
     ) -> tuple[int, Iterator[int]]:
         """Which one has the client, and all others in the order in which it would go on."""
-        order = self._drawn(digest) if where is None else self._nearest(where)
-        notes.append(("{}: {}.", (title, _Listed(self._labels, order, where is not None))))
         if not states:
             notes.append(("Nothing is known of their health: all are taken to be healthy.", ()))
         first = self._keeper(order, digest, states, notes)
@@ -327,14 +358,7 @@ class _Field:
         assert first is not None, "somebody is healthy now"
         return first, self._others(first, order, digest, states)
 
-    def _by_distance(self, where: tuple[float, float]) -> _Order:
-        """Equally near ones stay in the order in which they are configured."""
-        x, y, z = _unit(*where)
-        found = [(-x * a - y * b - z * c, at) for a, b, c, at in self._vectors]
-        found.sort()
-        return found + self._nowhere
-
-    def _drawn(self, digest: int) -> _Order:
+    def drawn(self, digest: int) -> Order:
         """In an order drawn for the client, each as often first as its capacity says. Without one
         of them, nobody moves who was not there (weighted rendezvous hashing)."""
         log, unit = math.log, 2.0**-64
@@ -348,7 +372,7 @@ class _Field:
 
     def _keeper(
         self,
-        order: _Order,
+        order: Order,
         digest: int,
         states: Mapping[Any, State],
         notes: _Notes | None,
@@ -364,33 +388,33 @@ class _Field:
                 if notes is not None:
                     text = "{} has a load of {:.2f} and gives {:.0%} of its clients away, {}."
                     told = "this one too" if among else "not this one"
-                    notes.append((text, (self._labels[at], load, given, told)))
+                    notes.append((text, (self.labels[at], load, given, told)))
                 if among:
                     continue
             if capacity is None:
                 capacity = self._capacities[at]
             had = load * capacity
             if moving > 0.0:
-                room = max(0.0, self._busy - load) * capacity
+                room = max(0.0, self._spare - load) * capacity
                 if _draw(digest, self.salts[at] ^ _MOVED) * moving >= room:
                     moving -= room
                     if notes is not None:
                         text = "{} has no room for all who come from there: not for this one."
-                        notes.append((text, (self._labels[at],)))
+                        notes.append((text, (self.labels[at],)))
                     continue
                 had += min(room, moving)
             if not healthy or at == lost:
                 # It would have kept this client, too: who moves on is who was or would be here.
                 moving = had
                 if notes is not None:
-                    notes.append(("{} is not healthy.", (self._labels[at],)))
+                    notes.append(("{} is not healthy.", (self.labels[at],)))
                 continue
             return at
         return self._any(order, digest, states, notes, lost)
 
     def _any(
         self,
-        order: _Order,
+        order: Order,
         digest: int,
         states: Mapping[Any, State],
         notes: _Notes | None,
@@ -421,7 +445,7 @@ class _Field:
         return best
 
     def _others(
-        self, first: int, order: _Order, digest: int, states: Mapping[Any, State]
+        self, first: int, order: Order, digest: int, states: Mapping[Any, State]
     ) -> Iterator[int]:
         """Where the client would go if the first were lost; then the rest: those with room, those
         without, those that are not healthy, each of them nearest first."""
@@ -443,37 +467,13 @@ class _Field:
         yield from ailing
 
 
-class _Listed(NamedTuple):
-    """The first few of an order, as text when somebody asks."""
+class _Legend(NamedTuple):
+    """What the figures are, as text when somebody asks."""
 
-    labels: list[str]
-    order: _Order
-    far: bool
+    mileage: Mileage
 
     def __str__(self) -> str:
-        shown = [
-            f"{self.labels[at]} ({EARTH_KM * math.acos(max(-1.0, min(1.0, -score))):.0f} km)"
-            if self.far and score < NOWHERE
-            else self.labels[at]
-            for score, at in self.order[:LISTED]
-        ]
-        more = len(self.order) - len(shown)
-        return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
-def position(latitude: float | None, longitude: float | None) -> tuple[float, float] | None:
-    """Coordinates that can be used: None for none, and for such as are not on Earth."""
-    if latitude is None or longitude is None:
-        return None
-    if not (-90.0 <= latitude <= 90.0 and -180.0 <= longitude <= 180.0):  # also not a number
-        return None
-    return latitude, longitude
-
-
-def _unit(latitude: float, longitude: float) -> tuple[float, float, float]:
-    """The unit vector that leads there from the centre of the Earth."""
-    up, around = math.radians(latitude), math.radians(longitude)
-    return math.cos(up) * math.cos(around), math.cos(up) * math.sin(around), math.sin(up)
+        return self.mileage.legend
 
 
 def _draw(digest: int, salt: int) -> float:

@@ -103,6 +103,15 @@ def test_sites_and_steering_are_read(tmp_path: Path) -> None:
         ("203.0.113.2:3478", "203.0.113.2:0", "site: relays 203.0.113.2:0: clients cannot send"),
         ("http://10.9.0.2:9464", "http://10.9.0.2:9464/metrics", r"site.1..status.*Expected `str`"),
         ('"virginia"', '"two words"', r"site\[1\].name: Expected `str` matching regex"),
+        ("capacity = 1000", "capacity = 1\nbackbone_ms = {1 = 2, 3 = 9}",
+         r"site\[0\].backbone_ms: there is no cluster 3; there is 1, 2"),
+        ("capacity = 1000", "capacity = 1\nbackbone_ms = {frankfurt = 2}",
+         r"site\[0\].backbone_ms: there is no cluster frankfurt; there is 1, 2"),
+        ("capacity = 1000", "capacity = 1\nbackbone_ms = {01 = 2}",
+         r"site\[0\].backbone_ms: there is no cluster 01; there is 1, 2"),
+        ("capacity = 1000", "capacity = 1\nbackbone_ms = {1 = -1}",
+         r"site.*backbone_ms.*: Expected `float` >= 0"),
+        ("capacity = 1000", "capacity = 1\nbackbone_ms = {1 = nan}", r"site.*backbone_ms"),
         ("latitude = 39.0", "latitude = 93.0", r"cluster\[1\].latitude: Expected `float` <= 90"),
         ("capacity = 1000", "capacity = 0", r"site\[0\].capacity: Expected `int` >= 1"),
         (PLACED, "", r"cluster\[0\]: needs latitude and longitude: without them nobody knows"),
@@ -146,6 +155,14 @@ def test_one_cluster_needs_no_place_and_clusters_alone_may_have_one(tmp_path: Pa
     alone = WORLD[:second] + WORLD[WORLD.index("[[site]]") :]
     path.write_text(alone.replace(PLACED, "", 1))
     assert settings.load(path, settings.Signaling).cluster[0].latitude is None
+    said = alone.replace("capacity = 1000", "capacity = 1\nbackbone_ms = {1 = 2.5}")
+    path.write_text(said)
+    assert settings.load(path, settings.Signaling).site[1].backbone_ms == {"1": 2.5}
+    path.write_text(said.replace("backbone_ms = {1 = 2.5}\n", "", 1).replace(PLACED, "", 1))
+    with pytest.raises(
+        settings.SettingsError, match=r"site\[0\].backbone_ms: lacks cluster 1, whi"
+    ):
+        settings.load(path, settings.Signaling)
     clusters = WORLD[:first].replace("[keys]", 'relays = ["203.0.113.9:1"]\n[keys]')
     clusters += WORLD[first : WORLD.index("[[site]]")] + WORLD[WORLD.index("[steering]") :]
     path.write_text(clusters)

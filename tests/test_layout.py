@@ -31,6 +31,7 @@ SANS_IO = {
     "resample",
     "admission",
     "meter",
+    "mileage",
     "endpoints",
     "backbone",
     "parley",

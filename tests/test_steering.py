@@ -1,4 +1,4 @@
-"""Steering: nearness, who moves when load grows or a site fails, and that nothing swings."""
+"""Steering: the whole way, who moves when load grows or a site fails, and that nothing swings."""
 
 import itertools
 import random
@@ -130,7 +130,7 @@ def test_the_share_that_moves_grows_with_the_load_and_is_the_same_clients(
     assert moved(low) <= moved(high)
 
 
-# --- nearness -------------------------------------------------------------------------------------
+# --- the way --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -150,17 +150,18 @@ def test_second_and_cluster_are_the_next_ones() -> None:
     assert steer.decide(at("mumbai"), {}, {}).clusters == (1, 3, 2)
 
 
-def test_the_cluster_is_near_to_the_entrance_and_not_to_the_client() -> None:
-    """From there on the way is ours."""
+def test_who_cannot_enter_nearby_has_the_cluster_that_is_near_to_the_entrance() -> None:
+    """Else its call would go around the world and back."""
     steer = world()
     down = {"tokyo": State(healthy=False), "singapore": State(healthy=False)}
     down |= {"sydney": State(healthy=False), "mumbai": State(healthy=False)}
     found = steer.decide(at("tokyo"), down, {})
     assert found.site == "oregon" and found.clusters[0] == 2
+    assert any(each.startswith("Clusters, by the least way from oregon:") for each in found.why)
 
 
 def test_over_the_date_line_and_the_poles() -> None:
-    steer = world()
+    steer = Steering(world().sites, [])  # without clusters it is the nearest site
     assert steer.decide(Request(55.0, -165.0), {}, {}).site == "oregon"  # the Aleutians
     assert steer.decide(Request(-17.8, 178.0), {}, {}).site == "sydney"  # Fiji
     assert steer.decide(Request(-17.8, -178.0), {}, {}).site == "sydney"
@@ -231,10 +232,11 @@ def test_none_healthy_is_all_healthy() -> None:
 
 
 def test_a_failed_site_is_shared_among_those_with_room() -> None:
-    """Singapore has room for half of Tokyo's: the others go on to Mumbai, and to Sydney."""
+    """Singapore has room for half of Tokyo's, up to half-way between busy and full: the others go
+    on to Mumbai."""
     health = {name: State(True, 0.3) for name in PLACES}
     health["tokyo"] = State(False, 0.8)
-    health["singapore"] = State(True, 0.4)
+    health["singapore"] = State(True, 0.5)
     found = shares(world(), "tokyo", health)
     assert found["singapore"] == pytest.approx(0.5, abs=0.03)
     assert sum(found.values()) == pytest.approx(1.0) and "tokyo" not in found
@@ -388,16 +390,19 @@ def test_a_decision_is_cheap(capsys: pytest.CaptureFixture[str]) -> None:
         for n in range(50)
     ]
     health = {each.name: State(True, rng.uniform(0.2, 1.1)) for each in sites}
-    steer = Steering(sites, [Place(1, 50.0, 8.0), Place(2, 39.0, -77.0)])
-    asked = [Request(country="JP", key=key) for key in CLIENTS[:500]]
-    asked += [Request(rng.uniform(-60, 60), rng.uniform(-180, 180)) for _ in range(500)]
-    begun = time.process_time()
-    for request in asked:
-        steer.decide(request, health, {})
-    each_us = 1e6 * (time.process_time() - begun) / len(asked)
+    places = [Place(n, rng.uniform(-60, 60), rng.uniform(-180, 180)) for n in range(10)]
+    steer = Steering(sites, places)
+    again = [Request(country="JP", key=key) for key in CLIENTS[:500]]
+    new = [Request(rng.uniform(-60, 60), rng.uniform(-180, 180)) for _ in range(500)]
+    each_us = []
+    for asked in (again, new):
+        begun = time.process_time()
+        for request in asked:
+            steer.decide(request, health, {})
+        each_us.append(1e6 * (time.process_time() - begun) / len(asked))
     with capsys.disabled():
-        print(f" {each_us:.0f} us a decision, 50 sites", end="")
-    assert each_us < 500  # ten times what it is to be: a machine may be slow, and busy
+        print(" {:.0f} us a decision, {:.0f} at new places".format(*each_us), end="")
+    assert max(each_us) < 800  # ten times what it is: a machine may be slow, and busy
 
 
 def test_the_reasons_are_readable() -> None:
@@ -406,10 +411,11 @@ def test_the_reasons_are_readable() -> None:
     text = "\n".join(found.why)
     for part in (
         "The client is somewhere in JP: taken to be at 35.6, 137.6.",
-        "Sites, nearest first: tokyo (190 km), singapore (5",
+        "Round trips are estimated by distance: 0.022 ms a km to a site, 0.017 from there to a clu",
+        "Clusters, by the least way over a site: cluster 3 (4 + 0 ms by tokyo), cluster 1 (4 + 159",
+        "Sites, by the least way to cluster 3: tokyo (4 + 0 ms), singapore (114 + 90 ms), ",
         "and 6 more.",
         "tokyo has a load of 0.90 and gives 50% of its clients away, ",
-        "Clusters, nearest to tokyo first: cluster 3 (0 km), cluster 1 (",
         "Its call goes to cluster 3.",
     ):
         assert part in text, text
