@@ -77,6 +77,7 @@ latitude = {latitude}
 longitude = {longitude}
 relays = ["{public}:3478"]
 capacity = 1000
+backbone_ms = {{ {backbone_ms} }}
 status = ["http://{backbone}:9464"]
 """
 
@@ -213,6 +214,14 @@ class Blueprint:
         text = self._keys() + TRANSCEIVER.format(at=cluster.at, port=9000 + number, relays=relays)
         return text + self._table(cluster) + REDIS.format(at=cluster.at)
 
+    def _round_trips(self, site: Site) -> str:
+        """What ping would say from a site's relay to each cluster's."""
+        found = []
+        for cluster in self.clusters.values():
+            ends = world.Spot(site.name), world.Spot(cluster.region)
+            found.append(f"{cluster.id} = {world.way(self.plan.model, *ends).delay_s * 2e3:.1f}")
+        return ", ".join(found)
+
     def doors(self, cluster: Cluster) -> Mapping[str, str]:
         """Signaling's files: one that steers to sites, one that knows its own relays only and
         places on its own transceivers."""
@@ -237,6 +246,7 @@ class Blueprint:
                 longitude=longitude,
                 public=site.public,
                 backbone=site.backbone,
+                backbone_ms=self._round_trips(site),
             )
         for each in self.clusters.values():
             steered += self._table(each)
