@@ -421,13 +421,13 @@ class _Field:
         lost: int,
     ) -> int | None:
         """When none keeps the client: one of the healthy ones, in proportion to the room that each
-        has left; without any room, the nearest of them."""
-        best, least, nearest = None, math.inf, None
+        has left; without any room, the foremost."""
+        best, least, foremost = None, math.inf, None
         for _, at in order:
             healthy, load, capacity = states.get(self._keys[at], UNKNOWN)
             if not healthy or at == lost:
                 continue
-            nearest = at if nearest is None else nearest
+            foremost = at if foremost is None else foremost
             room = (self._full - load) * (
                 (self._capacities[at] if capacity is None else capacity) or 1
             )
@@ -436,9 +436,9 @@ class _Field:
                 if score < least:
                     best, least = at, score
         if best is None:
-            if notes is not None and nearest is not None:
-                notes.append(("All are full: it stays with the nearest.", ()))
-            return nearest
+            if notes is not None and foremost is not None:
+                notes.append(("All are full: it stays with the first of them.", ()))
+            return foremost
         if notes is not None:
             text = "None has room enough: they share such clients by what each has left."
             notes.append((text, ()))
@@ -448,7 +448,7 @@ class _Field:
         self, first: int, order: Order, digest: int, states: Mapping[Any, State]
     ) -> Iterator[int]:
         """Where the client would go if the first were lost; then the rest: those with room, those
-        without, those that are not healthy, each of them nearest first."""
+        without, those that are not healthy, each in their order."""
         second = self._keeper(order, digest, states, None, first) if len(order) > 1 else None
         if second is not None:
             yield second

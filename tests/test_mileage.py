@@ -120,7 +120,7 @@ def test_tokyo_s_calls_go_where_the_backbone_is_short_if_that_is_said() -> None:
 
 
 @pytest.mark.parametrize("caller", AT)
-def test_with_real_figures_everybody_has_nearly_the_best_way_there_is(caller: str) -> None:
+def test_with_real_figures_everybody_has_the_best_way_there_is(caller: str) -> None:
     """By the laboratory's figures for the public Internet, too, which steering has not."""
     possible = {}
     for site in SITES:
@@ -130,7 +130,7 @@ def test_with_real_figures_everybody_has_nearly_the_best_way_there_is(caller: st
             except KeyError:  # the table lacks the pair
                 continue
     site, _, cluster = way(steer(REAL), caller)
-    assert possible[site, cluster] <= min(possible.values()) + 30
+    assert possible[site, cluster] <= min(possible.values()) + 1e-9
 
 
 @pytest.mark.parametrize("site", SITES)

@@ -95,21 +95,29 @@ def test_any_request_has_an_answer_from_two_sites(
 
 
 @given(
-    st.binary(max_size=8), healths, st.sampled_from(list(PLACES)), st.sampled_from([*PLACES, ""])
+    st.binary(max_size=8),
+    healths,
+    cluster_healths,
+    st.sampled_from(list(PLACES)),
+    st.sampled_from([*PLACES, ""]),
 )
 def test_a_site_that_fails_moves_nobody_who_was_not_there(
-    key: bytes, health: dict[str, State], failing: str, client: str
+    key: bytes,
+    health: dict[str, State],
+    clusters: dict[int, State],
+    failing: str,
+    client: str,
 ) -> None:
     before = {name: health.get(name, State()) for name in PLACES}
     before[failing] = before[failing]._replace(healthy=True)
     after = before | {failing: before[failing]._replace(healthy=False)}
     request = at(client, key) if client else Request(key=key)
     steer = world()
-    first, then = steer.decide(request, before, {}), steer.decide(request, after, {})
+    first, then = (steer.decide(request, each, clusters) for each in (before, after))
     if any(state.healthy for state in after.values()):
         assert then.site != failing
         if first.site != failing:
-            assert then.site == first.site
+            assert (then.site, then.clusters) == (first.site, first.clusters)
         else:  # and whoever was there goes to where its ICE went before us
             assert then.site == names(first)[1]
 
@@ -219,7 +227,7 @@ def test_all_that_is_full_shares_by_what_is_left_and_then_stays_near() -> None:
     health = {name: State(True, 1.0) for name in PLACES}
     assert set(shares(world(), "tokyo", health)) == {"tokyo"}
     why = world().decide(at("tokyo"), health, {}).why
-    assert "All are full: it stays with the nearest." in why
+    assert "All are full: it stays with the first of them." in why
     health["london"] = State(True, 0.97)
     assert set(shares(world(), "tokyo", health)) == {"london"}
 
@@ -246,6 +254,50 @@ def test_a_failed_site_is_shared_among_those_with_room() -> None:
     for key in CLIENTS[:200]:
         was = world().decide(at("tokyo", key), before, {})
         assert names(was)[1] == world().decide(at("tokyo", key), health, {}).site
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_those_who_move_fill_nobody_more_than_half_way_to_full(seed: int) -> None:
+    """Where all of them find room; and as near as that is."""
+    rng, steer = random.Random(seed), world()
+    health = {name: State(True, rng.uniform(0.3, 0.88)) for name in PLACES}
+    failing = rng.choice(list(PLACES))
+    had = 0.7
+    found = shares(steer, failing, health | {failing: State(False, had)})
+    for name, share in found.items():
+        assert name != failing
+        assert health[name].load + share * had < 0.9 + 0.03  # there are 4,000 of them: 2 sigmas
+    order = [name for name in names(world(named=10).decide(at(failing), {}, {})) if name != failing]
+    used = [name in found for name in order]
+    last = max(number for number, was in enumerate(used) if was)
+    for name in order[:last]:  # nobody went past room
+        if health[name].load <= 0.8:
+            assert health[name].load + found.get(name, 0.0) * had > 0.9 - 0.03
+
+
+def test_neighbours_of_a_site_that_fails_have_room_for_what_comes_next() -> None:
+    """Its calls go to their second sites; then others come in its stead, and reports with them."""
+    steer, rng, stay = world(), random.Random(3), 30
+    flows = dict.fromkeys(PLACES, 700.0)
+    before = {name: State(True, 0.7) for name in PLACES}
+    for _ in range(700):
+        second = names(steer.decide(at("tokyo", rng.randbytes(6)), before, {}))[1]
+        flows[second] += 1
+    flows["tokyo"] = 0.0
+    most = dict(flows)
+    seen = dict(before)
+    for number in range(90):
+        now = {name: State(True, flows[name] / 1000) for name in PLACES}
+        now["tokyo"] = State(False, 0.7 * max(0.0, 1 - number / 60))
+        for name in PLACES:
+            for _ in range(700 // stay):
+                flows[steer.decide(at(name, rng.randbytes(6)), seen, {}).site] += 1
+        seen = now
+        for name in PLACES:
+            flows[name] *= 1 - 1 / stay
+            most[name] = max(most[name], flows[name])
+    assert max(most.values()) < 1000 * 0.95
+    assert sum(flows.values()) == pytest.approx(10 * 690, rel=0.05)
 
 
 def test_nobody_is_sent_to_a_second_that_is_thought_dead_unless_there_is_no_other() -> None:
