@@ -45,6 +45,11 @@ def ways_of(found: settings.Relay, family: int, now: float) -> backbone.Backbone
     return backbone.Backbone(groups, found.transit.timeout_s, now, os.urandom(16))
 
 
+def clusters_of(found: settings.Relay) -> dict[int, set[str]]:
+    """The transit addresses of each cluster that has any."""
+    return {each.id: set(map(str, each.ways())) for each in found.cluster if each.transit}
+
+
 def addresses_of(found: settings.Relay) -> list[str]:
     """The ways' addresses by their numbers."""
     every = (each for cluster in found.cluster for each in cluster.ways())
@@ -227,9 +232,9 @@ class Entrance:
         if said is None:
             return metrics.Outbound.DROPPED_BAD_FRAME
         if said.kind is parley.Kind.ANSWER:
-            if self._ways.answered(source, said.body, now) and said.key is not None:
-                if self._keys[source].answered(said.key, now):
-                    self._stamps.clear()
+            ours = self._ways.answered(source, said.body, now)
+            if ours and said.key is not None and self._keys[source].answered(said.key, now):
+                self._stamps.clear()
         elif said.kind is parley.Kind.QUESTION:
             hop = self._flows.hops.get(said.header)
             if hop == source or self._ways.same(hop, source):

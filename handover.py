@@ -311,7 +311,7 @@ def limits(table: settings.RelayTable) -> flows.Limits:
     share = workers(table)
     return flows.Limits(
         flows=-(-table.flows_max // share),
-        tentative=-(-table.flows_tentative_max // share),
+        tentative=-(-(table.flows_tentative_max or -(-table.flows_max // 2)) // share),
         addresses=table.addresses_per_ufrag_max,
         idle_s=table.flow_idle_s,
         tentative_idle_s=table.tentative_idle_s,

@@ -115,6 +115,8 @@ class Keeper:
         ]
         ends = [ours for _, ours in shared.asks]
         self._inquiries = inquiries.Inquiries(ends, self.index, self.counters, redis)
+        self._clusters = entrance.clusters_of(found)
+        self._ways_down = set[str]()
         self._due = asyncio.Event()
         self._received, self._refused, self._losses = -1, False, 0
         self._looked_at = self._refreshed_at = time.monotonic()
@@ -211,12 +213,38 @@ class Keeper:
                 ailments.append(f"worker {number} has not served yet")
             elif now - beat * 1e-9 > HEARD_S_MAX:
                 ailments.append(f"worker {number} was not heard of for {HEARD_S_MAX:.0f} s")
+        ailments += self._note_ways()
         if self.ailments and not ailments:
             self._log.info("in service: all workers serve")
             self._serves = True
         elif ailments != self.ailments and (self._serves or draining):  # not at every start
             self._log.info("out of service: %s", ", ".join(ailments))
         self.ailments = ailments
+
+    def _note_ways(self) -> list[str]:
+        """Say which transit addresses have stopped answering, and which answer again. An ailment
+        is what no other way is left for: no cluster can be reached."""
+        kinds, number_of = metrics.Way, {at: i for i, at in enumerate(self._addresses)}
+        down = {
+            at
+            for at, i in number_of.items()
+            if any(rows[i][kinds.LOST] for rows in self._rows)
+            and not any(rows[i][kinds.UP] for rows in self._rows)
+        }
+        for at in sorted(down - self._ways_down):
+            self._log.warning(
+                "transit address %s does not answer: no relay there, or its relay_prefixes lack %s"
+                " or it has other keys",
+                at,
+                self._found.relay.internal.host,
+            )
+        for at in sorted(self._ways_down - down):
+            self._log.info("transit address %s answers again", at)
+        self._ways_down = down
+        lost = [cluster for cluster, ways in self._clusters.items() if down.issuperset(ways)]
+        if len(lost) < len(self._found.cluster):
+            return []
+        return [f"no way to cluster {cluster}" for cluster in lost]
 
     # --- Redis ------------------------------------------------------------------------------------
 

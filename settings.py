@@ -58,9 +58,10 @@ class RelayTable(Table, frozen=True):
     """Largest datagram that is forwarded. Nearly all of WebRTC stays under 1,200."""
     flows_max: Annotated[int, Meta(ge=1, le=4_000_000)] = 65_536
     """Flows in total, over all workers: 128 octets of shared memory each."""
-    flows_tentative_max: Annotated[int, Meta(ge=1, le=4_000_000)] = 8_192
-    """Flows whose transceiver has not yet answered with anything but STUN. A stranger who has a
-    valid ufrag can fill these, never the rest."""
+    flows_tentative_max: Annotated[int, Meta(ge=0, le=4_000_000)] = 0
+    """Flows whose transceiver has not yet answered with anything but STUN: of clients that connect,
+    and of those for whom this relay is the second way in, for as long as their calls last. A
+    stranger who has valid ufrags can fill these, never the rest. 0 is half of flows_max."""
     addresses_per_ufrag_max: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Client addresses that may hold a flow for one ufrag. A client with several interfaces, both
     families and a changing network needs a handful; a replayed check could use thousands."""

@@ -49,6 +49,10 @@ QUESTION_S = 0.05
 RELAYS_MAX = 4096
 """Relays' socket addresses that are known to be in the prefixes; beyond that each is looked up."""
 
+JUDGED_SHARE = 8
+"""One in so many frames of a batch may be of a client that comes by another way than before, or of
+none, and be judged while the socket does not run dry: as at the public side (worker.py)."""
+
 BACKS_MORE = 256
 """Ways back that are remembered of followers which made room for others."""
 
@@ -92,7 +96,8 @@ class Face:
         self._nowhere = bytes(frame.name_octets(family))
         self._asked: dict[bytes, float] = {}
         self._questions_left, self._questions_renewed_at = QUESTIONS_PER_S, now
-        self.draining = False
+        self._judged_max = max(1, table.batch_size // JUDGED_SHARE)
+        self.draining = self.overloaded = False
 
     def take_over(self) -> int:
         """Finish what the process before had received and not yet counted; returns how many."""
@@ -186,10 +191,16 @@ class Face:
         """Find the hops of all that is not media on its known way; returns the holes."""
         holes: dict[int, ledger.Kinds] = {}
         large, now = self._octets_max + _HEADER, time.monotonic()
+        left = self._judged_max if self.overloaded else len(headers)
         for i, (header, source, length) in enumerate(zip(headers, sources, lengths, strict=True)):
             hops[i] = self.flows.hops.get(header)  # one before it may have been its introduction
             known = hops[i] is not None and self._backs.get(header) == source
             if (known and not stun_flags[i] and _HEADER < length <= large) or i in sent:
+                continue
+            heard = known or (source in self._relays and parley.is_message(header))
+            left -= not heard
+            if left < 0 and not heard:
+                holes[i], hops[i] = metrics.Inbound.DROPPED_OVERLOADED, None
                 continue
             verdict = self._judge(i, header, source, length, known, now)
             if isinstance(verdict, bytes):

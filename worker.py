@@ -198,7 +198,7 @@ class Worker:
             if now >= flows_.due:
                 self._entrance.forget(flows_.sweep(now))
             if self._tends:
-                self._tend(now)
+                self._tend(now, from_relays)
             if heard or self._recovery.asked_at:
                 self._hear(now)
 
@@ -209,13 +209,15 @@ class Worker:
             return 0
         return min(most, max(0.0, (self._ways.due - now) * 1000)) if self._has_ways else most
 
-    def _tend(self, now: float) -> None:
-        """What is to be done for sessions that go by several relays."""
+    def _tend(self, now: float, from_relays: bool = False) -> None:
+        """What is to be done for sessions that go by several relays. `from_relays`: the transit
+        socket has not run dry."""
         if self._has_ways and now >= self._ways.due:
             self._entrance.tend(now)
         if self._entrance.moving:
             self._entrance.move()
         if self._face:
+            self._face.overloaded = from_relays
             self._face.draining = self._supervisor[metrics.Supervisor.DRAINING_UNTIL] > 0
             self._face.sweep(now)
 

@@ -6,13 +6,21 @@ What only processes show: the kernel's queues, real signals, the clock.
 
 import contextlib
 import os
+import select
 import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 
 import pytest
 
 import entrance
 import handover
 import metrics
+import parley
 import settings
 
 from . import node
@@ -145,3 +153,70 @@ def test_a_face_whose_memory_does_not_fit_brings_its_flows_over(tmp_path, stack)
     assert media.lost() == 0
     assert after.said("flows brought over")
     town.law()
+
+
+def test_an_operator_is_told_of_ways_and_a_site_without_any_is_not_ready(tmp_path, stack):
+    """The real program, with its keeper: its log, and /readyz."""
+    keyfile = tmp_path / "keys"
+    keyfile.write_text("1 " + "11" * 32 + "\n")
+    keyfile.chmod(0o600)
+    listen, public, internal = (node.free_ports(1) for _ in range(3))
+    metrics_port = probe_port()
+    config = tmp_path / "relay.toml"
+    config.write_text(
+        node.CONFIG.format(
+            host="127.0.0.1",
+            public=public,
+            internal=internal,
+            workers=1,
+            transceiver=9,
+            more=f'metrics = "127.0.0.1:{metrics_port}"',
+        )
+        + f"transit = ['127.0.0.1:{listen}']\n"
+    )
+    found = settings.load(config, settings.Relay)
+    tags = parley.Tags(found.keys.load(), False)
+    answering = stack.enter_context(node.bound("127.0.0.1", listen))
+    with (tmp_path / "log").open("wb") as log:
+        relay = subprocess.Popen(
+            [sys.executable, "-P", "-m", "relay", "run", "--config", str(config)],
+            stdout=log,
+            stderr=log,
+        )
+    stack.callback(relay.wait)
+    stack.callback(relay.kill)
+
+    def ready():
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/readyz") as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+        except OSError:
+            return None
+
+    def until(what, answers=True):
+        deadline = time.monotonic() + node.PATIENCE_S
+        while not what():
+            assert time.monotonic() < deadline and relay.poll() is None, (
+                tmp_path / "log"
+            ).read_text()
+            if select.select([answering], [], [], 0.05)[0]:
+                probe, source = answering.recvfrom(2048)
+                said = tags.read(probe[:32], probe[32:])
+                if answers and said:
+                    answering.sendto(tags.answer(said, False), source)
+
+    said = (tmp_path / "log").read_text
+    until(lambda: ready() == 200)
+    until(lambda: "does not answer" in said(), answers=False)
+    until(lambda: "no way to cluster 1" in str(ready()), answers=False)
+    until(lambda: "answers again" in said())
+    until(lambda: ready() == 200)
+    relay.send_signal(signal.SIGINT)
+
+
+def probe_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

@@ -65,15 +65,15 @@ def face_of(town, number=0):
 
 def test_frames_come_from_relays_alone(tmp_path, stack):
     town = crossing.Crossing(tmp_path, stack, faces=1)
-    node = town.faces[0]
+    relay_ = town.faces[0]
     sock, header, text = town.call(1)
     to, found = face_of(town)
-    node.path.write_text(
-        node.path.read_text().replace(
+    relay_.path.write_text(
+        relay_.path.read_text().replace(
             'relay_prefixes = ["127.0.0.0/8', 'relay_prefixes = ["127.9.9.9/32'
         )
     )
-    node.worker = node.successor()
+    relay_.worker = relay_.successor()
     before = found()
     stranger = stack.enter_context(crossing.bound())
     for octets in (header + crossing.MEDIA, header + town.check(text), b"", b"x" * 40):
@@ -221,9 +221,9 @@ def test_tags_rotate_with_the_keys_and_nothing_is_lost(tmp_path, stack, first):
     new = "1 " + "43" * 32 + "\n"
     nodes = town.nodes if first == "entrance" else town.nodes[::-1]
     for text in (crossing.KEYS + new, new):
-        for node in nodes:
-            (node.path.parent / "keys").write_text(text)
-            node.worker = node.successor()
+        for each in nodes:
+            (each.path.parent / "keys").write_text(text)
+            each.worker = each.successor()
             for _ in range(3):
                 for sock, header in calls:
                     town.passes(sock, header)
@@ -333,14 +333,14 @@ def test_a_port_that_is_used_again_is_held_once(tmp_path, stack):
 def test_transceivers_send_to_clients_of_their_own_alone(tmp_path, stack):
     town = crossing.Crossing(tmp_path, stack, faces=1)
     sock, header, _ = town.call(1)
-    node = town.faces[0]
-    to = node.shared.faces[0].inner.getsockname()
+    last = town.faces[0]
+    to = last.shared.faces[0].inner.getsockname()
     stranger = stack.enter_context(crossing.bound())
     stranger.sendto(header + b"\x80 no", to)
     town.transceiver.sendto(frame.header("192.0.2.1", 5) + b"\x80 nobody's", to)
     town.transceiver.sendto(header[:20], to)
     town.settle()
-    found = counted(node.worker._face.outbound_ledger)
+    found = counted(last.worker._face.outbound_ledger)
     assert found["DROPPED_NOT_TRANSCEIVER"] == 1
     assert found["DROPPED_UNKNOWN_CLIENT"] == found["DROPPED_BAD_FRAME"] == 1
     assert town.quiet()
@@ -383,7 +383,7 @@ def burst(town, calls):
 def test_a_face_that_dies_loses_and_doubles_nothing(tmp_path, stack, way, tag):
     town = crossing.Crossing(tmp_path, stack, faces=1, tag=tag, batch=8)
     calls = [town.call(nonce) for nonce in range(3)]
-    node = town.faces[0]
+    last = town.faces[0]
     n = deaths = 0
     while True:
         wanted = burst(town, calls)
@@ -393,11 +393,11 @@ def test_a_face_that_dies_loses_and_doubles_nothing(tmp_path, stack, way, tag):
             for octets, back in framed:
                 town.transceiver.sendto(octets, back)
             wanted = sorted(octets[32:] for octets, _ in framed)
-        step = getattr(node.worker._face, way)
+        step = getattr(last.worker._face, way)
         died = test_takeover.dies_at(step, n, "line")
         deaths += died
-        node.worker = node.successor()
-        node.worker.take_over()
+        last.worker = last.successor()
+        last.worker.take_over()
         town.settle()
         socks = [town.transceiver] if way == "inbound" else [sock for sock, *_ in calls]
         found = [octets for sock in socks for octets in test_takeover.received(sock)]
@@ -408,7 +408,7 @@ def test_a_face_that_dies_loses_and_doubles_nothing(tmp_path, stack, way, tag):
             break
         n += 1
     assert deaths > 20
-    for ledger in node.worker._face.inbound_ledger, node.worker._face.outbound_ledger:
+    for ledger in last.worker._face.inbound_ledger, last.worker._face.outbound_ledger:
         assert not [name for name in counted(ledger) if name.startswith("DROPPED")]
 
 
@@ -472,3 +472,25 @@ def test_keys_that_are_gone_open_nothing_any_more(tmp_path, stack):
     town.settle()
     assert counted(face.worker._face.inbound_ledger)["DROPPED_BAD_TAG"] == 2
     assert town.quiet()
+
+
+def test_while_it_does_not_run_dry_strangers_wait_outside(tmp_path, stack):
+    town = crossing.Crossing(tmp_path, stack, faces=1)
+    sock, _, _ = town.call(1)
+    face, (to, found) = town.faces[0].worker._face, face_of(town)
+    relay = stack.enter_context(crossing.bound())
+    tags = parley.Tags(town.keyring, False)
+    relay.sendto(tags.probe(bytes(8), 0), to)
+    town.settle()
+    face.overloaded = True
+    for number in range(40):
+        relay.sendto(frame.header("192.0.2.1", number) + crossing.MEDIA, to)
+    relay.sendto(tags.probe(bytes(8), 0), to)
+    sock.send(crossing.MEDIA)
+    town.settle(town.faces[0])  # all of it is one batch
+    town.settle()
+    now = found()
+    assert now["DROPPED_OVERLOADED"] == 40 - 64 // transit.JUDGED_SHARE
+    assert now["DROPPED_UNKNOWN_CLIENT"] == 64 // transit.JUDGED_SHARE
+    assert now["CONTROL"] == 2  # relays are heard
+    assert town.transceiver.recv(2048)[32:] == crossing.MEDIA
