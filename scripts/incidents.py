@@ -63,7 +63,10 @@ class _Line:
 
     family = socket.AF_INET
 
-    def __init__(self, names: Iterable[bytes], tags: parley.Tags, trip_s: float) -> None:
+    def __init__(
+        self, names: Iterable[bytes], at: tuple[str, int], tags: parley.Tags, trip_s: float
+    ) -> None:
+        self._at = at
         self._names = {frame.reachable(name, self.family): name for name in names}
         self._tags, self._trip_s = tags, trip_s
         self.now = 0.0
@@ -71,6 +74,10 @@ class _Line:
         self.introductions: list[tuple[bytes, bytes, bytes]] = []
         """Client's header, transit address, message."""
         self._probed: collections.deque[tuple[float, bytes, parley.Message]] = collections.deque()
+
+    def getsockname(self) -> tuple[str, int]:
+        """As a socket."""
+        return self._at
 
     def sendto(self, message: bytes, to: tuple[str, int]) -> int:
         """The entrance says something."""
@@ -80,7 +87,8 @@ class _Line:
             self.probes += 1
             self._probed.append((self.now + self._trip_s, self._names[to], said))
         else:
-            self.introductions.append((said.header, self._names[to], message))
+            plain = said.header[: -parley.TAG_OCTETS] + parley.NO_TAG
+            self.introductions.append((plain, self._names[to], message))
         return len(message)
 
     @property
@@ -121,7 +129,7 @@ def lose_transit(at: int, cluster: int, dead: frozenset[bytes], drains: bool) ->
         # Second ways move as well; nothing of theirs is lost.
         left = {header for header, hop in worker.flows.hops.items() if hop in dead}
         met += len(left & own)
-        line = _Line(ways.ways, tags, trip_s)
+        line = _Line(ways.ways, on.internal(number), tags, trip_s)
         rows = memoryview(bytearray(handover.WAYS_OCTETS))
         table_, judge = worker.flows, worker.gate
         ahead = entrance.Entrance(cast(Any, line), ways, tags, table_, judge, rows)
@@ -174,14 +182,14 @@ def introduce(cluster: int, moved: list[Introduced]) -> Figures:
             if to != hop:
                 continue
             said = tags.read(message[: frame.HEADER_OCTETS], message[frame.HEADER_OCTETS :])
-            assert said is not None and said.header == header
+            assert said is not None
             text, shown = parley.introduced(said.body)
-            verdict = worker.gate.introduced(header, text, shown, now)
+            verdict = worker.gate.introduced(said.header, text, shown, now)
             # What follows at once is media: it goes where the introduction leads.
             worker.counters.values[fleet.RECEIVED] += 1
             if isinstance(verdict, bytes):
                 worker.counters.values[metrics.Inbound.CONTROL] += 1
-                if worker.media([header], 1) == 0:
+                if worker.media([said.header], 1) == 0:
                     accepted.add(header)
             else:
                 worker.counters.values[verdict] += 1

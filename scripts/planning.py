@@ -49,7 +49,7 @@ PIECES = 2
 """Of a wave, for as many processes."""
 
 HEADROOM = 1.35
-"""Capacity of a site over what lives nearest to it."""
+"""Capacity of a site over what comes to it while nothing is loaded."""
 
 HOSTS_MIN = 2
 """Relay hosts at a site, so that one may fail."""
@@ -201,6 +201,19 @@ class Plan:
         groups = {only: self.groups[only]} if only else self.groups
         return backbone.Backbone(groups, self.shape.transit.timeout_s, now)
 
+    def internal(self, number: int) -> tuple[str, int]:
+        """Where an entrance's worker speaks to clusters from."""
+        host, worker = divmod(number, self.edges.workers)
+        return str(ipaddress.ip_address("10.100.0.1") + host), 3500 + worker
+
+    def entrances(self, who: Ints, sites: Ints) -> Ints:
+        """The entrance's worker that each of these callers comes to at its site."""
+        found = np.empty(len(who), dtype=np.int64)
+        for at in np.unique(sites):
+            here = sites == at
+            found[here] = self.edges.of_client(self.hashed[who[here]], int(at))
+        return found
+
     def capacity(self, at: int) -> int:
         """Sessions that a site is planned for."""
         return len(self.edges.of(at)) * self.shape.sessions_a_worker
@@ -217,27 +230,14 @@ def draw(shape: Shape) -> Plan:
     """The callers, and an operator that is made for them."""
     chance = np.random.default_rng(shape.seed)
     callers = globe.draw(shape.sessions, chance)
-    closest = nearest(callers, list(globe.SITES.values()))
-    sizes = np.bincount(closest, minlength=len(globe.SITES))
-    edges = _tier(shape, sizes)
-    at_cluster = nearest(callers, [where for _, where in globe.CLUSTERS.values()])
-    relays = _tier(shape, np.bincount(at_cluster, minlength=len(globe.CLUSTERS)))
-    sites = [
-        steering.Site(
-            name,
-            *where,
-            relays=(Endpoint(f"203.0.{at}.5:3478"), Endpoint(f"[2001:db8:{at:x}::5]:3478")),
-            capacity=len(edges.of(at)) * shape.sessions_a_worker,
-        )
-        for at, (name, where) in enumerate(globe.SITES.items())
-    ]
-    capacities = [len(relays.of(at)) * shape.sessions_a_worker for at in range(len(relays.hosts))]
-    places = [
-        steering.Place(number, *where, capacity=capacity)
-        for (number, (_, where)), capacity in zip(globe.CLUSTERS.items(), capacities, strict=True)
-    ]
     # Those who called before and hang up as these arrive: so steering finds everything in use.
-    at_cluster = np.array(list(globe.CLUSTERS))[at_cluster]
+    # Where they are is drawn from what steering says of some while nothing is loaded.
+    before = _unloaded(callers, chance)
+    numbers = list(globe.CLUSTERS)
+    edges = _tier(shape, np.bincount(before[0], minlength=len(globe.SITES)))
+    relays = _tier(shape, [int((before[2] == number).sum()) for number in numbers])
+    each = shape.sessions_a_worker
+    capacities = [len(relays.of(at)) * each for at in range(len(numbers))]
     return Plan(
         shape,
         callers,
@@ -248,7 +248,7 @@ def draw(shape: Shape) -> Plan:
             for number, capacity in zip(globe.CLUSTERS, capacities, strict=True)
         },
         list(globe.SITES),
-        steering.Steering(sites, places),
+        _steering([len(edges.of(at)) * each for at in range(len(edges.hosts))], capacities),
         edges,
         relays,
         {
@@ -257,13 +257,51 @@ def draw(shape: Shape) -> Plan:
         },
         _hashes(callers),
         BEGIN + np.sort(chance.random(shape.sessions)) * ARRIVE_S,
-        closest,
-        closest.copy(),
-        at_cluster,
+        *before,
         np.zeros(shape.sessions, dtype=np.int64),
         chance.integers(1 << 32, size=shape.sessions, dtype=np.uint32),
         _shared(shape.sessions),
     )
+
+
+SAMPLE = 20_000
+"""Callers whose unloaded decisions the operator plans by."""
+
+
+def _steering(sites: Sequence[int], clusters: Sequence[int]) -> steering.Steering:
+    """The product's, over sites and clusters of these capacities."""
+    return steering.Steering(
+        [
+            steering.Site(
+                name,
+                *where,
+                relays=(Endpoint(f"203.0.{at}.5:3478"), Endpoint(f"[2001:db8:{at:x}::5]:3478")),
+                capacity=capacity,
+            )
+            for at, ((name, where), capacity) in enumerate(
+                zip(globe.SITES.items(), sites, strict=True)
+            )
+        ],
+        [
+            steering.Place(number, *where, capacity=capacity)
+            for (number, (_, where)), capacity in zip(globe.CLUSTERS.items(), clusters, strict=True)
+        ],
+    )
+
+
+def _unloaded(callers: Callers, chance: np.random.Generator) -> tuple[Ints, Ints, Ints]:
+    """First and second site and cluster of all callers, each as those of a caller of the sample
+    whose nearest site is the same."""
+    closest = nearest(callers, list(globe.SITES.values()))
+    who = chance.choice(len(callers), min(SAMPLE, len(callers)), replace=False)
+    ample = _steering([len(callers)] * len(globe.SITES), [len(callers)] * len(globe.CLUSTERS))
+    found = _decisions(ample, callers, who, ({}, {}))
+    alike = np.zeros(len(callers), dtype=np.int64)
+    for at in np.unique(closest):
+        theirs = np.flatnonzero(closest[who] == at)
+        here = closest == at
+        alike[here] = chance.choice(theirs if len(theirs) else len(who), int(here.sum()))
+    return found[0][alike], found[1][alike], found[2][alike]
 
 
 def _shared(count: int) -> Ints:
@@ -338,7 +376,9 @@ class Crew:
         if processes > 1:
             gc.collect()
             gc.freeze()  # what the collector touches would be copied for each process
-            self._pool = ProcessPoolExecutor(processes, mp_context=get_context("fork"))
+            self._pool = ProcessPoolExecutor(
+                processes, mp_context=get_context("fork"), initializer=gc.disable
+            )
 
     def __enter__(self) -> "Crew":
         return self
@@ -371,13 +411,17 @@ States = tuple[Mapping[str, steering.State], Mapping[int, steering.State]]
 def decide(who: Ints, heard: States) -> Ints:
     """For each of these callers, in columns: first site, second site, cluster. As a task."""
     on = plan()
-    numbers = {name: at for at, name in enumerate(on.sites)}
-    latitude, longitude = on.callers.latitude[who].tolist(), on.callers.longitude[who].tolist()
+    return _decisions(on.steering, on.callers, who, heard)
+
+
+def _decisions(by: steering.Steering, callers: Callers, who: Ints, heard: States) -> Ints:
+    numbers = {site.name: at for at, site in enumerate(by.sites)}
+    latitude, longitude = callers.latitude[who].tolist(), callers.longitude[who].tolist()
     found = np.empty((3, len(who)), dtype=np.int64)
     for at, caller in enumerate(who.tolist()):
-        key = on.callers.headers[caller][6:28]
+        key = callers.headers[caller][6:28]
         request = steering.Request(latitude[at], longitude[at], key=key)
-        decision = on.steering.decide(request, *heard)
+        decision = by.decide(request, *heard)
         named = list(dict.fromkeys(site.name for site, _ in decision.relays))
         found[:, at] = numbers[named[0]], numbers[named[1]], decision.clusters[0]
     return found
@@ -408,7 +452,7 @@ def states(on: Plan, failed: Sequence[int] = ()) -> States:
 
 def place(on: Plan, crew: Crew, done: Callable[[int], None]) -> None:
     """Wave after wave of callers, each by the load that the ones before have left; as many others,
-    who had been at the nearest sites, hang up meanwhile."""
+    who had come before, hang up meanwhile."""
     chance = np.random.default_rng([on.shape.seed, 2])
     edges = np.linspace(0, len(on.callers), WAVES + 1).astype(int).tolist()
     for first, end in itertools.pairwise(edges):

@@ -8,7 +8,7 @@ A task is a site or a cluster, so that several processes share the work. What th
 tables in shared memory, as the relay's workers leave them to their successors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fleet
@@ -17,9 +17,11 @@ import numpy as np
 from planning import ARRIVE_S, BEGIN, Ints, Plan, Tier, plan
 
 import census
+import frame
 import keeper
 import ledger
 import metrics
+import parley
 import ufrag
 
 SECOND_S = 0.05
@@ -48,7 +50,7 @@ def open_site(at: int) -> dict[str, Any]:
     for number in on.edges.of(at):
         worker = on.worker(on.edges, number, BEGIN, live=True, ways=on.ways(BEGIN))
         here, beside = own[workers[own] == number], others[workers[others] == number]
-        hops = _run(on, worker, here, beside, where)
+        hops = _run(on, worker, (here, beside), where, on.callers.headers)
         on.way[here] = [numbers.get(hop or b"", -1) for hop in hops]
         found.add(worker, len(here))
     return found.figures()
@@ -60,12 +62,12 @@ def open_cluster(at: int) -> dict[str, Any]:
     number = list(on.clusters)[at]
     where = globe.CLUSTERS[number][1]
     inside = np.flatnonzero(on.cluster == number)
-    found = _Found()
+    found, stamped = _Found(), _stamped(on, inside)
     for index, each in enumerate(on.relays.of(at)):
         clusters = {number: on.clusters[number]}
         worker = on.worker(on.relays, each, BEGIN, live=True, clusters=clusters)
         here = inside[on.way[inside] == index]
-        _run(on, worker, here, here, where)
+        _run(on, worker, (here, here), where, *stamped)
         found.add(worker, len(here))
     return found.figures()
 
@@ -101,11 +103,39 @@ def counted(counters: ledger.Counters) -> dict[str, int]:
     return {kind.name.lower(): counters[kind] for kind in counters.kinds if counters[kind]}
 
 
+def _stamped(on: Plan, who: Ints) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    """These callers' headers as a cluster's relay sees them: each entrance has put its tag on."""
+    tags, key = parley.Tags(on.keyring, False), on.keyring.mint_id
+    addresses: dict[int, bytes] = {}
+    found: tuple[dict[int, bytes], dict[int, bytes]] = {}, {}
+    for headers, sites in zip(found, (on.first, on.second), strict=True):
+        for caller, number in zip(
+            who.tolist(), on.entrances(who, sites[who]).tolist(), strict=True
+        ):
+            if number not in addresses:
+                name = frame.name(*on.internal(number), fleet.FAMILY)
+                addresses[number] = frame.packed_address(name)
+            header = on.callers.headers[caller]
+            stamp = tags.stamp(header, addresses[number], key)
+            headers[caller] = header[: -len(stamp)] + stamp
+    return found
+
+
+Headers = Mapping[int, bytes] | Sequence[bytes]
+
+
 def _run(
-    on: Plan, worker: fleet.Worker, here: Ints, beside: Ints, where: tuple[float, float]
+    on: Plan,
+    worker: fleet.Worker,
+    who: tuple[Ints, Ints],
+    where: tuple[float, float],
+    headers: Headers,
+    second: Headers | None = None,
 ) -> list[bytes | None]:
-    """One worker's calls from the first to the last; returns where the gate leads each."""
-    headers, ssrc = on.callers.headers, on.callers.ssrc
+    """One worker's calls from the first to the last; returns where the gate leads each. `who` are
+    those who come in here, and those whose second way is here, with another header if `second`."""
+    here, beside = who
+    ssrc, second = on.callers.ssrc, second or headers
     trips = 1.5e-3 * globe.trips_ms(on.callers, where, here)
     live = np.arange(BEGIN, BEGUN, LIVE_S)
     parts = (
@@ -117,22 +147,23 @@ def _run(
     times = np.concatenate([part for _, part, _ in parts])
     order = np.argsort(times, kind="stable")
     kinds = np.repeat([kind for kind, _, _ in parts], [len(part) for _, part, _ in parts])
-    who = np.concatenate([part for _, _, part in parts])
+    whose = np.concatenate([part for _, _, part in parts])
     hops: dict[int, bytes] = {}
     requests: dict[int, memoryview] = {}
     talking: list[bytes] = []
     for time, kind, caller in zip(
-        times[order].tolist(), kinds[order].tolist(), who[order].tolist(), strict=True
+        times[order].tolist(), kinds[order].tolist(), whose[order].tolist(), strict=True
     ):
-        header = headers[caller]
+        if kind == _LIVE:
+            unknown = worker.media(talking, MEDIA_A_S * LIVE_S)
+            assert not unknown, f"{unknown} flows were lost while they were used"
+            worker.note_most()
+            continue
+        header = (second if kind == _SECOND else headers)[caller]
         if kind == _ANSWERED:
             if caller in hops:
                 worker.answered(header, ssrc[caller], time)
                 talking.append(header)
-        elif kind == _LIVE:
-            unknown = worker.media(talking, MEDIA_A_S * LIVE_S)
-            assert not unknown, f"{unknown} flows were lost while they were used"
-            worker.note_most()
         else:
             # A cluster's relay sees the same check from both entrances.
             request = requests.pop(caller, None) or first_check(on, caller)
