@@ -31,7 +31,7 @@ Timing = vitals.Timing
 class Inbound(ledger.Kinds):
     """The relay, from clients to transceivers."""
 
-    RECEIVED = "datagrams", "Taken from the public socket."
+    RECEIVED = "datagrams", "Taken from the public socket; at the transit face from other relays."
     FORWARDED = "datagrams", "Sent on to a transceiver."
     OCTETS = "octets", "Payload of what was forwarded, without the frame's header."
     RECOVERED = (
@@ -39,7 +39,7 @@ class Inbound(ledger.Kinds):
         "Sent on to a transceiver once the keeper had found their client's session.",
     )
     WAITING = "datagrams", "Waiting for the keeper to find their client's session.", "", True
-    CONTROL = "datagrams", "Messages of other relays, at the transit face: read, and answered."
+    CONTROL = "datagrams", "Messages of other relays, at the transit face: meant for this one."
     DROPPED_NOT_RELAY = (
         "datagrams",
         "At the transit face, from outside relay_prefixes.",

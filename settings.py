@@ -143,8 +143,8 @@ class Transit(Table, frozen=True):
     for a backbone on which others can send. Clients at link-local addresses cannot be served by a
     relay that leads to other clusters."""
     timeout_s: Annotated[float, Meta(ge=0.1, le=10)] = 0.5
-    """A transit address that is silent for so long is left, and its sessions go by another one.
-    Each is probed five times in it, while there are sessions."""
+    """A transit address that is silent for so long is left, and its sessions go by another one. One
+    with sessions that is silent is probed five times in it."""
 
 
 class Relay(Table, frozen=True):

@@ -5,13 +5,13 @@
 
 The entrance (worker.py) has put the client's address in front of its datagram; here frames pass as
 they are, both ways. What is remembered, a client, is where its transceiver is (flows.py) and which
-relay it comes by: the one that sent its last datagram. A client that keeps two ways in alive gets
-its answers by the one that it uses.
+worker of the entrance it comes by. A client with two entrances has two headers (parley.py), and so
+two flows and two ways back.
 
 Rules that stay true, beside those of worker.py, which hold here as well (no loop over the datagrams
 that are known, one counter for each, nothing lost when this process is killed, nothing blocks):
-- Frames are taken from the configured relays only, and where tags are used, with a right one. A
-  client's header with its tag is the key of its flow: what is known was right once.
+- Frames are taken from the configured relays only, and where tags are demanded, with a right one. A
+  client's header with its tag is the key of its flow: what is known was right at its last check.
 - A flow opens by a check with integrity, as at the public side; or by an introduction of a relay
   that has it, whose ufrag must name a transceiver of this cluster under the keys.
 - From here nothing goes to another cluster's transit: no loop can be configured.
