@@ -39,7 +39,7 @@ import parley
 
 # --- a cluster's relay is lost --------------------------------------------------------------------
 
-WATCHED_S = 3.0
+WATCHED_S = 1.5
 """How long after it the entrances are looked at."""
 
 
@@ -297,6 +297,8 @@ AGAIN_S = 25.0
 """Between two checks on a pair that is not in use, where a client keeps one: Chromium's."""
 
 KEPT_S = 75.0
+KEPT_WORKERS = 2
+"""How long, and at how many workers of the site, it is looked at."""
 
 
 def keep_second(at: int, tentative: int | None) -> Figures:
@@ -317,7 +319,7 @@ def keep_second(at: int, tentative: int | None) -> Figures:
     phases, came = on.callers.phase[others] * AGAIN_S, chance.random(len(fresh)) * KEPT_S
     refused = {"second": 0, "new": 0}
     counters, most = ledger.Counters(metrics.Inbound), 0
-    for number in on.edges.of(at)[: on.edges.workers]:
+    for number in on.edges.of(at)[:KEPT_WORKERS]:
         worker = on.worker(on.edges, number, start, limits=limits, ways=on.ways(start))
         live = list(worker.flows.hops)
         due: list[tuple[float, str, int]] = [
@@ -341,11 +343,11 @@ def keep_second(at: int, tentative: int | None) -> Figures:
             most = max(most, worker.flows.tentative)
         add(counters, worker.counters)
     return {
-        "workers": on.edges.workers,
+        "workers": KEPT_WORKERS,
         "tentative_limit": limits.tentative,
         "tentative_most": most,
         "second_a_worker": round(float((beside_at == on.edges.first[at]).sum())),
-        "new_calls": int((new_at < on.edges.first[at] + on.edges.workers).sum()),
+        "new_calls": int((new_at < on.edges.first[at] + KEPT_WORKERS).sum()),
         "refused_second": refused["second"],
         "refused_new": refused["new"],
         "counters": counted(counters),

@@ -83,10 +83,9 @@ def _losses(axes: Any, figures: Figures, on: Plan) -> None:
     axes.set_xlabel("seconds after the event")
     axes.set_ylabel("datagrams lost a second and session met")
     axes.set_xlim(0, 4)
-    axes.set_ylim(0, 78)
-    axes.set_yticks(range(0, 51, 10))
+    axes.set_ylim(0, 55)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="upper right", ncols=2)
+    axes.figure.legend(fontsize=7, loc="outside lower center", ncols=2)
 
 
 def _world(axes: Any, figures: Figures, on: Plan) -> None:

@@ -52,10 +52,13 @@ WORKERS, FLOWS_MAX = 8, 65_536
 SMALL_SESSIONS, SMALL_WORKERS, SMALL_FLOWS_MAX = 200_000, 2, 8_192
 """Fewer sessions have smaller relays: as many of them, and as full."""
 
-RESTED = 100_000
+NARROW = 8
+"""Of so many flows one may be tentative where that is too few."""
+
+RESTED = 50_000
 """Callers about whom steering is asked again when a site has failed."""
 
-WAVES_AFTER, WAVE_SHARE = 40, 1 / planning.WAVES
+WAVES_AFTER, WAVE_SHARE = 24, 1 / planning.WAVES
 WAVE_S = planning.ARRIVE_S / planning.WAVES
 """After a site has failed new calls come as before: in each wave so many of all calls end, and as
 many begin."""
@@ -173,16 +176,14 @@ class Run:
             names = "relays first, as documented", "transceivers first"
             figures["keys"] = dict(zip(names, told, strict=True))
         with self._stage("second ways kept alive", 2) as done:
-            limits, seconds = (
-                self._shape.relay.flows_max,
-                np.bincount(on.second, minlength=len(on.sites)),
-            )
+            narrow = self._shape.relay.flows_max // NARROW
+            seconds = np.bincount(on.second, minlength=len(on.sites))
             workers = np.array([len(on.edges.of(at)) for at in range(len(seconds))])
             here = int((seconds / workers).argmax())
-            told = crew.work(incidents.keep_second, [(here, None), (here, limits)], done)
+            told = crew.work(incidents.keep_second, [(here, None), (here, narrow)], done)
             figures["second_ways_site"] = on.sites[here]
             figures["second_ways"] = dict(
-                zip(("default limit", "tentative as many as flows"), told, strict=True)
+                zip(("default limit", f"one of {NARROW} flows tentative"), told, strict=True)
             )
 
 
@@ -381,7 +382,6 @@ def shape_of(sessions: int, seed: int, found: machines.Measured) -> Shape:
         internal=Endpoint("10.9.0.1:3500"),
         workers=workers,
         flows_max=SMALL_FLOWS_MAX if small else FLOWS_MAX,
-        flows_tentative_max=(SMALL_FLOWS_MAX if small else FLOWS_MAX) // 8,
     )
     return Shape(
         sessions,
@@ -416,7 +416,7 @@ def simulate(
         "settings": {
             "workers_a_host": shape.workers,
             "flows_max": shape.relay.flows_max,
-            "flows_tentative_max": shape.relay.flows_tentative_max,
+            "flows_tentative_a_worker": shape.limits.tentative,
             "sessions_a_worker_planned": shape.sessions_a_worker,
             "recovery": str(shape.searching),
             "transit_timeout_s": shape.transit.timeout_s,
