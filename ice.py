@@ -7,7 +7,8 @@ that a way in that it does not use stays open (paths.py); nothing depends on the
 
 Rules that stay true:
 - MESSAGE-INTEGRITY is verified before anything of a check has an effect.
-- Every authenticated check is answered, also one without USE-CANDIDATE.
+- Every authenticated check is answered, also one without USE-CANDIDATE; a call's first ones a
+  moment later if its client knows a second site, so that it asks there, too (hold.py).
 - The session moves to another address of the client on an authenticated check from there if it
   carries USE-CANDIDATE or the old address is silent, and on authenticated media from an address
   that a check has verified. A replayed check moves nothing.
@@ -39,6 +40,7 @@ import math
 from typing import NamedTuple, TypeAlias
 
 import frame
+import hold
 import paths
 import stun
 
@@ -126,7 +128,7 @@ class Checked(NamedTuple):
 
     verdict: Verdict
     response: bytes = b""
-    """To send back on the path that the check came by; empty for nothing."""
+    """To send back on the path that the check came by; empty for nothing, and if it is held."""
     forgotten: bytes | None = None
     """The key (frame.key) of an address that had to make room, if any."""
 
@@ -134,8 +136,13 @@ class Checked(NamedTuple):
 class Agent:
     """One session's ICE: credentials, the client's addresses, the one in use, signs of life."""
 
-    def __init__(self, ufrag: bytes, password: bytes, client: tuple[bytes, bytes]) -> None:
-        """Answer to this ufrag and password; `client` has those that the client answers to."""
+    def __init__(
+        self, ufrag: bytes, password: bytes, client: tuple[bytes, bytes], holds: bool = False
+    ) -> None:
+        """Answer to this ufrag and password; `client` has those that the client answers to.
+
+        `holds`: the first answers wait until the client has checked a second site, or `due_at`.
+        """
         both = _Pair(password, paths.Paths((ufrag, password), client))
         self._credentials: dict[bytes, _Pair] = {ufrag: both}  # the oldest first
         self._used = ufrag  # of these, by the last check
@@ -145,6 +152,7 @@ class Agent:
         self._transactions: dict[bytes, bytes] = {}  # transaction id: key of its address
         self._alive_at = -math.inf  # when the active address last showed that it is in use
         self._home: Path | None = None  # the last active path that a check has verified
+        self._hold = hold.Hold() if holds else None  # until what it held has left
         self.active: Path | None = None
         """Where media goes; None until the first authenticated check."""
         self.heard_at: float | None = None
@@ -193,7 +201,25 @@ class Agent:
         self._heard[key] = self.heard_at = now
         host, port = frame.client(header)
         success = stun.success(request.transaction_id, host, port, password)
+        if self._hold is not None:
+            self._hold.keep(path, success, new, now)
+            success = b""
         return Checked(Verdict.ANSWERED, success, self._make_room(key))
+
+    @property
+    def due_at(self) -> float | None:
+        """When answers that are held leave at the latest; None if none are."""
+        return None if self._hold is None else self._hold.due_at
+
+    def due(self, now: float) -> list[tuple[Path, bytes]]:
+        """Answers that were held and leave now, and where to send each: after each check, and at
+        `due_at`."""
+        if self._hold is None:
+            return []
+        held = self._hold.due(now)
+        if self._hold.over:
+            self._hold = None
+        return held
 
     def media(self, header: bytes, relay: Sockaddr, now: float) -> None:
         """Note media or data that authenticated: a sign of life, and it shows where the client is.

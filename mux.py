@@ -16,6 +16,7 @@ Rules that stay true:
   ends its own session at the worst.
 - Guesses cost a bounded time: so many a second may fail, of a stream and of all.
 - No task and no queue for media: what the reader's callback reads is handled before it returns.
+- One timer for the answers of all sessions that are held (hold.py).
 
 It does not decrypt (`peer.py` does) and does not know what a session is for (`session.py` does).
 
@@ -98,6 +99,8 @@ class Mux:
         self._by_client: dict[bytes, Peer] = {}
         self._by_ssrc: dict[bytes, _Stream] = {}
         self._failures = Allowance(FAILURES_PER_S_MAX)
+        self._holding: dict[Peer, None] = {}  # those with answers that are held
+        self._release: asyncio.TimerHandle | None = None
         self._certificate = Certificate.generateCertificate()
         self.loop.add_reader(sock.fileno(), self._readable)
 
@@ -113,10 +116,17 @@ class Mux:
         """True if a session answers under this name."""
         return ufrag.encode() in self._by_ufrag
 
-    def open(self, offer: sdp.Offer, ufrag: str, password: bytes, handler: Handler) -> "Peer":
-        """Begin to answer the checks of a session."""
+    def open(
+        self,
+        offer: sdp.Offer,
+        ufrag: str,
+        password: bytes,
+        handler: Handler,
+        holds: bool = False,
+    ) -> "Peer":
+        """Begin to answer the checks of a session; `holds` as in ice.Agent."""
         client = offer.ufrag.encode(), offer.password.encode()
-        agent = ice.Agent(ufrag.encode(), password, client)
+        agent = ice.Agent(ufrag.encode(), password, client, holds)
         peer = Peer(self, offer, self.certificate, agent, handler)
         self._by_ufrag[ufrag.encode()] = peer
         return peer
@@ -135,6 +145,7 @@ class Mux:
 
     def forget(self, peer: "Peer") -> None:
         """Let go of a session: its datagrams belong to nobody from here on."""
+        self._holding.pop(peer, None)
         for ufrag in peer.agent.ufrags:
             self._by_ufrag.pop(ufrag, None)
         self.unlearn(peer, peer.agent.keys)
@@ -166,6 +177,10 @@ class Mux:
 
     def close(self) -> None:
         """Close the socket. Close the sessions first: their goodbyes go through it."""
+        self._holding.clear()
+        if self._release is not None:
+            self._release.cancel()
+            self._release = None
         self.loop.remove_reader(self._socket.fileno())
         self._socket.close()
 
@@ -259,6 +274,8 @@ class Mux:
         checked = peer.agent.check(payload, request, header, relay, now)
         if checked.response:
             self.send(header, checked.response, relay)
+        elif peer.agent.due_at is not None:
+            self._hold(peer, now)
         if checked.verdict is not ice.Verdict.ANSWERED:
             return _VERDICTS[checked.verdict]
         if holder is not peer:
@@ -268,6 +285,25 @@ class Mux:
             self._by_client.pop(checked.forgotten, None)
         peer.checked()
         return Count.FORWARDED
+
+    def _hold(self, peer: "Peer", now: float) -> None:
+        """Send what a session holds no longer, and wake when the rest is due."""
+        for path, response in peer.agent.due(now):
+            self.send(path.header, response, path.relay)
+        due_at = peer.agent.due_at
+        if due_at is None:
+            self._holding.pop(peer, None)
+            return
+        self._holding[peer] = None
+        if self._release is None:
+            delay_s = max(0.0, due_at - now)
+            self._release = self.loop.call_later(delay_s, self._released)
+
+    def _released(self) -> None:
+        """Let go what is due; the timer is set again for the earliest of the rest."""
+        self._release, now = None, self.clock()
+        for peer in sorted(self._holding, key=lambda each: each.agent.due_at or now):
+            self._hold(peer, now)
 
     def _answer(self, payload: bytes, header: bytes, relay: ice.Sockaddr, now: float) -> Count:
         """What may be an answer to a check of ours."""

@@ -60,6 +60,13 @@ class Opening:
     """Where the client was told to enter, for the log: it may have gone on at another one."""
 
     @property
+    def second_site(self) -> bool:
+        """Whether the client can go on elsewhere: two hosts of one family are named."""
+        hosts = {host for host, _ in self.candidates}
+        sixes = sum(":" in host for host in hosts)
+        return max(sixes, len(hosts) - sixes) > 1
+
+    @property
     def nonce(self) -> int | None:
         """The request's id as the number that a routing hint has room for: 8 hexadecimal digits.
         None for any other id."""

@@ -120,8 +120,10 @@ class Owner(Protocol):
 class Opener(Protocol):
     """The part of mux.Mux that a session uses."""
 
-    def open(self, offer: sdp.Offer, ufrag: str, password: bytes, handler: Handler) -> Peer:
-        """Begin to answer the checks of a session."""
+    def open(
+        self, offer: sdp.Offer, ufrag: str, password: bytes, handler: Handler, holds: bool
+    ) -> Peer:
+        """Begin to answer the checks of a session, the first a moment later if it `holds`."""
 
 
 class Session:
@@ -194,7 +196,7 @@ class Session:
             self._conversation.fault("resume_unavailable", NOT_RESUMED, "invalid_request_error")
         self._conversation.expires_at = self._unix_at(self.ends_at)
         self._adapter = adapters.of(wanted.dialect, "", 0.0, resumed=False)
-        self._peer = mux.open(offer, *credentials, self)
+        self._peer = mux.open(offer, *credentials, self, wanted.second_site)
         self._peer.carrier.labels = adapters.known(wanted.dialect).labels
         early, self._early = self._early, None
         for event in early or ():

@@ -55,6 +55,7 @@ SANS_IO = {
     "receiver",
     "fec",
     "parrot",
+    "hold",
     "paths",
     "realtime",
     "turns",
