@@ -10,7 +10,8 @@ takes, and then paths.py keeps both ways open.
 Rules that stay true:
 - Nothing is held unless the answer names a second host of one family, nor ever after what was held
   has left: an ICE restart of a call finds its client at once, as it is in trouble by then.
-- Only Binding successes are held. The check has all its other effects when it comes: DTLS begins.
+- Only Binding successes are held, and our first DTLS flight, which Chromium does not take before
+  it has an answer. The check has all its other effects when it comes.
 - What is held leaves together, in the order in which it came: when an address of the client has
   come by a second path, else when it is due. Another address is no such sign: it may be the other
   family or network of the client at the first site, and libwebrtc prunes each network by itself. It

@@ -283,7 +283,8 @@ class Mux:
         self._by_client[key] = peer
         if checked.forgotten is not None:
             self._by_client.pop(checked.forgotten, None)
-        peer.checked()
+        if peer not in self._holding:  # else Chromium would lose our first flight, and 100 ms
+            peer.checked()
         return Count.FORWARDED
 
     def _hold(self, peer: "Peer", now: float) -> None:
@@ -293,6 +294,7 @@ class Mux:
         due_at = peer.agent.due_at
         if due_at is None:
             self._holding.pop(peer, None)
+            peer.checked()
             return
         self._holding[peer] = None
         if self._release is None:

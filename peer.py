@@ -6,7 +6,8 @@ aiortc it leans on without being invited is listed at `Peer`.
 Rules that stay true:
 - SRTP is handled in the callback that read it: no queue, no task, no copy beyond slicing. Only
   DTLS (the handshake and the data channel) passes through aiortc's coroutine, a session has one.
-- DTLS begins with the first authenticated check. What it sends goes where the agent says.
+- DTLS begins with the first answer to an authenticated check. What it sends goes where the agent
+  says.
 - What has authenticated shows where the client is: SRTP, and a data channel's packet. A DTLS record
   that has only arrived shows nothing.
 - Media flows as soon as there are keys, which is before the client's Finished has come back: a

@@ -249,9 +249,12 @@ def test_one_timer_lets_all_go_and_ends_with_them() -> None:
             await bench.check("two")
             assert bench.mux._release is timer
             assert list(bench.answers()) == []
+            assert bench.calls["one"].checked_at is None, "DTLS begins with the answer"
             bench.now += hold.HOLD_S * 0.6
             await shim.until(lambda: got.extend(bench.answers()) or got)
             assert got == [(0, "one")]
+            assert bench.calls["one"].checked_at == bench.now
+            assert bench.calls["two"].checked_at is None
             assert bench.mux._release is not None
             bench.now += hold.HOLD_S
             await shim.until(lambda: got.extend(bench.answers()) or len(got) > 1)
