@@ -9,6 +9,7 @@ import pytest
 from aiortc.mediastreams import AudioStreamTrack
 
 import frame
+import ice
 import ledger
 import mux
 import paths
@@ -272,6 +273,173 @@ def test_a_stock_client_answers_by_both_relays_and_its_call_goes_on() -> None:
             await shim.until(lambda: len(handler.packets) > before + 10)
             assert not any(heard.startswith("lost") for heard in handler.heard)
             assert (counters.missing(), counters[Count.CHECKS_REFUSED]) == (0, 0)
+        finally:
+            await call.close()
+            await client.close()
+            found.close()
+            for each in both:
+                each.close()
+
+    asyncio.run(scenario())
+
+
+# --- the path in use is lost ----------------------------------------------------------------------
+
+
+def by(found: list[tuple[paths.Path, bytes]], path: paths.Path) -> stun.Request:
+    """The one request that goes by this path."""
+    (octets,) = [each for where, each in found if where == path]
+    request = stun.read_request(octets)
+    assert isinstance(request, stun.Request)
+    return request
+
+
+class Lost:
+    """An agent whose client has checked two paths and uses the first; seconds go by."""
+
+    def __init__(self) -> None:
+        self.agent = ice.Agent(OURS[0], OURS[1], THEIRS)
+        self.now, self.first, self.second = 100.0, ONE, OTHER
+        self.checks(self.first)
+        self.checks(self.second)
+        assert self.agent.active == self.first
+
+    def checks(self, path: paths.Path, controlled: bool = False) -> ice.Verdict:
+        octets = stun.request(
+            os.urandom(12),
+            f"{OURS[0].decode()}:x",
+            OURS[1],
+            use_candidate=False,
+            controlled=controlled,
+        )
+        request = stun.read_request(octets)
+        assert isinstance(request, stun.Request)
+        return self.agent.check(octets, request, *path, self.now).verdict
+
+    def second_goes_by(self, *answering: paths.Path) -> list[tuple[paths.Path, bytes]]:
+        """The requests of the next sweep; these paths answer."""
+        self.now += 1.0
+        found = self.agent.requests(self.now)
+        for path, octets in found:
+            if path in answering:
+                self.answers(path, octets)
+        return found
+
+    def answers(self, path: paths.Path, octets: bytes) -> paths.Reply:
+        success = stun.success(octets[8:20], "192.0.2.1", 1, THEIRS[1])
+        answer = stun.read_answer(success)
+        assert isinstance(answer, stun.Answer)
+        return self.agent.answered(success, answer, *path, self.now + 0.1)
+
+
+def nominations(found: list[tuple[paths.Path, bytes]]) -> list[paths.Path]:
+    return [
+        path
+        for path, octets in found
+        if isinstance(request := stun.read_request(octets), stun.Request) and request.use_candidate
+    ]
+
+
+def test_a_lost_path_is_left_for_one_that_answers() -> None:
+    """The client keeps to what it nominated once: it is told, with the greater tie-breaker."""
+    call = Lost()
+    found = call.second_goes_by(call.second)
+    while not (chosen := nominations(found)):
+        assert call.now < 120.0
+        found = call.second_goes_by(call.second)
+    assert chosen == [call.second] and 105.0 <= call.now <= 109.0
+    request = by([each for each in found if nominations([each])], call.second)
+    assert request.controlled is None and request.username.startswith(THEIRS[0])
+    assert call.agent.active == call.second  # its answer has come
+    # From now on the client is controlled, and its checks are as good as before.
+    assert call.checks(call.second, controlled=True) is ice.Verdict.ANSWERED
+    for _ in range(60):
+        assert not nominations(call.second_goes_by(call.second))
+
+
+def test_the_client_that_goes_over_by_itself_is_not_told() -> None:
+    call = Lost()
+    for second in range(30):
+        if second >= 3:
+            call.agent.media(*call.second, call.now)
+        assert not nominations(call.second_goes_by(call.second))
+    assert call.agent.active == call.second
+    assert call.checks(call.second, controlled=True) is ice.Verdict.CONFLICT
+
+
+def test_a_client_that_says_nothing_and_answers_is_left_where_it_is() -> None:
+    """Muted, or only listening: its path is asked more often, and that is all."""
+    call = Lost()
+    asked = 0
+    for _ in range(60):
+        found = call.second_goes_by(call.first, call.second)
+        asked += len(found)
+        assert not nominations(found)
+    assert call.agent.active == call.first and asked <= 2 * 60
+
+
+def test_nobody_is_nominated_who_does_not_answer() -> None:
+    call = Lost()
+    for _ in range(60):
+        assert not nominations(call.second_goes_by())
+    assert call.agent.active == call.first
+
+
+def test_nominations_go_on_until_they_are_answered() -> None:
+    call = Lost()
+    chosen = 0
+    for _ in range(14):
+        found = call.second_goes_by()
+        for path, octets in found:
+            if path == call.second and not nominations([(path, octets)]):
+                call.answers(path, octets)
+        chosen += len(nominations(found))
+    assert chosen > 3 and call.agent.active == call.first
+    # What was in use is back: that is the end of it.
+    call.agent.media(*call.first, call.now)
+    for _ in range(5):
+        call.agent.media(*call.first, call.now)
+        assert not nominations(call.second_goes_by(call.first, call.second))
+    assert call.agent.active == call.first
+
+
+def test_a_stock_client_goes_on_at_the_second_relay_when_the_first_is_lost() -> None:
+    """aioice stays with the pair that it nominated until its consent runs out, and then ends: it
+    goes over since we say so, seconds after the loss and without a new offer."""
+
+    async def scenario() -> None:
+        counters, loop = ledger.Counters(Count), asyncio.get_running_loop()
+        sock, handler = shim.udp_socket(), test_peer.Recorder()
+        both = [shim.Shim(sock.getsockname()), shim.Shim(sock.getsockname())]
+        found = mux.Mux(sock, lambda host: host == "127.0.0.1", counters, loop.time)
+        client = shim.Client()
+        offer = sdp.read_offer(await client.offer(AudioStreamTrack()))
+        call = found.open(offer, OURS[0].decode(), OURS[1], handler, True)
+        try:
+            await client.accept(
+                sdp.answer(
+                    offer,
+                    OURS[0].decode(),
+                    OURS[1].decode(),
+                    fingerprint=call.certificate.sha256,
+                    candidates=[each.address for each in both],
+                    ssrc=7,
+                    session_id=1,
+                )
+            )
+            await shim.until(lambda: "opened" in handler.heard and handler.packets)
+            home = call.agent.active
+            assert home is not None
+            lost = next(each for each in both if each.back.getsockname() == home.relay)
+            lost.up = lost.down = lambda datagram: None
+            await asyncio.sleep(0.2)
+            at, before = loop.time(), len(handler.packets)
+            while len(handler.packets) < before + 50:
+                assert loop.time() - at < 25, counters
+                call.sweep(loop.time())
+                await asyncio.sleep(1.0)
+            assert call.agent.active is not None and call.agent.active.relay != home.relay
+            print(f"stock aiortc: heard again {loop.time() - at:.1f} s after its relay was lost")
         finally:
             await call.close()
             await client.close()
