@@ -52,7 +52,8 @@ Figures = dict[str, Any]
 PARTS: dict[str, Callable[[Lab], Figures]] = {**journeys.PARTS, **mishaps.PARTS}
 
 SMALL = 0.3
-"""What `--quick` makes of all delays."""
+"""What `--quick` makes of all delays. With less, ICE would be done within the 48 ms that Chromium
+takes from the first check to the second, which it then never makes, and has nowhere to go later."""
 
 BROWSERS = "tokyo", "frankfurt", "singapore"
 """Where a Chromium calls from, too: far from its cluster, near to it, and far from any site."""

@@ -121,7 +121,8 @@ def found(scripts):
         pytest.skip(why)
     browser = any(map(shutil.which, BROWSERS))
     words = ["--quick", "--json", "--seed", "7", "--chromium" if browser else "--no-chromium"]
-    parts = ["path", "ways", "transit", "site"]
+    # Without a browser nobody falls over to the second site: stock aiortc does not.
+    parts = ["path", "ways", "transit", *(["site"] if browser else [])]
     argv = [sys.executable, SCRIPTS / "lab.py", *words, *(f"--only={part}" for part in parts)]
     with tempfile.TemporaryFile("w+") as said:
         ran = subprocess.run(
@@ -160,6 +161,10 @@ def test_a_backbone_path_that_is_cut_costs_less_than_a_second(found):
 
 
 def test_a_site_that_is_lost_in_mid_call_is_left_for_the_second_one(found):
+    if "site" not in found["parts"]:
+        why = "no Chromium on this machine, and stock aiortc keeps to one pair: install it"
+        print(f"skipped: {why}")
+        pytest.skip(why)
     (row,) = found["parts"]["site"]["rows"]
     assert (row["entered_at"], row["goes_on_at"]) == ("site-tokyo", "site-frankfurt")
     assert isinstance(row["up_silence_ms"], int), row
