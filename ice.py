@@ -153,8 +153,6 @@ class Agent:
         self._alive_at = -math.inf  # when the active address last showed that it is in use
         self._home: Path | None = None  # the last active path that a check has verified
         self._hold = hold.Hold() if holds else None  # until what it held has left
-        self._controlling = False  # since a path was lost that the client did not leave (paths.py)
-        self._answered_at = -math.inf  # when the active path last answered a check of ours
         self.active: Path | None = None
         """Where media goes; None until the first authenticated check."""
         self.heard_at: float | None = None
@@ -188,7 +186,7 @@ class Agent:
             return Checked(Verdict.REPLAYED)
         if len(self._transactions) > TRANSACTIONS_MAX:
             del self._transactions[next(iter(self._transactions))]
-        if request.controlled is not None and not self._controlling:
+        if request.controlled is not None:
             conflict = stun.error(request.transaction_id, _ROLE_CONFLICT, "Role Conflict", password)
             return Checked(Verdict.CONFLICT, conflict)
         self._used = request.ufrag
@@ -303,35 +301,19 @@ class Agent:
 
     def requests(self, now: float) -> list[tuple[Path, bytes]]:
         """Our own checks, and where to send each. Once a second; most seconds there are none."""
-        found, active = list[tuple[Path, bytes]](), self.active
-        quiet_s = now - max(self._alive_at, self._answered_at)
-        for pair in self._credentials.values():
-            if active is not None and quiet_s >= paths.QUIET_S:
-                pair.paths.hurry(now)
-                if (rescue := pair.paths.rescue(active, now)) is not None:
-                    self._controlling = True
-                    found.append(rescue)
-            else:
-                pair.paths.nominated = None
-            found += pair.paths.due(now)
-        return found
+        return [each for pair in self._credentials.values() for each in pair.paths.due(now)]
 
     def answered(
         self, datagram: bytes, answer: stun.Answer, header: bytes, relay: Sockaddr, now: float
     ) -> paths.Reply:
-        """Judge what came back for one: a sign of life, which moves nothing but to a path that we
-        have nominated, the one before being lost."""
-        reply, path = paths.Reply.UNASKED, Path(header, relay)
+        """Judge what came back for one: a sign of life, which moves nothing."""
+        reply = paths.Reply.UNASKED
         for pair in self._credentials.values():
-            reply = pair.paths.answered(datagram, answer, path, now)
+            reply = pair.paths.answered(datagram, answer, Path(header, relay), now)
             if reply is not paths.Reply.UNASKED:
                 break
         if reply is paths.Reply.ALIVE:
             self.heard_at = now
-            if path == pair.paths.nominated:
-                self._use(path, now)
-            if path == self.active:
-                self._answered_at = now
         return reply
 
     def restart(self, ufrag: bytes, password: bytes, client: tuple[bytes, bytes]) -> bytes | None:

@@ -13,12 +13,9 @@ Rules that stay true:
 - Nothing is sent but by a path on which an authenticated check has come, and nothing for long by
   one from which neither checks nor answers come: nobody is flooded who did not ask for it.
 - An answer counts if it is to the request in question, comes by its path, and has the client's
-  MESSAGE-INTEGRITY. It shows that somebody is there, and moves nothing otherwise: where media goes
-  is decided by what the client sends of its own accord (ice.py).
-- We stay controlled, and no request of ours nominates anything, with one exception: the path in use
-  has been silent and answers no more, while another one does. A browser has gone over to that by
-  then. A client that keeps to what it once nominated (aioice) would end there; so we take control,
-  as whoever has the greater tie-breaker may, and nominate the path that is left.
+  MESSAGE-INTEGRITY. It shows that somebody is there, and moves nothing: where media goes is
+  decided by what the client sends of its own accord (ice.py).
+- We stay controlled: no request of ours nominates anything.
 
 Sans-IO: `now` is an argument (seconds, monotonic), what to send is returned, and transaction ids
 are drawn from a secret. RFC 8445 section 7.2.2 https://www.rfc-editor.org/rfc/rfc8445 (forming
@@ -58,19 +55,7 @@ PRIORITY = 110 << 24 | 255
 """The lowest of a peer-reflexive candidate (RFC 8445 section 5.1.2.1): a client that does not know
 the address must not like it better than those that it was given."""
 
-QUIET_S = 2.0
-"""Silence of the path in use after which all paths are asked every second: a client sends media 50
-times a second, and one without any answers the first of these."""
-
-LOST_AFTER = 4
-"""Requests that the path in use leaves unanswered, a second apart, before we nominate another: six
-seconds after its last word, where libwebrtc takes three or four to go over by itself."""
-
-ALIVE_S = 2.5
-"""How fresh the last answer of a path must be that is nominated: two requests of one a second."""
-
 _TIE_BREAKER = 0  # the lowest: a client that thinks it is controlled, too, switches
-_TIE_BREAKER_CONTROLLING = (1 << 64) - 1  # and here the highest (RFC 8445 section 7.3.1.1)
 
 
 class Path(NamedTuple):
@@ -101,8 +86,6 @@ class _Kept:
     """When the next request is due."""
     asked: int = 0
     """Requests since the last answer."""
-    answered_at: float = float("-inf")
-    """When it last came."""
     transaction_id: bytes = b""
     """Of the request that is under way; it stays good until the next one."""
 
@@ -118,8 +101,6 @@ class Paths:
         self._password, self._secret = theirs[1], ours[1]
         self._kept: dict[Path, _Kept] = {}
         self._drawn = 0
-        self.nominated: Path | None = None
-        """What we nominate in place of the path in use; None while there is nothing to leave."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -141,7 +122,7 @@ class Paths:
             if now - kept.heard_at >= FORGOTTEN_S:
                 gone.append(path)
             elif now >= kept.due_at:
-                found.append((path, self._request(kept, now, path == self.nominated)))
+                found.append((path, self._request(kept, now)))
         for path in gone:
             del self._kept[path]
         return found
@@ -156,33 +137,7 @@ class Paths:
         if not stun.check_integrity(datagram, answer, self._password):
             return Reply.FORGED
         kept.heard_at, kept.due_at, kept.asked = now, now + PERIOD_S, 0
-        kept.answered_at = now
         return Reply.ALIVE
-
-    def hurry(self, now: float) -> None:
-        """The path in use is silent: all are asked now. To be called once a second while it is."""
-        for kept in self._kept.values():
-            kept.due_at = min(kept.due_at, now)
-
-    def rescue(self, active: Path, now: float) -> tuple[Path, bytes] | None:
-        """The path to nominate in place of the one in use, if that is lost, and the request."""
-        used, chosen = self._kept.get(active), self._kept.get(self.nominated or active)
-        if used is None or used.asked < LOST_AFTER:
-            return None
-        if self.nominated and chosen is not None and chosen.asked < LOST_AFTER:
-            return None  # that is under way: `due` sends it again
-        alive = [
-            (kept.answered_at, path)
-            for path, kept in self._kept.items()
-            if path != active and now - kept.answered_at <= ALIVE_S
-        ]
-        if not alive:
-            return None
-        _, path = max(alive, key=lambda each: each[0])
-        self.nominated = path
-        kept = self._kept[path]
-        kept.asked = 0
-        return path, self._request(kept, now, nominate=True)
 
     def forget(self, key: bytes) -> None:
         """Forget the paths of an address (frame.key): it is another session's, or had to go."""
@@ -193,7 +148,7 @@ class Paths:
         """Forget all: the client goes by other credentials now."""
         self._kept.clear()
 
-    def _request(self, kept: _Kept, now: float, nominate: bool) -> bytes:
+    def _request(self, kept: _Kept, now: float) -> bytes:
         """The next request on a path, or the one that has not been answered, again."""
         if not 0 < kept.asked <= RETRIES:
             self._drawn += 1
@@ -205,8 +160,8 @@ class Paths:
             kept.transaction_id,
             self._username,
             self._password,
-            use_candidate=nominate,
+            use_candidate=False,
             priority=PRIORITY,
-            tie_breaker=_TIE_BREAKER_CONTROLLING if nominate else _TIE_BREAKER,
-            controlled=not nominate,
+            tie_breaker=_TIE_BREAKER,
+            controlled=True,
         )
