@@ -239,7 +239,8 @@ async def two(folder: Path, url: str, redis: redises.Server) -> AsyncIterator[li
     for name in ("here", "there"):
         (folder / name).mkdir()
         extra = BACKEND.format(url=url, retry_s=20.0, answer_s=5.0)
-        extra += f'[redis]\nurl = "redis://127.0.0.1:{redis.port}/0"\n'
+        # With patience: a busy machine must not be taken for a Redis that does not answer.
+        extra += f'[redis]\nurl = "redis://127.0.0.1:{redis.port}/0"\ntimeout_s = 10\n'
         path = configure(folder / name, extra=extra, limits="sessions_max = 9")
         houses.append(House(settings.load(path, settings.Transceiver), time.monotonic))
     for each in houses:
