@@ -21,7 +21,7 @@ Sans-IO: `now` is an argument, in seconds. RFC 7983 (the first octet), RFC 8489 
 """
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import backbone
 import flows
@@ -192,7 +192,7 @@ class Gate:
         owner = self._flows.hops.get(header)
         if length >= frame.HEADER_OCTETS and (owner == source or self._ways.same(owner, source)):
             return None
-        if source not in self._ways.ways and not self._is_transceiver(source):
+        if source not in self._ways.ways and not self._names(self._clusters.values(), source):
             return metrics.Outbound.DROPPED_NOT_TRANSCEIVER
         if length < frame.HEADER_OCTETS or not frame.is_frame(header):
             return metrics.Outbound.DROPPED_BAD_FRAME
@@ -202,21 +202,37 @@ class Gate:
             else metrics.Outbound.DROPPED_WRONG_OWNER
         )
 
-    def _is_transceiver(self, source: bytes) -> bool:
-        """Whether a transceiver of a configured cluster may have this socket address."""
-        address, port = frame.endpoint(source)
-        at = ipaddress.ip_address(address)
-        return any(cluster.contains(at, port) for cluster in self._clusters.values())
-
     def is_direct(self, hop: bytes) -> bool:
-        """The same, of a cluster whose transceivers are reached without another relay."""
+        """Whether a transceiver may have this socket address that is reached without another
+        relay."""
+        direct = (each for each in self._clusters.values() if each.id not in self._ways)
+        return self._names(direct, hop)
+
+    @staticmethod
+    def _names(clusters: Iterable[ufrag.Cluster], hop: bytes) -> bool:
+        """Whether a transceiver of any of these clusters may have this socket address."""
         address, port = frame.endpoint(hop)
         at = ipaddress.ip_address(address)
-        return any(
-            cluster.contains(at, port)
-            for cluster in self._clusters.values()
-            if cluster.id not in self._ways
-        )
+        return any(cluster.contains(at, port) for cluster in clusters)
+
+
+def spoken(
+    watched: Container[bytes],
+    headers: Sequence[bytes],
+    lengths: Sequence[int],
+    kinds: bytes,
+    holes: Container[int],
+) -> list[bytes]:
+    """Those of the `watched` clients to whom a batch of frames brings something other than STUN:
+    their transceiver has finished ICE with them. `holes` go nowhere."""
+    return [
+        header
+        for i, header in enumerate(headers)
+        if header in watched
+        and lengths[i] > frame.HEADER_OCTETS
+        and not stun.STUN_TABLE[kinds[i]]
+        and i not in holes
+    ]
 
 
 def _transceiver(hint: ufrag.Hint) -> tuple[int, object, int]:

@@ -24,7 +24,7 @@ It knows no client's address but to hand it on, and asks no Redis.
 
 import itertools
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import endpoints
 import flows
@@ -171,8 +171,8 @@ class Face:
                     holes[i] = drop
                 backs[i] = backs[i] or self._nowhere
         if not table.watched.isdisjoint(headers):
-            said = (i for i, header in enumerate(headers) if header in table.watched)
-            table.answered(_spoken(said, headers, lengths, kinds, holes), time.monotonic())
+            spoken = gate.spoken(table.watched, headers, lengths, kinds, holes)
+            table.answered(spoken, time.monotonic())
         batch.direct(n, backs)  # type: ignore[arg-type]
         refused = batch.send(n, sorted({*holes, *sent}) if holes or sent else ())
         self.outbound_ledger.book_batch(batch.number, lengths, _HEADER, holes, refused)
@@ -237,9 +237,8 @@ class Face:
         verdict = self._gate.inbound(header, payload, len(payload), now)
         if verdict is not None:
             return verdict
-        for twin in self._tags.twins(
-            header, entrance
-        ):  # the keys have changed, and with them the tag
+        # The keys may have changed, and with them the tag.
+        for twin in self._tags.twins(header, entrance):
             text = self.flows.ufrag(twin)
             if text is not None:
                 return self._gate.introduced(header, text, parley.Standing.ASSURED, now)
@@ -328,18 +327,3 @@ class _Backs(dict[bytes, bytes]):
         self[header] = source
         at = self._table.slot(header) * handover.BACK_OCTETS
         self._memory[at : at + 1 + len(source)] = bytes([len(source)]) + source
-
-
-def _spoken(
-    said: Iterable[int],
-    headers: tuple[bytes, ...],
-    lengths: list[int],
-    kinds: bytes,
-    holes: dict[int, ledger.Kinds],
-) -> list[bytes]:
-    """A transceiver that sends something other than STUN has finished ICE with its client."""
-    return [
-        headers[i]
-        for i in said
-        if lengths[i] > _HEADER and not stun.STUN_TABLE[kinds[i]] and i not in holes
-    ]

@@ -28,7 +28,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import entrance
 import flows
@@ -274,7 +274,8 @@ class Worker:
         else:
             holes = self._judge_outbound(headers, lengths, sources, sent)
         if not table.watched.isdisjoint(headers):
-            self._note_answers(headers, lengths, kinds, holes)
+            spoken = gate.spoken(table.watched, headers, lengths, kinds, holes)
+            table.answered(spoken, time.monotonic())
         refused = batch.send(n, _skipped(holes, sent) if holes or sent else ())
         self.outbound_ledger.book_batch(batch.number, lengths, frame.HEADER_OCTETS, holes, refused)
 
@@ -350,21 +351,6 @@ class Worker:
         for i in [i for i, header in enumerate(headers) if header in listening]:
             kind, ssrc = roaming.read(self._inbound.payload(i, lengths[i]))
             table.heard(headers[i], ssrc if kind is roaming.Kind.MEDIA else 0, now)
-
-    def _note_answers(
-        self, headers: tuple[bytes, ...], lengths: list[int], kinds: bytes, holes: Container[int]
-    ) -> None:
-        """A transceiver that sends something other than STUN has finished ICE with its client."""
-        watched = self.flows.watched
-        spoken = [
-            header
-            for i, header in enumerate(headers)
-            if header in watched
-            and lengths[i] > frame.HEADER_OCTETS
-            and not stun.STUN_TABLE[kinds[i]]
-            and i not in holes
-        ]
-        self.flows.answered(spoken, time.monotonic())
 
     # --- what waits for the keeper --------------------------------------------------------------
 
