@@ -21,26 +21,20 @@ Rules that stay true:
 """
 
 import gc
-import json
-import os
-import platform
-import re
 import secrets
-import shlex
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import capacity
 import churn
 import costs
 import dev
-import flood
+import findings
+import firsts
 import losses
 import offers
 import passage
@@ -77,26 +71,6 @@ TRANSCEIVER_PARTS: Parts = {
 }
 
 
-def about(seed: int) -> Figures:
-    """Where and of what the figures are."""
-
-    def git(*words: str) -> str:
-        argv = ["git", "-C", str(dev.ROOT), *words]
-        return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
-
-    found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": {"cpu": found[1] if found else platform.processor(), "cpus": os.cpu_count()},
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "commit": git("rev-parse", "--short=10", "HEAD") or None,
-        "dirty": bool(git("status", "--porcelain")),
-        "command": shlex.join(["scripts/bench.py", *sys.argv[1:]]),
-        "seed": seed,
-    }
-
-
 def limit(seconds: float) -> int:
     """Round trips a second that Load makes with nobody in between: more it cannot measure."""
     with Load(1_000, spin=True) as load:
@@ -106,24 +80,6 @@ def limit(seconds: float) -> int:
         load.run(seconds)
         account = load.settle()
         return int(account.returned / (time.monotonic() - start))
-
-
-def lines(figures: Any, indent: str = "") -> Iterator[str]:
-    """Figures for people: a line each, lists of alike ones as a table."""
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            yield f"{indent}{name}"
-            yield from lines(value, indent + "  ")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            yield f"{indent}{name}"
-            columns = list(dict.fromkeys(key for row in value for key in row))
-            cells = [columns, *([str(row.get(key, "")) for key in columns] for row in value)]
-            widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-            for row in cells:
-                padded = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-                yield f"{indent}  {'  '.join(padded)}"
-        else:
-            yield f"{indent}{name:<28} {value}"
 
 
 cli = typer.Typer(
@@ -201,7 +157,7 @@ def _report(
         signal.signal(number, _interrupted)
     named = {name: parts[name] for name in chosen}
     found = measure(named, quick, secrets.randbits(32) if seed is None else seed, beside)
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+    typer.echo(findings.text(found, as_json))
     raise typer.Exit(1 if found["failures"] else 0)
 
 
@@ -211,14 +167,14 @@ def _interrupted(number: int, _: object) -> None:
 
 def measure(parts: Parts, quick: bool, seed: int, beside: Mapping[str, str]) -> Figures:
     """Run the parts, one after the other; a part that cannot be run says why."""
-    found = about(seed)
+    found = findings.about("scripts/bench.py") | {"seed": seed}
     cpus = host.cpus()
     load_cpu = cpus[-1]
     host.pin(load_cpu)
     found["cpus"] = {"load": load_cpu, "relay": cpus[:-1] or cpus}
     gc.disable()  # its pauses would be in the figures; what parts leave behind is small
     with tempfile.TemporaryDirectory(prefix="earshot-bench-") as folder:
-        flood.make_keys(Path(folder) / "keys")
+        firsts.make_keys(Path(folder) / "keys")
         setting = Setting(
             folder=Path(folder),
             keyring=settings.load_keys(Path(folder) / "keys"),

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import aiohttp
 import capacity
 import dev
-import flood
+import firsts
 import typer
 from callers import Caller, Line
 from load import PATIENCE_S, Figures
@@ -217,7 +217,7 @@ def main(
     """Run the calls, and print what was seen as JSON."""
     cpus = host.cpus()
     with tempfile.TemporaryDirectory(prefix="earshot-churn-") as folder:
-        flood.make_keys(Path(folder) / "keys")
+        firsts.make_keys(Path(folder) / "keys")
         setting = Setting(
             folder=Path(folder),
             keyring=settings.load_keys(Path(folder) / "keys"),

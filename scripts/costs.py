@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import dev
-import flood
+import firsts
 import numpy as np
 from load import BATCH, LATE_MS, PATIENCE_S, Figures, Load
 from rig import (
@@ -64,7 +64,7 @@ def serving(setting: Setting, subject: Subject) -> Iterator[tuple[Load, int | No
         keyring, pid, at = setting.keyring, None, ("127.0.0.1", BESIDE_PORTS[0])
         if subject.command:
             pid = _started(setting, subject, stack)
-            keyring = settings.load(flood.CONFIG, settings.Relay).keys.load()
+            keyring = settings.load(firsts.CONFIG, settings.Relay).keys.load()
         elif subject.name != "direct":
             relay = stack.enter_context(Relay(setting))
             pid, at = relay.process.pid, (relay.address, relay.public)
@@ -97,7 +97,7 @@ def latency(setting: Setting) -> Figures:
         Subject(name, command) for name, command in setting.beside.items()
     ]
     if setting.beside:
-        flood.make_keys(settings.load(flood.CONFIG, settings.Relay).keys.file)
+        firsts.make_keys(settings.load(firsts.CONFIG, settings.Relay).keys.file)
     rates = [500.0, 1_000.0] if setting.quick else [5_000.0, 20_000.0]
     found: Figures = {}
     for rate in rates:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import dev
-import flood
+import firsts
 from load import PATIENCE_S, Figures
 
 import flows
@@ -111,7 +111,7 @@ class Setting:
     def firsts(self, clients: int, port: int, keyring: ufrag.Keyring | None = None) -> list[bytes]:
         """First datagrams of so many clients, each of a session of its own at that port."""
         at, keys = ipaddress.IPv4Address("127.0.0.1"), keyring or self.keyring
-        return [flood.check(keys, CLUSTER, at, port) for _ in range(clients)]
+        return [firsts.check(keys, CLUSTER, at, port) for _ in range(clients)]
 
 
 class Skip(Exception):
