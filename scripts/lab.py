@@ -27,7 +27,6 @@ Rules that stay true:
 
 import contextlib
 import gc
-import json
 import secrets
 import signal
 import tempfile
@@ -37,11 +36,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import delays
+import findings
 import journeys
 import mishaps
 import typer
 import world
-from bench import about, lines
 from blueprint import Plan
 from estate import Lab, LabError
 
@@ -79,7 +78,8 @@ def plan(quick: bool, chromium: bool, caller: str, public_factor: float, loss: f
 
 def measure(parts: list[str], built: Plan, quick: bool, seed: int) -> Figures:
     """Run the parts, one after the other, in one estate."""
-    found = about(seed) | {"command": "scripts/lab.py", "assumptions": built.model.assumptions()}
+    found = findings.about("scripts/lab.py")
+    found |= {"seed": seed, "assumptions": built.model.assumptions()}
     found["round_trips_ms"] = {
         "-".join(sorted(pair)): rtt for pair, rtt in world.ROUND_TRIP_MS.items()
     }
@@ -134,7 +134,7 @@ def main(
         signal.signal(number, _interrupted)
     built = plan(quick, chromium, caller, public_factor, loss)
     found = measure(chosen, built, quick, secrets.randbits(32) if seed is None else seed)
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(lines(found)))
+    typer.echo(findings.text(found, as_json))
     raise typer.Exit(1 if found["failures"] else 0)
 
 
