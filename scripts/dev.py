@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -99,14 +99,19 @@ class System:
         of our logs. Raises StartError with the log."""
         path = self.state_dir / f"{name}.log"
         path.unlink(missing_ok=True)
-        process = self._launch(name, argv)
+        process = self.launch(name, argv)
         deadline = time.monotonic() + START_SECONDS_MAX
         while ready and not re.search(ready, path.read_text(errors="replace")):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise StartError(f"{name} did not start; {self.log_tail(name)}")
+            self.meanwhile()
             time.sleep(0.02)
 
-    def _launch(self, name: str, argv: Any) -> subprocess.Popen[bytes]:
+    def meanwhile(self) -> None:
+        """Called again and again while a program starts: for those who stand in for systemd."""
+
+    def launch(self, name: str, argv: Any) -> subprocess.Popen[bytes]:
+        """Start a program, its log after what stands there already, and wait for nothing."""
         # A group of its own: Ctrl-C reaches this script alone, which then ends all in order.
         with (self.state_dir / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
@@ -132,7 +137,7 @@ class System:
                     raise StartError(f"{name} ended by itself; {self.log_tail(name)}")
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
                 print(f"{name} {how}: it is started again", file=sys.stderr, flush=True)
-                self._launch(name, process.args)
+                self.launch(name, process.args)
             time.sleep(0.2)
 
     def log_tail(self, name: str) -> str:
@@ -276,14 +281,19 @@ def bring_up(system: System, free: bool, advertise: str, websocket: bool) -> Abo
 
 @contextlib.contextmanager
 def running(
-    state_dir: Path | None, free: bool, advertise: str, websocket: bool
+    state_dir: Path | None,
+    free: bool,
+    advertise: str,
+    websocket: bool,
+    kind: Callable[[Path], System] = System,
 ) -> Iterator[tuple[System, About]]:
-    """The system, up; and down again when the block is left, however it is left."""
+    """The system, up; and down again when the block is left, however it is left. `kind` makes what
+    holds its programs."""
     temporary = tempfile.TemporaryDirectory(prefix="earshot-") if state_dir is None else None
     folder = Path(temporary.name) if temporary else state_dir
     assert folder is not None  # one of the two above
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    system = System(folder)
+    system = kind(folder)
     try:
         yield system, bring_up(system, free, advertise, websocket)
     finally:

@@ -223,68 +223,19 @@ def end(process: "subprocess.Popen[bytes]", first: signal.Signals = signal.SIGIN
         return process.wait()
 
 
-class Relay:
-    """A running relay, seen from outside: its log, its processes, its shared memory."""
+class Seen:
+    """A relay seen from outside, whoever started it: its log, its processes, its shared memory."""
 
-    def __init__(
-        self,
-        setting: Setting,
-        workers: int = 1,
-        flows_max: int = 65_536,
-        address: str = "127.0.0.1",
-        ports: tuple[int, int] | None = None,
-        more: str = "",
-        tables: str = "",
-        with_store: bool = False,
-    ) -> None:
-        """Started and ready. `ports` are public and internal; `more` and `tables` go into the
-        configuration; `with_store` gives it a service manager. Raises dev.StartError."""
-        self._setting, self.address, self.workers = setting, address, workers
-        folder = setting.subfolder()
-        self.store = Store(folder) if with_store else None
-        self.path, self.config = folder / "log", folder / "relay.toml"
-        if ports is None:
-            (public,) = dev.free_ports(1, socket.SOCK_DGRAM)
-            ports = public, dev.free_ports(workers, socket.SOCK_DGRAM)[0]
-        self.public, self.internal = ports
-        self.config.write_text(
-            CONFIG.format(
-                address=address,
-                public=self.public,
-                internal=self.internal,
-                workers=workers,
-                flows=flows_max,
-                keys=setting.folder / "keys",
-                more=more,
-                tables=tables,
-            )
-        )
-        self.process = self.start("run")
-        try:
-            self.wait_for(READY_LINE)
-            self.attach()
-            setting.say(f"a relay serves with {workers} worker(s)")
-        except BaseException:
-            self.stop()
-            raise
-
-    def start(self, *words: str) -> "subprocess.Popen[bytes]":
-        """Start the relay's program with this configuration, its log after what stands there."""
-        argv = [sys.executable, "-P", "-m", "relay", *words, "--config", str(self.config)]
-        return spawn(argv, self._setting.relay_cpus, self.path, self.store)
+    def __init__(self, config: Path, log: Path, workers: int, public: int, internal: int) -> None:
+        """Of this configuration, with its log in a file, at these ports. To be given a `process`
+        before anything is asked."""
+        self.config, self.path, self.workers = config, log, workers
+        self.public, self.internal = public, internal
+        self.process: subprocess.Popen[bytes]
 
     def service(self) -> bool:
         """What a service manager does meanwhile. Always False."""
-        return self.store.take() if self.store else False
-
-    def __enter__(self) -> "Relay":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind not in (None, Skip):
-            self._setting.say(f"the relay's log ends with:\n{self.log()[-2000:]}")
-        status = self.stop()
-        self._setting.must(status == 0, f"the relay ended with status {status}")
+        return False
 
     def log(self) -> str:
         """All that it has said."""
@@ -347,6 +298,69 @@ class Relay:
     def kernel_drops(self) -> int:
         """Datagrams that the kernel dropped since a socket of its ports was full."""
         return kernel_drops({self.public, *range(self.internal, self.internal + self.workers)})
+
+
+class Relay(Seen):
+    """A relay that is started here, with a configuration of its own."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        workers: int = 1,
+        flows_max: int = 65_536,
+        address: str = "127.0.0.1",
+        ports: tuple[int, int] | None = None,
+        more: str = "",
+        tables: str = "",
+        with_store: bool = False,
+    ) -> None:
+        """Started and ready. `ports` are public and internal; `more` and `tables` go into the
+        configuration; `with_store` gives it a service manager. Raises dev.StartError."""
+        self._setting, self.address = setting, address
+        folder = setting.subfolder()
+        self.store = Store(folder) if with_store else None
+        if ports is None:
+            (public,) = dev.free_ports(1, socket.SOCK_DGRAM)
+            ports = public, dev.free_ports(workers, socket.SOCK_DGRAM)[0]
+        super().__init__(folder / "relay.toml", folder / "log", workers, *ports)
+        self.config.write_text(
+            CONFIG.format(
+                address=address,
+                public=self.public,
+                internal=self.internal,
+                workers=workers,
+                flows=flows_max,
+                keys=setting.folder / "keys",
+                more=more,
+                tables=tables,
+            )
+        )
+        self.process = self.start("run")
+        try:
+            self.wait_for(READY_LINE)
+            self.attach()
+            setting.say(f"a relay serves with {workers} worker(s)")
+        except BaseException:
+            self.stop()
+            raise
+
+    def start(self, *words: str) -> "subprocess.Popen[bytes]":
+        """Start the relay's program with this configuration, its log after what stands there."""
+        argv = [sys.executable, "-P", "-m", "relay", *words, "--config", str(self.config)]
+        return spawn(argv, self._setting.relay_cpus, self.path, self.store)
+
+    def service(self) -> bool:
+        """What a service manager does meanwhile. Always False."""
+        return self.store.take() if self.store else False
+
+    def __enter__(self) -> "Relay":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind not in (None, Skip):
+            self._setting.say(f"the relay's log ends with:\n{self.log()[-2000:]}")
+        status = self.stop()
+        self._setting.must(status == 0, f"the relay ended with status {status}")
 
     def stop(self) -> int:
         """End it; returns its exit status."""
