@@ -23,7 +23,7 @@ import wave
 from array import array
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -94,9 +94,7 @@ a=rtcp-rsize
 a=rtpmap:111 opus/48000/2
 a=fmtp:111 minptime=10;useinbandfec=1
 a=ssrc:{ssrc} cname:caller
-a=candidate:1 1 udp 2130706431 {host} {port} typ host
-a=end-of-candidates
-m=application 9 UDP/DTLS/SCTP webrtc-datachannel
+{candidate}m=application 9 UDP/DTLS/SCTP webrtc-datachannel
 c=IN IP4 0.0.0.0
 a=ice-ufrag:{ufrag}
 a=ice-pwd:{password}
@@ -106,6 +104,9 @@ a=mid:1
 a=sctp-port:5000
 a=max-message-size:262144
 """
+_CANDIDATE = "a=candidate:1 1 udp 2130706431 {host} {port} typ host\na=end-of-candidates\n"
+STEP_S_MAX = 20.0
+"""Of ICE, of DTLS, of the channel: then it does not happen."""
 
 
 def speech(rate_hz: int) -> list[bytes]:
@@ -125,12 +126,33 @@ def speech(rate_hz: int) -> list[bytes]:
     return [encoder.encode(piece.tobytes()) for piece in turn]
 
 
+class Wire(Protocol):
+    """What a caller needs of whatever carries its datagrams: a `Line`, or a socket of its own."""
+
+    loop: asyncio.AbstractEventLoop
+    certificate: RTCCertificate
+    errors: list[str]
+    address: tuple[str, int]
+
+    def payloads(self, rate_hz: int) -> list[bytes]:
+        """What is said to a server that wants that rate."""
+
+    def register(self, caller: "Caller", candidates: list[tuple[str, int]]) -> Any:
+        """The key by which to send to that caller's server."""
+
+    def forget(self, caller: "Caller") -> None:
+        """No more of this caller."""
+
+    def send(self, key: Any, payload: bytes) -> None:
+        """One datagram of a caller."""
+
+
 class Caller:
     """One caller. Towards aiortc's DTLS it plays the ICE transport, as peer.Peer does."""
 
     role = "controlling"
 
-    def __init__(self, line: "Line", number: int) -> None:
+    def __init__(self, line: "Wire", number: int) -> None:
         self._line, self.number = line, number
         self.ufrag, self.password = secrets.token_hex(4), secrets.token_hex(12)
         self.ssrc = secrets.randbits(32)
@@ -151,49 +173,61 @@ class Caller:
         self._timers: list[asyncio.TimerHandle] = []
         self._dtls = RTCDtlsTransport(self, [line.certificate])  # type: ignore[arg-type]
         self._sctp: RTCSctpTransport | None = None
+        self.channel: RTCDataChannel | None = None
         self._protect: Callable[[bytes], bytes] | None = None
         self._payloads: list[bytes] = []
 
     async def call(self, post: Callable[[dict[str, Any]], Awaitable[str]]) -> None:
         """Offer, connect, open the channel; returns with both done. Raises TimeoutError."""
-        line = self._line
-        host, port = line.address
+        host, port = self._line.address
+        offer = self.offer(_CANDIDATE.format(host=host, port=port))
+        request = {"offer": offer, "session": SESSION, "candidates": [[host, port]]}
+        await self.connect(await post(request))
+
+    def offer(self, candidate: str = "") -> str:
+        """The offer, with the lines of a candidate or without any."""
+        certificate = self._line.certificate
         fingerprint = next(
-            f.value for f in line.certificate.getFingerprints() if f.algorithm == "sha-256"
+            f.value for f in certificate.getFingerprints() if f.algorithm == "sha-256"
         )
-        offer = _OFFER.format(
+        return _OFFER.format(
             number=secrets.randbits(60),
             ufrag=self.ufrag,
             password=self.password,
             fingerprint=fingerprint,
             ssrc=self.ssrc,
-            host=host,
-            port=port,
+            candidate=candidate,
         ).replace("\n", "\r\n")
-        request = {"offer": offer, "session": SESSION, "candidates": [[host, port]]}
-        answer = await post(request)
+
+    async def connect(self, answer: str) -> None:
+        """ICE, DTLS, the data channel, as the answer says. Raises TimeoutError with what it was
+        that did not happen, KeyError or ValueError for an answer that is none."""
+        line = self._line
         begun = time.monotonic()
-        found = _attributes(answer)
+        found = attributes(answer)
         self._remote = found["ice-ufrag"], found["ice-pwd"].encode()
         self._payloads = line.payloads(_rate_hz(found))
-        where = found["candidate"].split()
-        self.key = line.register(self, (where[4], int(where[5])))
+        self.key = line.register(self, candidates(answer))
         self._check(CHECK_S)
-        await asyncio.wait_for(self._connected.wait(), 20)
+        await _within(self._connected.wait(), "no ICE")
         algorithm, value = found["fingerprint"].split()
         self._dtls._set_role("server" if found["setup"] == "active" else "client")
         fingerprints = [RTCDtlsFingerprint(algorithm, value)]
-        await asyncio.wait_for(self._dtls.start(RTCDtlsParameters(fingerprints)), 20)
+        await _within(self._dtls.start(RTCDtlsParameters(fingerprints)), "no DTLS")
         if self._dtls.state != "connected":
-            raise TimeoutError("the DTLS handshake failed")
+            raise TimeoutError("no DTLS")
         self.connected_s = time.monotonic() - begun
+        self.secured()
         sctp = self._sctp = RTCSctpTransport(self._dtls, 5000)
         await sctp.start(RTCSctpCapabilities(maxMessageSize=262_144), 5000)
-        channel = RTCDataChannel(sctp, RTCDataChannelParameters(label="oai-events"))
+        channel = self.channel = RTCDataChannel(sctp, RTCDataChannelParameters(label="oai-events"))
         opened = asyncio.Event()
         channel.on("open", opened.set)
         channel.on("message", self._event)
-        await asyncio.wait_for(opened.wait(), 20)
+        await _within(opened.wait(), "no channel")
+
+    def secured(self) -> None:
+        """There are keys: for those who begin to speak before there is a channel."""
 
     def start(self) -> None:
         """Begin to send what `Line` asks for."""
@@ -311,9 +345,9 @@ class Line:
         self.callers.append(found)
         return found
 
-    def register(self, caller: Caller, candidate: tuple[str, int]) -> Any:
-        """The key of a caller whose answer names that candidate."""
-        key: Any = candidate
+    def register(self, caller: Caller, candidates: list[tuple[str, int]]) -> Any:
+        """The key of a caller whose answer names these candidates."""
+        key: Any = candidates[0]
         if self._framed:
             number = caller.number
             key = frame.header(f"198.18.{number >> 8 & 255}.{number & 255}", 40_000)
@@ -388,7 +422,19 @@ def lateness_ms(arrivals: "array[int]", since_ns: int) -> npt.NDArray[np.float64
     return np.concatenate(found)
 
 
-def _attributes(answer: str) -> dict[str, str]:
+def candidates(answer: str) -> list[tuple[str, int]]:
+    """Where an answer can be reached over UDP, as it names them. Raises ValueError if nowhere."""
+    found = [
+        (words[4], int(words[5]))
+        for words in map(str.split, answer.splitlines())
+        if words and words[0].startswith("a=candidate:") and words[2].lower() == "udp"
+    ]
+    if not found:
+        raise ValueError("the answer names no candidate")
+    return list(dict.fromkeys(found))
+
+
+def attributes(answer: str) -> dict[str, str]:
     """The first value of each attribute of an answer."""
     found: dict[str, str] = {}
     for text in answer.splitlines():
@@ -396,6 +442,14 @@ def _attributes(answer: str) -> dict[str, str]:
         if text.startswith("a="):
             found.setdefault(name, value)
     return found
+
+
+async def _within(what: Awaitable[Any], name: str) -> None:
+    """Wait for one step. Raises TimeoutError, which has its name."""
+    try:
+        await asyncio.wait_for(what, STEP_S_MAX)
+    except TimeoutError as error:
+        raise TimeoutError(name) from error
 
 
 def _rate_hz(found: dict[str, str]) -> int:

@@ -1,0 +1,186 @@
+"""What one call heard: every packet of audio that came, and what that says of silence and loss.
+
+What it owns: `Heard`, a record of arrivals in arrays (32 octets a packet, so an hour of a call is
+6 MB), and the judgement of when something should have been heard and was not.
+
+Rules that stay true:
+- A packet sounds for 20 ms. What passes from then until the next one is silence, less the pause
+  that RTP timestamps explain: they follow the sender's clock, sequence numbers count its packets.
+- A packet that comes late, after one with a higher sequence number, ends no silence.
+- A silence that has not ended counts, too. Whether the other side was about to pause cannot be seen
+  then: `sounding`, what its events said last, decides whether a usual pause is taken off.
+- Between two connections of one call there are no common timestamps: all of it is silence, up to
+  the packet with which the new one opens.
+
+Sans-IO; times are nanoseconds of one clock. RFC 3550 section 5.1.
+"""
+
+from array import array
+
+import numpy as np
+import numpy.typing as npt
+
+FRAME_MS = 20.0
+_CLOCK_MS = 48
+"""Of Opus' RTP clock, units a millisecond."""
+
+SILENT_OCTETS_MAX = 3
+"""Payload of a packet of digital silence: what a server sends to open a line, or when it is cut
+off. Speech has twenty times as much."""
+
+PAUSE_MS_MAX = 1_000.0
+"""A longer pause between replies is no usual one: nobody spoke, say."""
+
+_REPORT = 4  # numbers a report: when, connection, cumulative loss, highest sequence number
+_NONE: npt.NDArray[np.float64] = np.zeros(0)
+
+
+class Heard:
+    """The arrivals of one call, over all its connections."""
+
+    def __init__(self) -> None:
+        self.at_ns = array("q")
+        self.sequence = array("q")
+        """Extended over wraps, and by connections: 2^40 for each."""
+        self.timestamp = array("q")
+        """Extended over wraps."""
+        self.octets = array("h")
+        """Of payload; negative for a packet with the marker, the first one after a pause."""
+        self.reports = array("q")
+        """Four numbers each: when, which connection, cumulative loss, highest sequence number."""
+        self.connections = 0
+        self.sounding = False
+        """A reply is being heard, as far as events say."""
+
+    def connected(self) -> None:
+        """Another connection begins, with its own sequence numbers and timestamps."""
+        self.connections += 1
+        self.sounding = False
+
+    def packet(self, at_ns: int, sequence: int, timestamp: int, marker: bool, octets: int) -> None:
+        """A packet has come: 16 bits of sequence number, 32 of timestamp, octets of payload."""
+        base = self.connections << 40
+        if self.sequence and self.sequence[-1] >> 40 == self.connections:
+            last = self.sequence[-1]
+            sequence = last + ((sequence - last + 0x8000) & 0xFFFF) - 0x8000
+            last = self.timestamp[-1]
+            timestamp = last + ((timestamp - last + (1 << 31)) & 0xFFFF_FFFF) - (1 << 31)
+        else:
+            sequence += base + 0x1_0000  # room for one that comes late
+        self.at_ns.append(at_ns)
+        self.sequence.append(sequence)
+        self.timestamp.append(timestamp)
+        self.octets.append(-octets if marker else octets)
+
+    def report(self, at_ns: int, lost: int, highest: int) -> None:
+        """A receiver report on what we sent: cumulative loss, extended highest sequence number."""
+        self.reports.extend((at_ns, self.connections, lost, highest))
+
+    # --- questions ------------------------------------------------------------------------------
+
+    def received(self, since_ns: int, until_ns: int) -> int:
+        """Packets that came in that time."""
+        at = np.frombuffer(self.at_ns, np.int64) if self.at_ns else np.zeros(0, np.int64)
+        return int(((at >= since_ns) & (at < until_ns)).sum())
+
+    def silences_ms(self, since_ns: int, until_ns: int) -> npt.NDArray[np.float64]:
+        """Each silence in that time, one for every packet that came and one for the end."""
+        if not self.at_ns:
+            return _NONE
+        at, sequence, timestamp, audible = self._in_order()
+        before = at < until_ns
+        at, sequence, timestamp = at[before], sequence[before], timestamp[before]
+        if not audible[: len(at)].any():
+            return _NONE  # nothing was to be heard yet
+        gaps = np.diff(at) / 1e6
+        same = (sequence[1:] >> 40) == (sequence[:-1] >> 40)
+        moved = np.diff(timestamp) / _CLOCK_MS
+        pauses = np.where(same, np.maximum(0.0, moved - FRAME_MS * np.diff(sequence)), 0.0)
+        usual = pauses[(pauses > 0) & (pauses < PAUSE_MS_MAX)]
+        expected = 0.0 if self.sounding or not len(usual) else float(usual[-20:].max())
+        gaps = np.append(gaps, (until_ns - at[-1]) / 1e6)
+        silent = gaps - FRAME_MS - np.append(pauses, expected)
+        inside = (np.append(at[1:], until_ns) - np.maximum(at, since_ns)) / 1e6
+        return np.clip(np.minimum(silent, inside), 0.0, None)[inside > 0]
+
+    def silence_ms(self, since_ns: int, until_ns: int) -> float:
+        """The longest of them; 0 where nothing was to be heard yet."""
+        found = self.silences_ms(since_ns, until_ns)
+        return float(found.max()) if len(found) else 0.0
+
+    def lost(self, since_ns: int, until_ns: int) -> int:
+        """Packets missing, by their sequence numbers, among those that came in that time."""
+        if not self.at_ns:
+            return 0
+        at = np.frombuffer(self.at_ns, np.int64)
+        sequence = np.frombuffer(self.sequence, np.int64)
+        missing = 0
+        for connection in range(1, self.connections + 1):
+            own = sequence >> 40 == connection
+            inside = sequence[own & (at >= since_ns) & (at < until_ns)]
+            if not len(inside):
+                continue
+            earlier = sequence[own & (at < since_ns)]
+            first = int(earlier.max()) + 1 if len(earlier) else int(inside.min())
+            # What fills a hole only afterwards is late, and not lost.
+            came = np.unique(sequence[own & (sequence >= first) & (sequence <= inside.max())])
+            missing += max(0, int(inside.max()) - first + 1 - len(came))
+        return missing
+
+    def lost_up(self, since_ns: int, until_ns: int) -> int | None:
+        """Packets of ours that the other side lacks, by its reports: of the last one before
+        `since_ns` and the first one after `until_ns`, or what there is. None without two reports of
+        one connection."""
+        if len(self.reports) < 2 * _REPORT:
+            return None
+        rows = np.frombuffer(self.reports, np.int64).reshape(-1, _REPORT)
+        begin = max(0, int(np.searchsorted(rows[:, 0], since_ns)) - 1)
+        end = int(np.searchsorted(rows[:, 0], until_ns))
+        rows = rows[begin : end + 1]
+        total: int | None = None
+        for connection in np.unique(rows[:, 1]):
+            own = rows[rows[:, 1] == connection]
+            if len(own) > 1:
+                total = (total or 0) + int(own[-1, 2] - own[0, 2])
+        return total
+
+    def first(self, since_ns: int, *, marked: bool = False, audible: bool = False) -> int | None:
+        """When the first packet after that moment came: any, one that begins after a pause, or
+        one that is more than silence."""
+        for index in range(self._index(since_ns), len(self.at_ns)):
+            octets = self.octets[index]
+            if (octets < 0 or not marked) and (abs(octets) > SILENT_OCTETS_MAX or not audible):
+                return self.at_ns[index]
+        return None
+
+    def last_audible(self, since_ns: int, until_ns: int) -> int | None:
+        """When the last packet came in that time that was more than silence."""
+        found = None
+        for index in range(self._index(since_ns), len(self.at_ns)):
+            if self.at_ns[index] >= until_ns:
+                break
+            if abs(self.octets[index]) > SILENT_OCTETS_MAX:
+                found = self.at_ns[index]
+        return found
+
+    def _index(self, since_ns: int) -> int:
+        return (
+            int(np.searchsorted(np.frombuffer(self.at_ns, np.int64), since_ns)) if self.at_ns else 0
+        )
+
+    def _in_order(
+        self,
+    ) -> tuple[
+        npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]
+    ]:
+        """When, sequence number, timestamp, whether audible: of the packets that went on."""
+        sequence = np.array(self.sequence, np.int64)
+        highest = np.maximum.accumulate(sequence)
+        on = np.append(True, highest[1:] > highest[:-1])
+        audible = np.abs(np.array(self.octets, np.int32)) > SILENT_OCTETS_MAX
+        return (
+            np.array(self.at_ns, np.int64)[on],
+            sequence[on],
+            np.array(self.timestamp, np.int64)[on],
+            audible[on],
+        )
