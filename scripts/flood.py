@@ -19,6 +19,7 @@ Rules that stay true:
 from pathlib import Path
 from typing import Annotated
 
+import assault
 import firsts
 import typer
 
@@ -72,6 +73,9 @@ def first(
     except ValueError as error:  # settings' and ufrag's sentences
         raise typer.BadParameter(str(error)) from error
     out.write_bytes(b"".join(records))
+
+
+cli.command("attack")(assault.attack)
 
 
 if __name__ == "__main__":
