@@ -119,11 +119,15 @@ class Skip(Exception):
 
 
 def spawn(
-    argv: Sequence[str | Path], cpus: set[int], log: Path, store: "Store | None" = None
+    argv: Sequence[str | Path],
+    cpus: set[int],
+    log: Path,
+    store: "Store | None" = None,
+    given: bool = True,
 ) -> "subprocess.Popen[bytes]":
     """Start a program on those CPUs, in a group of its own, that does not outlive this one, with
-    what systemd would give it out of its descriptor store."""
-    held = list(store.held.items()) if store else []
+    what systemd would give it out of its descriptor store; not `given`, it may only store."""
+    held = list(store.held.items()) if store and given else []
 
     def settle_in() -> None:
         os.sched_setaffinity(0, cpus)
@@ -205,10 +209,14 @@ class Store:
         for key in [key for key in self.held if key[0] == name]:
             os.close(self.held.pop(key))
 
-    def close(self) -> None:
-        """Let go of all."""
+    def forget(self) -> None:
+        """Let go of all, as systemd does for a service that has failed for good."""
         for name, _ in list(self.held):
             self._forget(name)
+
+    def close(self) -> None:
+        """Let go of all, and listen no more."""
+        self.forget()
         self._sock.close()
 
 
