@@ -130,9 +130,12 @@ class Wire(Protocol):
     """What a caller needs of whatever carries its datagrams: a `Line`, or a socket of its own."""
 
     loop: asyncio.AbstractEventLoop
-    certificate: RTCCertificate
     errors: list[str]
     address: tuple[str, int]
+
+    @property
+    def certificate(self) -> RTCCertificate:
+        """Of the DTLS."""
 
     def payloads(self, rate_hz: int) -> list[bytes]:
         """What is said to a server that wants that rate."""

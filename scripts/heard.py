@@ -32,7 +32,8 @@ PAUSE_MS_MAX = 1_000.0
 """A longer pause between replies is no usual one: nobody spoke, say."""
 
 _REPORT = 4  # numbers a report: when, connection, cumulative loss, highest sequence number
-_NONE: npt.NDArray[np.float64] = np.zeros(0)
+Milliseconds = npt.NDArray[np.float64]
+_NONE: Milliseconds = np.zeros(0)
 
 
 class Heard:
@@ -51,6 +52,9 @@ class Heard:
         self.connections = 0
         self.sounding = False
         """A reply is being heard, as far as events say."""
+        self.flowing = True
+        """The other side speaks nearly all the time: if not, what has not come yet is no silence
+        unless a reply is `sounding`."""
 
     def connected(self) -> None:
         """Another connection begins, with its own sequence numbers and timestamps."""
@@ -83,7 +87,7 @@ class Heard:
         at = np.frombuffer(self.at_ns, np.int64) if self.at_ns else np.zeros(0, np.int64)
         return int(((at >= since_ns) & (at < until_ns)).sum())
 
-    def silences_ms(self, since_ns: int, until_ns: int) -> npt.NDArray[np.float64]:
+    def silences_ms(self, since_ns: int, until_ns: int) -> Milliseconds:
         """Each silence in that time, one for every packet that came and one for the end."""
         if not self.at_ns:
             return _NONE
@@ -96,12 +100,17 @@ class Heard:
         same = (sequence[1:] >> 40) == (sequence[:-1] >> 40)
         moved = np.diff(timestamp) / _CLOCK_MS
         pauses = np.where(same, np.maximum(0.0, moved - FRAME_MS * np.diff(sequence)), 0.0)
-        usual = pauses[(pauses > 0) & (pauses < PAUSE_MS_MAX)]
-        expected = 0.0 if self.sounding or not len(usual) else float(usual[-20:].max())
+        usual = pauses[(pauses > 0) & (pauses < PAUSE_MS_MAX)][-20:]
+        expected = float(usual.max()) if len(usual) else 0.0
+        if self.sounding:
+            expected = 0.0
+        elif not self.flowing:
+            expected = np.inf
         gaps = np.append(gaps, (until_ns - at[-1]) / 1e6)
         silent = gaps - FRAME_MS - np.append(pauses, expected)
         inside = (np.append(at[1:], until_ns) - np.maximum(at, since_ns)) / 1e6
-        return np.clip(np.minimum(silent, inside), 0.0, None)[inside > 0]
+        found: Milliseconds = np.clip(np.minimum(silent, inside), 0.0, None)[inside > 0]
+        return found
 
     def silence_ms(self, since_ns: int, until_ns: int) -> float:
         """The longest of them; 0 where nothing was to be heard yet."""

@@ -1,8 +1,8 @@
 """One complete WebRTC call of a load test: its connection, what it says, what it keeps.
 
-What it owns: `Call`, a conversation and its record. Its connection is connection.py's. When the path is dead, and the call was told to
-come back, it goes on in another connection (`?resume=`), as the demo page does, and so does the
-record. The record stays when the call has ended.
+What it owns: `Call`, a conversation and its record, which stays when the call has ended. Its
+connection is connection.py's. When the path is dead, and the call was told to come back, it goes on
+in another connection (`?resume=`), as the demo page does, and so does the record.
 
 Rules that stay true:
 - A call ends once: as it was told to, or with a `failure`. Nothing is raised to whoever runs it.
@@ -164,6 +164,7 @@ class Call:
         self._asking: asyncio.Task[None] | None = None
         self._stopping = self._kept = False
         self._chance = random.Random(self.number)
+        self.heard.flowing = not self.interrupts
 
     # --- questions ------------------------------------------------------------------------------
 
@@ -234,7 +235,7 @@ class Call:
             while not await self._over(until):
                 await self._come_back()
             if self.state == "talking" and self._unheard():
-                raise Failed("no audio", "no reply was heard")
+                self.fail("no audio", "no reply was heard")
         except Failed as failed:
             self.fail(failed.failure, failed.why)
             await self._drop(politely=True)
@@ -252,7 +253,7 @@ class Call:
                 self.sent += 1
 
     def look(self, now: float) -> None:
-        """Some hundred milliseconds have passed: is the line alive? `now` is of the loop's clock."""
+        """Some time has passed: is the line alive? `now` is of the loop's clock."""
         if self.state != "talking" or self.lost.is_set():
             return
         silent_s = (time.monotonic_ns() - self._alive_ns) / 1e9
@@ -316,10 +317,10 @@ class Call:
             self._stopping = True
         elif code == "resume_unavailable" and self.returns:
             self.returns[-1].resumed = False
-        elif kind.startswith("conversation.item.") and self.returns:
-            # What was kept is told before anything else.
-            if self.returns[-1].resumed is None:
-                self.returns[-1].resumed = True
+        elif (
+            kind == "conversation.item.added" and self.returns and self.returns[-1].resumed is None
+        ):
+            self.returns[-1].resumed = True  # what was kept is told before anything else
 
     def closed(self) -> None:
         """The server has closed the connection."""
@@ -429,13 +430,15 @@ class Call:
             self.lost.clear()
             found.offered_ns = time.monotonic_ns()
             try:
-                return await self._connect(self._resumable)
+                await self._connect(self._resumable)
             except Failed:
                 await self._drop(politely=False)
                 self.state = "returning"
                 if wait_s is None:
                     raise
                 await asyncio.sleep(wait_s)
+            else:
+                return
 
     async def _drop(self, politely: bool) -> None:
         """Part with the connection."""
@@ -504,7 +507,8 @@ class Call:
         if said is None:
             return
         said.reply_ns = at_ns
-        if self.checked and self.echo is None:
+        whole = said.interrupts or not self.interrupts  # the others are cut off
+        if self.checked and self.echo is None and whole:
             self.echo, self._kept = speaking.Echo(said.turn), True
         if self.returns and self.returns[-1].reply_ns is None:
             self.returns[-1].reply_ns = at_ns

@@ -35,10 +35,10 @@ from typing import Any
 import aiohttp
 import speaking
 import target
+from ring import FAILURES, Call, Return
 
 import dtls
 import opus
-from ring import FAILURES, Call, Return
 
 __all__ = ["FAILURES", "Call", "Return", "Ringing"]
 
@@ -158,7 +158,7 @@ class Ringing:
         answered by speech or have failed, all of them or what there is after `within_s`."""
         loop = asyncio.get_running_loop()
         until, calls = loop.time() + within_s, []
-        for number in range(min(count, AT_ONCE_MAX - len(self._tasks))):
+        for _ in range(min(count, AT_ONCE_MAX - len(self._tasks))):
             calls.append(self._begin(None))
             await asyncio.sleep(0.02)  # not all handshakes at once
         self.refused += count - len(calls)
@@ -217,8 +217,9 @@ class Ringing:
         def ended(task: asyncio.Task[None]) -> None:
             del self._tasks[task]
             slot.remove(call)
-            if not task.cancelled() and task.exception() is not None:
-                raise task.exception()  # a mistake of ours: the loop logs it
+            mistake = None if task.cancelled() else task.exception()
+            if mistake is not None:
+                raise mistake  # one of ours: the loop logs it
 
         task.add_done_callback(ended)
         return call
