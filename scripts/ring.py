@@ -12,11 +12,8 @@ Rules that stay true:
 
 import asyncio
 import contextlib
-import itertools
 import json
-import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +24,7 @@ import speaking
 import target
 from connection import Client, Wire
 from heard import SILENT_OCTETS_MAX, Heard
+from saying import Said, Talk
 
 import rtp
 
@@ -55,9 +53,6 @@ one may take."""
 
 WAITS_S = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Between attempts to come back, as web/call.js has them; then it is lost."""
-
-REPLY_S_MAX = 3.0
-"""A reply that has not begun by then is none."""
 
 
 class Failed(Exception):
@@ -98,27 +93,6 @@ class Return:
 
 
 @dataclass
-class Said:
-    """A turn that was said, and the reply to it."""
-
-    turn: speaking.Turn
-    begun_ns: int
-    ended_ns: int | None = None
-    """When its last packet of speech left."""
-    reply_ns: int | None = None
-    """When the first packet of the reply came."""
-    interrupts: bool = False
-    """It was said into a reply."""
-
-    @property
-    def reply_ms(self) -> float | None:
-        """From the end of speech to the reply, less the silence that ends a turn."""
-        if self.ended_ns is None or self.reply_ns is None:
-            return None
-        return (self.reply_ns - self.ended_ns) / 1e6 - speaking.SILENCE_MS
-
-
-@dataclass
 class Call:
     """One call and what is remembered of it. `Ringing` makes them."""
 
@@ -143,8 +117,6 @@ class Call:
     events: list[tuple[int, str]] = field(default_factory=list)
     """When each event of the data channel came, and its type; `error CODE` for errors."""
     returns: list[Return] = field(default_factory=list)
-    turns: list[Said] = field(default_factory=list)
-    echo: speaking.Echo | None = None
     heard: Heard = field(default_factory=Heard)
     sent: int = 0
     """Packets of speech."""
@@ -156,15 +128,25 @@ class Call:
         self.lost = asyncio.Event()
         """Something ended the connection: `_gone` says what."""
         self._gone: Failed | None = None
-        self._script: Iterator[bytes] = iter(())
-        self._waiting: Said | None = None
         self._resumable: str | None = None
         self._alive_ns = 0
         self._ask_at = 0.0
         self._asking: asyncio.Task[None] | None = None
-        self._stopping = self._kept = False
-        self._chance = random.Random(self.number)
+        self._stopping = False
+        self.talk = Talk(
+            self.exchange.voice, self.number, interrupts=self.interrupts, checked=self.checked
+        )
         self.heard.flowing = not self.interrupts
+
+    @property
+    def turns(self) -> list[Said]:
+        """What it has said."""
+        return self.talk.turns
+
+    @property
+    def echo(self) -> speaking.Echo | None:
+        """The reply that was kept, to be compared."""
+        return self.talk.echo
 
     # --- questions ------------------------------------------------------------------------------
 
@@ -234,7 +216,8 @@ class Call:
             until = None if talk_s is None else loop.time() + talk_s
             while not await self._over(until):
                 await self._come_back()
-            if self.state == "talking" and self._unheard():
+            unanswered = self.talk.unanswered(time.monotonic_ns())
+            if self.state == "talking" and unanswered and "first_reply" not in self.moments:
                 self.fail("no audio", "no reply was heard")
         except Failed as failed:
             self.fail(failed.failure, failed.why)
@@ -247,7 +230,7 @@ class Call:
     def tick(self) -> None:
         """20 ms have passed: say the next packet."""
         if self.state == "talking" and self.client is not None:
-            payload = next(self._script, None)
+            payload = self.talk.next()
             if payload is not None:
                 self.client.say(payload)
                 self.sent += 1
@@ -282,8 +265,8 @@ class Call:
         self.reached("connected")
         self.heard.connected()
         self.alive(time.monotonic_ns())
-        self._resumable, self._waiting = self.call_id, None
-        self._script = self._interrupting(rate_hz) if self.interrupts else self._flowing(rate_hz)
+        self._resumable = self.call_id
+        self.talk.begin(rate_hz)
         self.state = "talking"
         if self.returns and self.returns[-1].connected_ns is None:
             self.returns[-1].connected_ns = time.monotonic_ns()
@@ -293,10 +276,13 @@ class Call:
         octets = len(packet.payload)
         self.heard.packet(at_ns, packet.sequence, packet.timestamp, packet.marker, octets)
         self.reached("first_audio", at_ns)
-        if packet.marker and octets > SILENT_OCTETS_MAX:
-            self._reply_begins(at_ns)
-        if self._kept and self.echo is not None:
-            self.echo.packets.append((self.heard.sequence[-1], packet.payload))
+        if octets <= SILENT_OCTETS_MAX:
+            return
+        self.reached("first_reply", at_ns)
+        number = self.heard.sequence[-1]
+        said = self.talk.heard(at_ns, number, packet.payload, packet.marker)
+        if said is not None and self.returns and self.returns[-1].reply_ns is None:
+            self.returns[-1].spoken_ns, self.returns[-1].reply_ns = said.ended_ns, at_ns
 
     def reported(self, block: rtp.Block, at_ns: int) -> None:
         """The transceiver says what came of ours."""
@@ -451,64 +437,3 @@ class Call:
         if self.state not in ("ended", "failed"):
             self.state, self.ended_ns = state, time.monotonic_ns()
             self.lost.set()
-
-    def _unheard(self) -> bool:
-        """It has said a turn long ago, and was never answered by sound."""
-        if "first_reply" in self.moments or not self.turns:
-            return False
-        ended_ns = self.turns[0].ended_ns
-        return ended_ns is not None and time.monotonic_ns() - ended_ns > REPLY_S_MAX * 1e9
-
-    # --- what it says ----------------------------------------------------------------------------
-
-    def _turn(self, rate_hz: int, *, short: bool = False) -> Iterator[bytes]:
-        """Say the next turn, and the silence behind it that belongs to it."""
-        number = 5 * self.number + len(self.turns)
-        turn = self.exchange.voice.turn(number, rate_hz, short=short)
-        said = Said(turn, time.monotonic_ns(), interrupts=short)
-        self.turns.append(said)
-        for at, payload in enumerate(turn.payloads):
-            if at == turn.spoken - 1:
-                said.ended_ns = time.monotonic_ns()
-                self._waiting = said
-                if self.returns and self.returns[-1].spoken_ns is None:
-                    self.returns[-1].spoken_ns = said.ended_ns
-            yield payload
-
-    def _flowing(self, rate_hz: int) -> Iterator[bytes]:
-        """Turn after turn, each said while the one before is answered."""
-        while True:
-            yield from self._turn(rate_hz)
-
-    def _interrupting(self, rate_hz: int) -> Iterator[bytes]:
-        """A turn, some of its reply, a short turn into that, all of its reply; and again."""
-        while True:
-            yield from self._turn(rate_hz)
-            quiet = self.turns[-1].turn.payloads[-1]
-            yield from self._until_reply(quiet)
-            yield from itertools.repeat(quiet, self._chance.randrange(30, 80))
-            if self._waiting is not None:  # nothing to interrupt
-                continue
-            yield from self._turn(rate_hz, short=True)
-            yield from self._until_reply(quiet)
-            yield from itertools.repeat(quiet, speaking.SHORT_PACKETS + 20)
-
-    def _until_reply(self, quiet: bytes) -> Iterator[bytes]:
-        for _ in range(round(REPLY_S_MAX * 50)):
-            if self._waiting is None:
-                return
-            yield quiet
-
-    def _reply_begins(self, at_ns: int) -> None:
-        """The first packet after a pause, and with sound in it."""
-        self.reached("first_reply", at_ns)
-        self._kept = False
-        said, self._waiting = self._waiting, None
-        if said is None:
-            return
-        said.reply_ns = at_ns
-        whole = said.interrupts or not self.interrupts  # the others are cut off
-        if self.checked and self.echo is None and whole:
-            self.echo, self._kept = speaking.Echo(said.turn), True
-        if self.returns and self.returns[-1].reply_ns is None:
-            self.returns[-1].reply_ns = at_ns
