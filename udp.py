@@ -33,12 +33,16 @@ Rules that stay true:
 `PortableBatch` does the same with recvfrom_into and sendto where there is no recvmmsg. It knows
 nothing of flows, STUN or counters.
 
+`pointer`, `receive_many` and `send_many` are the two calls alone, for tools that lay out tables of
+their own.
+
 recvmmsg(2), sendmmsg(2), ip(7), ipv6(7), socket(7) https://man7.org/linux/man-pages/
 """
 
 import ctypes
 import enum
 import errno
+import os
 import select
 import socket
 import struct
@@ -426,6 +430,36 @@ def _wait_until_writable(sock: socket.socket) -> None:
 def best() -> type[Batch]:
     """`Batch` where the system has recvmmsg and its structures are as above, else its twin."""
     return Batch if _HAS_MMSG else PortableBatch
+
+
+def pointer(address: int) -> ctypes.c_void_p:
+    """An address of memory as the two calls below take it: of an array of struct mmsghdr. Whoever
+    made the memory keeps it."""
+    return ctypes.c_void_p(address)
+
+
+def receive_many(fd: int, table: ctypes.c_void_p, n: int) -> int:
+    """Take what waits, up to n datagrams, into that many struct mmsghdr; 0 if there is none.
+
+    Never blocks. Raises OSError where the system has no recvmmsg(2).
+    """
+    if not _HAS_MMSG:
+        raise OSError(errno.ENOSYS, "this system has no recvmmsg")
+    taken: int = _recvmmsg(fd, table, n, _DONT_WAIT, None)
+    return max(taken, 0)
+
+
+def send_many(fd: int, table: ctypes.c_void_p, n: int) -> int:
+    """Send up to n datagrams, at least one, and wait while the buffer is full; returns how many.
+
+    Raises OSError for the first one if the kernel refuses it, or without sendmmsg(2).
+    """
+    if not _HAS_MMSG:
+        raise OSError(errno.ENOSYS, "this system has no sendmmsg")
+    sent: int = _sendmmsg(fd, table, n, 0)
+    if sent < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return sent
 
 
 _DONT_WAIT = int(getattr(socket, "MSG_DONTWAIT", 0))

@@ -1,9 +1,9 @@
 """Load: many clients and the transceiver that echoes their frames, and an exact account of both.
 
-For scripts that measure. One process, one thread, two sockets: the clients have an address each out
-of 127.0.0.0/8 (IP_PKTINFO, ip(7)) and share a port, so that a relay sees thousands and Load sends
-and receives them in batches. numpy does per batch what Python would do per datagram: some 300,000
-round trips a second on one CPU, where nobody else is in between.
+For scripts that measure. One process, one thread, two sockets: the clients have an address each
+(IP_PKTINFO, ip(7)) and share a port, so that a relay sees thousands and Load sends and receives in
+batches. numpy does per batch what Python would do per datagram: some 300,000 round trips a second
+on one CPU, where nobody else is in between.
 
 Rules that stay true:
 - Every datagram is accounted for by its number: back once, lost (on which way), more than once, or
@@ -11,14 +11,12 @@ Rules that stay true:
 - The schedule is the clock's. A datagram that leaves late because Load was late is delayed from the
   moment it was meant to leave, so that no stall hides ("coordinated omission"); the moment it left
   stands beside it.
-- It uses none of the code that it measures but the frame's layout.
+- It uses none of the code that it measures but the frame's layout and the two system calls.
 
 recvmmsg(2), sendmmsg(2), cmsg(3), ip(7) https://man7.org/linux/man-pages/
 """
 
-import ctypes
 import ipaddress
-import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 import frame
+import udp
 
 Figures = dict[str, Any]
 Array = npt.NDArray[Any]
@@ -72,7 +71,6 @@ _PKTINFO = np.dtype(
 )
 _PKTINFO_OCTETS, _IP_PKTINFO = 28, 8
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
-_libc = ctypes.PyDLL(None, use_errno=True)
 
 
 class Datagrams:
@@ -92,28 +90,24 @@ class Datagrams:
             headers["control"] = control.ctypes.data + rows * _PKTINFO.itemsize
             headers["control_len"] = _PKTINFO.itemsize
         self._control_octets = 0 if control is None else _PKTINFO.itemsize
-        self._headers, self._table = headers, ctypes.c_void_p(headers.ctypes.data)
-        self._rest = [ctypes.c_void_p(headers.ctypes.data + i * 64) for i in range(BATCH)]
+        self._headers = headers
+        self._rest = [udp.pointer(headers.ctypes.data + i * 64) for i in range(BATCH)]
         self.to_send: Array = iovecs["length"]
         self.received: Array = headers["length"]
         self._name_len, self._control_len = headers["name_len"], headers["control_len"]
 
     def receive(self, fd: int) -> int:
         """Take what waits; 0 if nothing does."""
-        n: int = _libc.recvmmsg(fd, self._table, BATCH, socket.MSG_DONTWAIT, None)
-        if n > 0:
+        if n := udp.receive_many(fd, self._rest[0], BATCH):
             self._name_len[:n] = _NAME.itemsize
             self._control_len[:n] = self._control_octets
-        return max(n, 0)
+        return n
 
     def send(self, fd: int, n: int) -> None:
         """Send the first n, all of them, waiting where a buffer is full."""
         sent = 0
         while sent < n:
-            done: int = _libc.sendmmsg(fd, self._rest[sent], n - sent, 0)
-            if done < 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            sent += done
+            sent += udp.send_many(fd, self._rest[sent], n - sent)
 
 
 def _udp(address: str, port: int) -> socket.socket:
@@ -250,14 +244,25 @@ class Load:
     `open` flows, `begin` a schedule, `run` it in as many pieces as wanted, `settle`.
     """
 
-    def __init__(self, clients: int, port: int = 0, spin: bool = False) -> None:
-        """The transceiver listens at 127.0.0.1:`port` (0: any). With `spin` Load never sleeps: no
-        time of its own waking up is in its figures.
+    def __init__(
+        self,
+        clients: int,
+        port: int = 0,
+        spin: bool = False,
+        host: str = "127.0.0.1",
+        sources: int = CLIENTS_AT,
+        echoes: bool = True,
+    ) -> None:
+        """The transceiver listens at `host`:`port` (0: any), or it is elsewhere (not `echoes`).
+        Clients have addresses from `sources` on. With `spin` Load never sleeps: no time of its own
+        waking up is in its figures.
 
         Clients take turns in an order that has nothing to do with the order of their arrival, since
         theirs does not either: memory that is read in the order it was written looks too fast."""
         self.clients, self._spin = clients, spin
-        self._client, self._transceiver = _udp("0.0.0.0", 0), _udp("127.0.0.1", port)
+        self._first, self._echoes = sources, echoes
+        self._client = _udp("0.0.0.0", 0)
+        self._transceiver = _udp(*((host, port) if echoes else ("127.0.0.1", 0)))
         self._client.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
         self.port: int = self._transceiver.getsockname()[1]
         self.ports = {self._client.getsockname()[1], self.port}
@@ -279,7 +284,7 @@ class Load:
         self._echo_out = Datagrams(self._echo_octets, names)
         # Longer than the clients are many by a batch: the next n of them are always one slice.
         turns = np.random.default_rng(clients).permutation(clients)
-        self._addresses = (CLIENTS_AT + np.resize(turns, clients + BATCH)).astype(">u4")
+        self._addresses = (sources + np.resize(turns, clients + BATCH)).astype(">u4")
         self._framed = True
         self._log_in, self._log_out = _Log(0), _Log(0)
 
@@ -294,13 +299,13 @@ class Load:
         """From now on all clients send to this address."""
         self._names["family"] = socket.AF_INET
         self._names["address"], self._names["port"] = int(ipaddress.IPv4Address(address)), port
-        self._framed = port != self.port
+        self._framed = self._echoes and port != self.port
 
-    def open(self, firsts: Sequence[bytes]) -> None:
+    def open(self, firsts: Sequence[bytes], patience_s: float = PATIENCE_S) -> None:
         """Send each client's first datagram until it is answered, then one of media each, so that
-        every flow is assured. Raises TimeoutError."""
+        every flow is assured. Raises TimeoutError, at once if nobody at all has been answered."""
         waiting = set(range(self.clients))
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + patience_s
         while waiting:
             todo = sorted(waiting)
             for at in range(0, len(todo), BATCH):
@@ -309,6 +314,8 @@ class Load:
                 while len(waiting) > len(todo) - at - BATCH and time.monotonic() < until:
                     self._echo()
                     self._hear_firsts(waiting)
+                if time.monotonic() > deadline and len(waiting) == self.clients:
+                    break
             if waiting and time.monotonic() > deadline:
                 raise TimeoutError(f"{len(waiting)} of {self.clients} clients got no answer")
         pace = 20_000
@@ -323,20 +330,24 @@ class Load:
             first = firsts[client]
             self._out_octets[slot, : len(first)] = np.frombuffer(first, np.uint8)
             self._out.to_send[slot] = len(first)
-            self._sources[slot] = CLIENTS_AT + client
+            self._sources[slot] = self._first + client
         self._out.send(self._fds[0], len(who))
         self.datagrams += len(who)
 
     def _hear_firsts(self, waiting: set[int]) -> None:
         while n := self._in.receive(self._fds[0]):
-            waiting.difference_update((self._in_control["address"][:n] - CLIENTS_AT).tolist())
+            waiting.difference_update((self._in_control["address"][:n] - self._first).tolist())
 
-    def begin(self, rate: float, seconds: float) -> None:
+    def begin(
+        self, rate: float, seconds: float, last: float | None = None, started: int = 0
+    ) -> None:
         """Start a schedule of `rate` datagrams a second, over all clients in turn, that has room
-        for so many seconds. Its clock starts with the first `run`."""
+        for so many seconds; with `last` the rate changes evenly to that meanwhile. Its clock starts
+        at `started`, nanoseconds of CLOCK_MONOTONIC, or with the first `run`."""
         self._run += 1
-        self._rate, self._count, self._started = rate, 0, 0
-        self._room = room = int(rate * seconds) + BATCH
+        self._rate, self._count, self._started = rate, 0, started
+        self._gain = 0.0 if last is None else (last - rate) / seconds / 2
+        self._room = room = int((rate + self._gain * seconds) * seconds) + BATCH
         heads = np.zeros(room, _HEAD)
         heads["first"], heads["run"] = _RTP_FIRST, self._run
         heads["number"] = np.arange(room)
@@ -358,11 +369,26 @@ class Load:
                 if until():
                     return True
             self._turn(now)
-            spent = time.monotonic_ns() - now
-            if not self._spin and spent < tick:
-                time.sleep((tick - spent) * 1e-9)
+            if not self._spin:
+                self._sleep(now + tick)
             now = time.monotonic_ns()
         return until is not None and until()
+
+    def _sleep(self, until: int) -> None:
+        if (left := until - time.monotonic_ns()) > 0:
+            time.sleep(left * 1e-9)
+
+    def due(self, now: int) -> int:
+        """How many datagrams are to have left by a moment."""
+        elapsed = (now - self._started) * 1e-9
+        return int((self._rate + self._gain * elapsed) * elapsed) + 1 if elapsed >= 0 else 0
+
+    def _intended_at(self, numbers: Array) -> Array:
+        """The same the other way round: when each of these datagrams is to leave."""
+        # The root of gain t^2 + rate t = n, in the form that divides by no gain, which may be 0.
+        root = np.sqrt((self._rate**2 + 4 * self._gain * numbers).clip(0))
+        elapsed: Array = 2 * numbers / (self._rate + root) * 1e9
+        return elapsed.astype(np.int64) + self._started
 
     @property
     def count(self) -> int:
@@ -376,12 +402,10 @@ class Load:
 
     def _turn(self, now: int) -> None:
         """Send what is due, echo what has crossed, take what came back."""
-        due = int((now - self._started) * self._rate * 1e-9) + 1
-        if due > self._room:  # media would end unnoticed
+        if (due := self.due(now)) > self._room:  # media would end unnoticed
             raise RuntimeError("the schedule is over: begin a longer one")
         for _ in range(16):  # then look at the other sockets, however far behind
-            n = min(due - self._count, BATCH)
-            if n <= 0:
+            if (n := min(due - self._count, BATCH)) <= 0:
                 break
             self._send(n)
             self._echo()
@@ -447,7 +471,6 @@ class Load:
         by_client = np.argsort(numbers % self.clients, kind="stable")
         ordered = numbers[by_client]
         same = np.diff(ordered % self.clients) == 0
-        intended = self._started + (np.arange(sent) * (1e9 / self._rate)).astype(np.int64)
         return Account(
             sent=sent,
             crossed=int((crossed > 0).sum()) if self._framed else int((returned > 0).sum()),
@@ -456,7 +479,7 @@ class Load:
             duplicated=int((returned - 1).clip(0).sum()),
             foreign=foreign_in + foreign_out,
             reordered=int((same & (np.diff(ordered) < 0)).sum()),
-            intended_at=intended,
+            intended_at=self._intended_at(np.arange(sent)),
             sent_at=self._sent_at[:sent],
             back_at=back_at,
         )
