@@ -15,6 +15,8 @@ Rules that stay true:
 Sans-IO; times are nanoseconds of one clock. RFC 3550 section 5.1.
 """
 
+import bisect
+import math
 from array import array
 
 import numpy as np
@@ -31,9 +33,15 @@ off. Speech has twenty times as much."""
 PAUSE_MS_MAX = 1_000.0
 """A longer pause between replies is no usual one: nobody spoke, say."""
 
+MARGIN = 1_000
+"""Packets before and after a time that are looked at, too, for what came late and what is usual."""
+
+_CONNECTION = 40  # bits below the number of a connection
 _REPORT = 4  # numbers a report: when, connection, cumulative loss, highest sequence number
 Milliseconds = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 _NONE: Milliseconds = np.zeros(0)
+_NOTHING: Integers = np.zeros(0, np.int64)
 
 
 class Heard:
@@ -42,11 +50,13 @@ class Heard:
     def __init__(self) -> None:
         self.at_ns = array("q")
         self.sequence = array("q")
-        """Extended over wraps, and by connections: 2^40 for each."""
+        """Extended over wraps, with the number of the connection above its 40 bits."""
         self.timestamp = array("q")
         """Extended over wraps."""
         self.octets = array("h")
-        """Of payload; negative for a packet with the marker, the first one after a pause."""
+        """Of payload."""
+        self.audible_ns: int | None = None
+        """When the first packet came that was more than silence."""
         self.reports = array("q")
         """Four numbers each: when, which connection, cumulative loss, highest sequence number."""
         self.connections = 0
@@ -61,10 +71,10 @@ class Heard:
         self.connections += 1
         self.sounding = False
 
-    def packet(self, at_ns: int, sequence: int, timestamp: int, marker: bool, octets: int) -> None:
+    def packet(self, at_ns: int, sequence: int, timestamp: int, octets: int) -> None:
         """A packet has come: 16 bits of sequence number, 32 of timestamp, octets of payload."""
-        base = self.connections << 40
-        if self.sequence and self.sequence[-1] >> 40 == self.connections:
+        base = self.connections << _CONNECTION
+        if self.sequence and self.sequence[-1] >= base:
             last = self.sequence[-1]
             sequence = last + ((sequence - last + 0x8000) & 0xFFFF) - 0x8000
             last = self.timestamp[-1]
@@ -74,7 +84,9 @@ class Heard:
         self.at_ns.append(at_ns)
         self.sequence.append(sequence)
         self.timestamp.append(timestamp)
-        self.octets.append(-octets if marker else octets)
+        self.octets.append(octets)
+        if self.audible_ns is None and octets > SILENT_OCTETS_MAX:
+            self.audible_ns = at_ns
 
     def report(self, at_ns: int, lost: int, highest: int) -> None:
         """A receiver report on what we sent: cumulative loss, extended highest sequence number."""
@@ -84,30 +96,19 @@ class Heard:
 
     def received(self, since_ns: int, until_ns: int) -> int:
         """Packets that came in that time."""
-        at = np.frombuffer(self.at_ns, np.int64) if self.at_ns else np.zeros(0, np.int64)
-        return int(((at >= since_ns) & (at < until_ns)).sum())
+        return max(0, self._index(until_ns) - self._index(since_ns))
 
     def silences_ms(self, since_ns: int, until_ns: int) -> Milliseconds:
         """Each silence in that time, one for every packet that came and one for the end."""
-        if not self.at_ns:
-            return _NONE
-        at, sequence, timestamp, audible = self._in_order()
-        before = at < until_ns
-        at, sequence, timestamp = at[before], sequence[before], timestamp[before]
-        if not audible[: len(at)].any():
+        at, sequence, timestamp = self._in_order(since_ns, until_ns)
+        if self.audible_ns is None or not len(at) or self.audible_ns >= until_ns:
             return _NONE  # nothing was to be heard yet
         gaps = np.diff(at) / 1e6
-        same = (sequence[1:] >> 40) == (sequence[:-1] >> 40)
+        same = (sequence[1:] >> _CONNECTION) == (sequence[:-1] >> _CONNECTION)
         moved = np.diff(timestamp) / _CLOCK_MS
         pauses = np.where(same, np.maximum(0.0, moved - FRAME_MS * np.diff(sequence)), 0.0)
-        usual = pauses[(pauses > 0) & (pauses < PAUSE_MS_MAX)][-20:]
-        expected = float(usual.max()) if len(usual) else 0.0
-        if self.sounding:
-            expected = 0.0
-        elif not self.flowing:
-            expected = np.inf
         gaps = np.append(gaps, (until_ns - at[-1]) / 1e6)
-        silent = gaps - FRAME_MS - np.append(pauses, expected)
+        silent = gaps - FRAME_MS - np.append(pauses, self._expected_ms(pauses))
         inside = (np.append(at[1:], until_ns) - np.maximum(at, since_ns)) / 1e6
         found: Milliseconds = np.clip(np.minimum(silent, inside), 0.0, None)[inside > 0]
         return found
@@ -121,19 +122,19 @@ class Heard:
         """Packets missing, by their sequence numbers, among those that came in that time."""
         if not self.at_ns:
             return 0
-        at = np.frombuffer(self.at_ns, np.int64)
-        sequence = np.frombuffer(self.sequence, np.int64)
-        missing = 0
-        for connection in range(1, self.connections + 1):
-            own = sequence >> 40 == connection
-            inside = sequence[own & (at >= since_ns) & (at < until_ns)]
-            if not len(inside):
-                continue
-            earlier = sequence[own & (at < since_ns)]
-            first = int(earlier.max()) + 1 if len(earlier) else int(inside.min())
+        begin, end = self._index(since_ns), self._index(until_ns)
+        first = max(0, begin - MARGIN)
+        sequence = np.frombuffer(self.sequence, np.int64)[first : end + MARGIN].copy()
+        begin, end, missing = begin - first, end - first, 0
+        connections = sequence >> _CONNECTION
+        for connection in np.unique(connections[begin:end]):
+            own = connections == connection
+            inside = sequence[begin:end][own[begin:end]]
+            earlier = sequence[:begin][own[:begin]]
+            low = int(earlier.max()) + 1 if len(earlier) else int(inside.min())
             # What fills a hole only afterwards is late, and not lost.
-            came = np.unique(sequence[own & (sequence >= first) & (sequence <= inside.max())])
-            missing += max(0, int(inside.max()) - first + 1 - len(came))
+            came = np.unique(sequence[own & (sequence >= low) & (sequence <= inside.max())])
+            missing += max(0, int(inside.max()) - low + 1 - len(came))
         return missing
 
     def lost_up(self, since_ns: int, until_ns: int) -> int | None:
@@ -142,7 +143,7 @@ class Heard:
         one connection."""
         if len(self.reports) < 2 * _REPORT:
             return None
-        rows = np.frombuffer(self.reports, np.int64).reshape(-1, _REPORT)
+        rows = np.frombuffer(self.reports, np.int64).reshape(-1, _REPORT).copy()
         begin = max(0, int(np.searchsorted(rows[:, 0], since_ns)) - 1)
         end = int(np.searchsorted(rows[:, 0], until_ns))
         rows = rows[begin : end + 1]
@@ -153,43 +154,36 @@ class Heard:
                 total = (total or 0) + int(own[-1, 2] - own[0, 2])
         return total
 
-    def first(self, since_ns: int, *, marked: bool = False, audible: bool = False) -> int | None:
-        """When the first packet after that moment came: any, one that begins after a pause, or
-        one that is more than silence."""
-        for index in range(self._index(since_ns), len(self.at_ns)):
-            octets = self.octets[index]
-            if (octets < 0 or not marked) and (abs(octets) > SILENT_OCTETS_MAX or not audible):
+    def last_audible(self, since_ns: int, until_ns: int) -> int | None:
+        """When the last packet came in that time that was more than silence."""
+        for index in reversed(range(self._index(since_ns), self._index(until_ns))):
+            if self.octets[index] > SILENT_OCTETS_MAX:
                 return self.at_ns[index]
         return None
 
-    def last_audible(self, since_ns: int, until_ns: int) -> int | None:
-        """When the last packet came in that time that was more than silence."""
-        found = None
-        for index in range(self._index(since_ns), len(self.at_ns)):
-            if self.at_ns[index] >= until_ns:
-                break
-            if abs(self.octets[index]) > SILENT_OCTETS_MAX:
-                found = self.at_ns[index]
-        return found
+    def _expected_ms(self, pauses: Milliseconds) -> float:
+        """The pause that may be going on, if nothing comes now."""
+        if self.sounding:
+            return 0.0
+        if not self.flowing:
+            return math.inf
+        usual = pauses[(pauses > 0) & (pauses < PAUSE_MS_MAX)]
+        return float(usual.max()) if len(usual) else 0.0
 
     def _index(self, since_ns: int) -> int:
-        return (
-            int(np.searchsorted(np.frombuffer(self.at_ns, np.int64), since_ns)) if self.at_ns else 0
-        )
+        """Of the first packet at or after that moment: they are in order, but for a few that the
+        kernel had in another queue."""
+        return bisect.bisect_left(self.at_ns, since_ns)
 
-    def _in_order(
-        self,
-    ) -> tuple[
-        npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]
-    ]:
-        """When, sequence number, timestamp, whether audible: of the packets that went on."""
-        sequence = np.array(self.sequence, np.int64)
-        highest = np.maximum.accumulate(sequence)
-        on = np.append(True, highest[1:] > highest[:-1])
-        audible = np.abs(np.array(self.octets, np.int32)) > SILENT_OCTETS_MAX
-        return (
-            np.array(self.at_ns, np.int64)[on],
-            sequence[on],
-            np.array(self.timestamp, np.int64)[on],
-            audible[on],
+    def _in_order(self, since_ns: int, until_ns: int) -> tuple[Integers, Integers, Integers]:
+        """When, sequence number and timestamp of packets until then, from some time before; without
+        those that came late."""
+        end = self._index(until_ns)
+        part = slice(max(0, self._index(since_ns) - MARGIN), end)
+        at, sequence, timestamp = (
+            np.frombuffer(each, np.int64)[part].copy() if each else _NOTHING
+            for each in (self.at_ns, self.sequence, self.timestamp)
         )
+        highest = np.maximum.accumulate(sequence)
+        on = np.append(True, highest[1:] > highest[:-1])[: len(sequence)]
+        return at[on], sequence[on], timestamp[on]

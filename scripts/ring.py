@@ -274,7 +274,7 @@ class Call:
     def packet(self, packet: rtp.Packet, at_ns: int) -> None:
         """A packet of audio."""
         octets = len(packet.payload)
-        self.heard.packet(at_ns, packet.sequence, packet.timestamp, packet.marker, octets)
+        self.heard.packet(at_ns, packet.sequence, packet.timestamp, octets)
         self.reached("first_audio", at_ns)
         if octets <= SILENT_OCTETS_MAX:
             return

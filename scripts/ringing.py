@@ -76,15 +76,15 @@ class Ringing:
         at_once: int = 100,
         vanishing: float = 0.0,
         interrupting: float = 0.0,
-        checking: int = 0,
+        checking: float = 0.0,
     ) -> None:
         """Raises target.TargetError for a page that may not be loaded.
 
         `session` is sent with each offer (default: speaking.SESSION, whose packets flow both ways
         nearly all the time). `comes_back`: a call whose path is dead goes on in another one, by
-        `?resume=`. Of the calls the share `vanishing` ends without a goodbye, and the share
-        `interrupting` speaks into replies. `checking`: replies of so many calls are kept, to be
-        compared with what was said (`Call.echo`).
+        `?resume=`. Of the calls the share `vanishing` ends without a goodbye, the share
+        `interrupting` speaks into replies, and of the share `checking` the first whole reply is
+        kept, to be compared with what was said (`Call.echo`).
         """
         self.calls: list[Call] = []
         """All that were ever begun, in that order; they stay when they have ended."""
@@ -206,8 +206,9 @@ class Ringing:
         number, chance = len(self.calls), self._chance
         interrupts = chance.random() < self._interrupting
         politely = chance.random() >= self._vanishing
+        checked = chance.random() < self._checking
         session = self._session or (speaking.POLITE if interrupts else speaking.SESSION)
-        call = Call(self, number, session, interrupts, checked=number < self._checking)
+        call = Call(self, number, session, interrupts, checked=checked)
         self.calls.append(call)
         slot = min(self._slots, key=len)
         slot.append(call)
