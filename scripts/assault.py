@@ -12,7 +12,7 @@ left out, and a note says why.
 
 Rules that stay true:
 - Nothing is sent but to the relay that was named, and a public one needs its owner's word.
-- Addresses are forged on loopback alone.
+- Addresses are forged on this machine alone, and never on a network.
 - Rates, times and calls are bounded; the attackers end with this program, however that ends.
 
 ARCHITECTURE.md "Rules of the relay", "Roaming", "Limits"
@@ -25,6 +25,7 @@ import ipaddress
 import random
 import re
 import secrets
+import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -32,19 +33,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import aftermath
 import aiohttp
 import attackers
 import attacks
 import dev
 import eavesdropper
-import numpy as np
 import onlooker
 import options
 import phases
 import progress
 import target
 import typer
-from findings import Figures, Finding, Marker, Series, Spread
+from findings import Finding
 from ring import Call
 from ringing import Ringing
 
@@ -69,8 +70,6 @@ NEWCOMER_AT = 0.2
 """When somebody new calls, as a part of the phase."""
 
 SAMPLE_S = 0.5
-SPREAD_MAX = 20_000
-"""Values of a distribution in a report."""
 
 
 @dataclass
@@ -95,9 +94,14 @@ class Plan:
     """Processes on this machine, by what they are."""
 
     @property
-    def local(self) -> bool:
-        """True if the relay is on loopback."""
-        return ipaddress.ip_address(self.relay[0]).is_loopback
+    def here(self) -> bool:
+        """True if the relay's address is one of this machine's."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.bind((self.relay[0], 0))
+            except OSError:
+                return False
+        return True
 
     @property
     def whole_s(self) -> float:
@@ -120,7 +124,7 @@ class Assault:
         self._page = onlooker.Page(http, plan.metrics) if plan.metrics else None
         self._processes = onlooker.Processes(plan.programs)
         self._began_ns = 0
-        self._samples: list[tuple[float, float, dict[str, float]]] = []
+        self._samples: list[aftermath.Sample] = []
 
     async def run(self, folder: Path) -> Finding:
         """All of it; `folder` is for what is sent. Raises OSError for calls that do not come up."""
@@ -139,8 +143,34 @@ class Assault:
                 await self._phases(chosen, folder, told)
         finally:
             watch.cancel()
-        self._account()
+        account = aftermath.Account(
+            self.finding, self.live, self.rounds, self._samples, self._began_ns
+        )
+        self.finding.figures = {
+            "relay": f"{self.plan.relay[0]}:{self.plan.relay[1]}",
+            "page": self.plan.page,
+            "calls": self.plan.calls,
+            "rate_per_s": self.plan.rate,
+            "seconds_each": self.plan.seconds,
+            "attacks": {each.name: each.what for each in chosen},
+            **account.figures(list(self.plan.programs)),
+            "own_lateness_ms": aftermath.lateness(self._ringing),
+        }
+        account.draw(list(self.plan.programs), self.chance)
+        self._explain()
         return self.finding
+
+    def _explain(self) -> None:
+        notes = self.finding.notes
+        if not self._page:
+            notes.append("What the relay counted is not known: --metrics names its page.")
+        if "relay" not in self._processes:
+            notes.append("The relay's CPU and memory are not known: its process is not seen here.")
+        notes.append(
+            f"Calls may lose as much as in the worse quiet phase beside an attack and"
+            f" {100 * phases.LOSS_MAX:g} % of their packets more. What the kernel dropped came"
+            " while the relay had no CPU left."
+        )
 
     # --- what attackers know ----------------------------------------------------------------------
 
@@ -150,12 +180,12 @@ class Assault:
         material.hints = [hint for hint in calls if hint]
         if plan.relay_keys:
             material.keyring, material.clusters = plan.relay_keys
-        if not plan.local:
+        if not ipaddress.ip_address(plan.relay[0]).is_loopback:
             self.finding.notes.append(
-                "The relay is not on this machine's loopback: no address is forged, and the"
-                f" attackers are one address with {attackers.PORTS_AWAY} ports."
+                "The relay is not on loopback: the attackers have one address with"
+                f" {attackers.PORTS_AWAY} ports, and no other address is forged on a network."
             )
-        else:
+        if plan.here:
             try:
                 heard = await asyncio.to_thread(
                     eavesdropper.overhear, *plan.relay, set(material.hints), LISTEN_S
@@ -192,7 +222,7 @@ class Assault:
     @contextlib.asynccontextmanager
     async def _placed(self, attack: attacks.Attack) -> AsyncIterator[None]:
         """A session of the attackers' own, for an attack that needs one."""
-        if attack.needs is not attacks.Needs.OWN:
+        if attacks.Needs.OWN not in attack.needs:
             yield
             return
         where, own = await place(self._http, self.plan, self.chance)
@@ -217,14 +247,14 @@ class Assault:
             step = self.plan.seconds + phases.SETTLE_S
             told(done * step, attack.name)
             async with self._placed(attack):
-                live = self.material.live if attack.needs is attacks.Needs.LIVE else ()
+                live = self.material.live if attacks.Needs.LIVE in attack.needs else ()
                 made = attack.datagrams(self.material, self.chance)
                 await self._band.load(folder / attack.name, made, live)
                 during = await self._phase(phases.Phase(attack.name), attack)
                 told((done + 1) * step, "quiet")
                 after = await self._phase(phases.Phase("quiet"), None)
             during.back = await self._band.account()
-            self.rounds.append(phases.Round(during, (before, after), attack.answered))
+            self.rounds.append(phases.Round(during, (before, after), attack.answers))
             before, done = after, done + 2
 
     async def _phase(self, phase: phases.Phase, attack: attacks.Attack | None) -> phases.Phase:
@@ -281,105 +311,8 @@ class Assault:
             took = now - at
             share = {name: 100 * (used[name] - cpu[name]) / took for name in used}
             rate = max(0, by_now - sent) / took
-            self._samples.append((now - self._began_ns / 1e9, rate, share))
+            self._samples.append(aftermath.Sample(now - self._began_ns / 1e9, rate, share))
             sent, cpu, at = by_now, used, now
-
-    # --- figures ----------------------------------------------------------------------------------
-
-    def _account(self) -> None:
-        plan, finding, rounds = self.plan, self.finding, self.rounds
-        every = [rounds[0].quiet[0]]
-        every += [phase for each in rounds for phase in (each.attack, each.quiet[1])]
-        for phase in every:
-            phase.felt = phases.felt(self.live, phase.since_ns, phase.until_ns)
-        for each in rounds:
-            each.judge(finding, plan.calls)
-        finding.figures = {
-            "relay": f"{plan.relay[0]}:{plan.relay[1]}",
-            "page": plan.page,
-            "calls": plan.calls,
-            "rate_per_s": plan.rate,
-            "seconds_each": plan.seconds,
-            "sent": [each.sent() for each in rounds],
-            "felt": [phase.row() for phase in every],
-            "counted": [each.relay(list(plan.programs)) for each in rounds],
-            "dropped": {each.attack.name: each.drops() for each in rounds},
-            "answered": [_answers(each) for each in rounds if each.attack.back["datagrams"]],
-            "law": {each.attack.name: each.attack.off for each in rounds} if self._page else None,
-            "own_lateness_ms": _lateness(self._ringing),
-        }
-        if not self._page:
-            finding.notes.append("What the relay counted is not known: --metrics names its page.")
-        if "relay" not in self._processes:
-            finding.notes.append(
-                "The relay's CPU and memory are not known: it is not on this host."
-            )
-        finding.notes.append(
-            f"Calls may lose as much as in the worse quiet phase beside an attack and"
-            f" {100 * phases.LOSS_MAX:g} % of their packets more. What the kernel dropped came"
-            " while the relay had no CPU left."
-        )
-        self._draw()
-
-    def _draw(self) -> None:
-        finding, began = self.finding, self._began_ns
-        at = [each[0] for each in self._samples]
-        rate = [each[1] for each in self._samples]
-        finding.series.append(Series("Attack", "sent", "datagrams/s", at, rate))
-        for name in self.plan.programs:
-            share = [each[2][name] for each in self._samples]
-            finding.series.append(Series("CPU", name, "% of a core", at, share))
-        end = self.rounds[-1].quiet[1].until_ns
-        edges = np.arange(began, end, 10**9)
-        seconds = [float(each) for each in (edges - began) / 1e9]
-        lost, silence = [], []
-        for since in map(int, edges):
-            until = since + 10**9
-            lost.append(float(sum(call.lost_down(since, until) for call in self.live)))
-            silence.append(max(call.silence_ms(since, until) for call in self.live))
-        finding.series.append(Series("Lost by live calls", "down", "packets/s", seconds, lost))
-        finding.series.append(Series("Longest silence", "of all calls", "ms", seconds, silence))
-        for each in self.rounds:
-            phase = each.attack
-            finding.markers.append(Marker((phase.since_ns - began) / 1e9, phase.name))
-            finding.markers.append(Marker((phase.until_ns - began) / 1e9, f"{phase.name} ends"))
-        quiet = [each.quiet[0] for each in self.rounds]
-        for name, chosen in (
-            ("quiet", quiet),
-            *((each.attack.name, [each.attack]) for each in self.rounds),
-        ):
-            gaps = [
-                gap
-                for phase in chosen
-                for call in self.live
-                for gap in call.gaps_ms(phase.since_ns, phase.until_ns, over_ms=phases.EVERY)
-            ]
-            some = self.chance.sample(gaps, min(len(gaps), SPREAD_MAX))
-            finding.spreads.append(Spread("Packets later than due", name, "ms", some))
-
-
-def _answers(each: phases.Round) -> Figures:
-    """Row: what attackers were sent, all of them and the one who got most."""
-    back = each.attack.back
-    kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(back["kinds"].items()))
-    return {
-        "attack": each.attack.name,
-        "datagrams": back["datagrams"],
-        "octets": back["octets"],
-        "attackers": back["attackers"],
-        "most_to_one": back["to_one"],
-        "octets_to_one": back["octets_to_one"],
-        "kinds": kinds,
-    }
-
-
-def _lateness(ringing: Ringing) -> Figures:
-    """How late the calls' own packets left: this tool's part in what is lost or late."""
-    if not ringing.late_ms:
-        return {}
-    values = np.frombuffer(ringing.late_ms, np.float32)
-    p50, p99, most = (float(np.percentile(values, q)) for q in (50, 99, 100))
-    return {"p50": round(p50, 2), "p99": round(p99, 2), "max": round(most, 1)}
 
 
 # --- a session of the attackers' own --------------------------------------------------------------
@@ -436,14 +369,6 @@ def _keys(
         return None, None
     found = settings.load(config, settings.Relay)
     return found, settings.load_keys(keys or found.keys.file, found.keys.mint_id)
-
-
-def _programs(host: str, port: int) -> dict[str, list[int]]:
-    """The relay's process, if it is on this machine."""
-    if not ipaddress.ip_address(host).is_loopback:
-        return {}
-    pid = onlooker.holder(port)
-    return {} if pid is None else {"relay": [pid]}
 
 
 def _own_system(plan: Plan) -> Finding:
@@ -530,7 +455,8 @@ def attack(
         if found is not None and keyring is not None:
             plan.relay_keys = keyring, settings.clusters(found.cluster)
         plan.metrics = metrics or (found and f"http://{found.relay.metrics}/metrics") or None
-        plan.programs = _programs(*plan.relay)
+        pid = onlooker.holder(plan.relay[1]) if plan.here else None
+        plan.programs = {} if pid is None else {"relay": [pid]}
         return asyncio.run(_run(plan))
 
     options.deliver(measure, as_json, report, seed=drawn)

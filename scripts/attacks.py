@@ -14,8 +14,8 @@ Who can do what:
 Rules that stay true:
 - The sessions that are attacked are those of the tool's own calls: what an eavesdropper has seen is
   recorded there, nobody else is listened to.
-- A stranger is never answered. Somebody with a valid check is, by the transceiver: once for each
-  check, with no more than was sent, and with nothing but STUN.
+- A stranger is never answered. Somebody with a recorded check may be, by STUN's answers alone, and
+  whoever has called is spoken to as any caller is.
 
 ARCHITECTURE.md "The routing hint", "Rules of the relay", "Roaming"; RFC 7983 (first octets)
 https://www.rfc-editor.org/rfc/rfc7983
@@ -77,11 +77,10 @@ class Material:
 class Needs(enum.Enum):
     """What an attack is made of; the value is why it was left out."""
 
-    NOTHING = ""
     OWN = "it needs a session of one's own, and signaling gave none"
-    CHECKS = "it needs recorded checks: a target on loopback and CAP_NET_RAW, or --config"
-    SSRCS = "it needs the SSRCs of live calls: a target on loopback and CAP_NET_RAW"
-    LIVE = "it sends in the name of live calls: a target on loopback and CAP_NET_RAW"
+    CHECKS = "it needs recorded checks: a target on this machine and CAP_NET_RAW, or --config"
+    SSRCS = "it needs the SSRCs of live calls: a target on this machine and CAP_NET_RAW"
+    LIVE = "it sends in the name of live calls: a target on this machine and CAP_NET_RAW"
     KEYS = "it needs the relay's keys: --config"
 
 
@@ -96,21 +95,20 @@ class Attack:
     what: str
     """A sentence for whoever reads the figures."""
     make: Make
-    needs: Needs = Needs.NOTHING
-    answered: bool = False
-    """True if the checks are valid: the transceiver answers them."""
+    needs: tuple[Needs, ...] = ()
+    answers: frozenset[str] = frozenset()
+    """Kinds of datagrams that may come back (attackers.Band.account): the checks are valid."""
 
     def missing(self, material: Material) -> str:
         """Why it cannot be made out of this; empty if it can."""
         there = {
-            Needs.NOTHING: True,
             Needs.OWN: bool(material.own),
             Needs.CHECKS: bool(material.checks),
             Needs.SSRCS: bool(material.ssrcs),
             Needs.LIVE: bool(material.live),
             Needs.KEYS: material.keyring is not None and bool(material.hints),
         }
-        return "" if there[self.needs] else self.needs.value
+        return ", and ".join(each.value for each in self.needs if not there[each])
 
     def datagrams(self, material: Material, chance: random.Random) -> list[bytes]:
         """What is sent in turn: `KINDS` of them or, of what was recorded, all that there is."""
@@ -261,13 +259,17 @@ def _homes(material: Material) -> Iterator[tuple[ufrag.Cluster, ufrag.Address, i
             yield material.clusters[found.cluster], address, found.port
 
 
+STUN_ANSWERS = frozenset({"stun success", "stun error"})
+CALLED = STUN_ANSWERS | {"stun request", "dtls"}
+"""What a transceiver sends to its caller: checks of its own, and the first flight of DTLS, too."""
+
 ATTACKS = (
     Attack("random-hints", "first checks with ufrags that are made up", _random_hints),
     Attack(
         "bad-integrity",
-        "first checks with a real ufrag and a guessed password",
+        "first checks with real ufrags and guessed passwords",
         _bad_integrity,
-        Needs.OWN,
+        (Needs.OWN,),
     ),
     Attack("broken-stun", "STUN that is cut, lies about lengths, or asks for TURN", _broken_stun),
     Attack("non-stun", "DTLS, QUIC, TURN's channels, noise, empty datagrams", _non_stun),
@@ -275,36 +277,41 @@ ATTACKS = (
     Attack("oversized", f"{DATAGRAM_MAX + 1} to {LENGTH_MAX} octets", _oversized),
     Attack(
         "one-ufrag",
-        "valid checks of one session from many addresses",
+        "valid checks of a session of the attackers' own, from many addresses",
         _one_ufrag,
-        Needs.OWN,
-        answered=True,
+        (Needs.OWN,),
+        CALLED,
     ),
     Attack(
         "replay",
-        "recorded checks of the live calls from many addresses",
+        "recorded checks of the live calls, from many addresses",
         _replays,
-        Needs.CHECKS,
-        answered=True,
+        (Needs.CHECKS,),
+        STUN_ANSWERS,
     ),
     Attack(
         "stolen-ssrcs",
         "RTP with the SSRCs of the live calls, from many addresses",
         _stolen_ssrcs,
-        Needs.SSRCS,
+        (Needs.SSRCS,),
     ),
     Attack(
         "spoofed",
         "forged media, DTLS and STUN from the live calls' own addresses and ports",
         _spoofed,
-        Needs.LIVE,
+        (Needs.LIVE,),
+    ),
+    Attack(
+        "hijack",
+        "valid checks of another session from the live calls' own addresses and ports",
+        _one_ufrag,
+        (Needs.LIVE, Needs.OWN),
     ),
     Attack(
         "minted",
         "valid first checks of sessions that do not exist, under the relay's own keys",
         _minted,
-        Needs.KEYS,
-        answered=True,
+        (Needs.KEYS,),
     ),
 )
 NAMES = tuple(attack.name for attack in ATTACKS)
