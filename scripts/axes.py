@@ -121,7 +121,9 @@ def number(value: float) -> str:
 
 
 def moment(seconds: float) -> str:
-    """When something happened."""
+    """When something happened; NaN is when nobody knows."""
+    if math.isnan(seconds):
+        return "–"
     return f"{seconds:.1f} s" if abs(seconds) < _CLOCK_S else minutes(seconds)
 
 

@@ -70,6 +70,9 @@ REMARKS_MAX = 20
 PERCENTILES = (50.0, 90.0, 99.0, 99.9, 99.99)
 """Marked in each distribution that has a value above them, and told in its table."""
 
+BEYOND = 1e18
+"""No value that is measured is so great, or so small (and not 0)."""
+
 _TOP_PX, _TOP_PX_MARKED = 10, 44
 """Above a plot's area: with markers there stand their numbers."""
 
@@ -122,7 +125,7 @@ def spread(title: str, spreads: list[Spread]) -> str:
     ]
     heads = ("values", *(f"p{each:g}" for each in PERCENTILES), "most")
     remarks = [
-        f"{each.name}: {lost:,} of {len(each.values):,} are no finite number, and left out."
+        f"{each.name}: left out, no number: {lost:,} of {len(each.values):,} values."
         for each, values in zip(spreads, found, strict=True)
         if (lost := len(each.values) - len(values))
     ]
@@ -134,7 +137,7 @@ def spread(title: str, spreads: list[Spread]) -> str:
     up = axes.of_values(np.concatenate(found), unit)
     paths = [_steps(style, found[at], across, up) for style, at in enumerate(drawn)]
     words = "; ".join(
-        f"{each}: median {cells[1]}, most {cells[-1]} {unit}"
+        f"{each}: " + ", ".join(f"{h} {cell}" for h, cell in zip(heads, cells, strict=True) if cell)
         for each, _, cells in rows
         if cells[-1]
     )
@@ -151,11 +154,17 @@ def events(markers: list[Marker]) -> str:
 
 def span(series: Iterable[Series], markers: Iterable[Marker]) -> tuple[float, float]:
     """From when to when there is anything, in seconds; at least a second, and from 0."""
-    moments = [np.array([each.at_s for each in markers], float)]
+    moments = [_floats([each.at_s for each in markers])]
     moments += [_floats(each.at_s) for each in series]
     found = _finite(np.concatenate(moments))
     low, high = (float(found.min()), float(found.max())) if len(found) else (0.0, 1.0)
     return min(low, 0.0), max(high, 1.0)
+
+
+def ordered(markers: Iterable[Marker]) -> list[Marker]:
+    """By time; those whose time is no number come last, and are in no plot."""
+    known = [Marker(float(_floats([each.at_s])[0]), each.text) for each in markers]
+    return sorted(known, key=lambda each: (math.isnan(each.at_s), each.at_s))
 
 
 def escaped(text: object, most: int | None = TEXT_MAX) -> str:
@@ -171,7 +180,11 @@ def escaped(text: object, most: int | None = TEXT_MAX) -> str:
 
 
 def _floats(values: Sequence[Any]) -> Floats:
-    return np.array([math.nan if each is None else each for each in values], np.float64)
+    """What is beyond all measure, and no axis could carry, is NaN or 0."""
+    found = np.array([math.nan if each is None else each for each in values], np.float64)
+    sizes = np.abs(found)
+    found = np.where(sizes > BEYOND, math.nan, found)
+    return np.where(sizes < 1 / BEYOND, 0.0, found)
 
 
 def _finite(values: Floats) -> Floats:
@@ -196,7 +209,8 @@ def _loudest(lines: list[Floats]) -> list[int]:
 
 
 def _thin(moments: Floats, values: Floats, across: axes.Axis) -> tuple[Floats, Floats]:
-    """The least and the most of each column, in their order; NaN for columns that have no other."""
+    """The least and the most of each column, in their order, and both ends of the line; NaN for
+    columns that have no other."""
     columns = np.minimum((across.place(moments) * COLUMNS).astype(np.int64), COLUMNS - 1)
     kept: list[int] = []
     for part in np.split(np.arange(len(values)), np.flatnonzero(np.diff(columns)) + 1):
@@ -206,7 +220,9 @@ def _thin(moments: Floats, values: Floats, across: axes.Axis) -> tuple[Floats, F
             kept += sorted(ends)
         else:
             kept.append(int(part[0]))
-    return moments[kept], values[kept]
+    known = np.flatnonzero(np.isfinite(values))
+    chosen = np.unique([*kept, known[0], known[-1]])
+    return moments[chosen], values[chosen]
 
 
 def _line(kind: str, across: Floats, up: Floats, dots: bool) -> str:
@@ -286,12 +302,12 @@ def _badges(markers: list[Marker], across: axes.Axis) -> str:
         x = across.at(each.at_s) * 100
         if not math.isfinite(x):
             continue
-        half = _badge_px(str(at)) / PHONE_PX * 50
+        half = (_badge_px(str(at)) + 2) / PHONE_PX * 50
         row = next((row for row in (0, 1) if x - half >= ends[row]), None)
         if row is None:
             where, row, low, _ = placed.pop()
             placed.append((where, row, low, at))
-            half = _badge_px(f"{low}–{at}") / PHONE_PX * 50
+            half = (_badge_px(f"{low}–{at}") + 2) / PHONE_PX * 50
             ends[row] = max(ends[row], where + half)
         else:
             placed.append((x, row, at, at))
@@ -309,7 +325,7 @@ def _badges(markers: list[Marker], across: axes.Axis) -> str:
 
 
 def _badge_px(label: str) -> int:
-    return 8 + 7 * len(label)
+    return 8 + 7 * len(label)  # letters of 11 pixels, and what is around them
 
 
 def _upright(x: float, top: float, bottom: float) -> str:
@@ -335,21 +351,21 @@ def _table(rows: list[tuple[str, bool, list[str]]], heads: tuple[str, ...], unit
     used = [
         at for at in range(len(heads)) if any(len(cells) > at and cells[at] for *_, cells in rows)
     ]
-    style, parts = 0, []
+    style, parts, gap = 0, [], '<span class="swatch"></span>'
     for name, drawn, cells in rows[:ROWS_MAX]:
         path = f'<path class="line s{style}" d="M1 7H29"/>'
         swatch = f'<svg class="swatch" aria-hidden="true">{path}</svg>'
         style += drawn
         figures = "".join(f"<td>{escaped(cells[at] or '–')}</td>" for at in used)
         parts.append(
-            f'<tr><th scope="row">{swatch if drawn else ""}<span>{escaped(name)}</span></th>'
-            f"{figures}</tr>"
+            f'<tr><th scope="row">{swatch if drawn else gap}{escaped(name)}</th>{figures}</tr>'
         )
     head = "".join(f'<th scope="col">{escaped(heads[at])}</th>' for at in used)
     more = f"<p>The first {ROWS_MAX} of {len(rows)} lines.</p>" if len(rows) > ROWS_MAX else ""
     return (
         '<div class="scroll" tabindex="0" role="group" aria-label="What each line is">'
-        f'<table class="lines"><thead><tr><th scope="col">{escaped(unit)}</th>{head}</tr></thead>'
+        f'<table class="lines{" tails" if len(used) > 3 else ""}">'
+        f'<thead><tr><th scope="col">{escaped(unit)}</th>{head}</tr></thead>'
         f"<tbody>{''.join(parts)}</tbody></table></div>{more}"
     )
 
@@ -405,9 +421,7 @@ def _remarks(
     for line, (_, values) in zip(lines, found, strict=True):
         gaps = int(np.isnan(values).sum())
         if gaps:
-            said.append(
-                f"{line.name}: {gaps:,} of {len(values):,} are no finite number, and a gap."
-            )
+            said.append(f"{line.name}: left out, no number: {gaps:,} of {len(values):,} values.")
         if len(line.at_s) != len(line.values):
             said.append(f"{line.name}: {len(line.at_s):,} moments, {len(line.values):,} values.")
     return said + _undrawn([values for _, values in found], drawn)

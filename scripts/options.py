@@ -1,5 +1,15 @@
-"""What all commands of flood.py have in common: options, Ctrl-C, and how a finding is delivered."""
+"""What all commands of flood.py have in common: options, Ctrl-C, and how a finding is delivered.
 
+    deliver(lambda: measure(...), as_json, report, seed=seed)      the end of every command
+
+Rules that stay true:
+- Figures go to standard output, everything else to standard error.
+- What was measured is printed before the report is written: a full disk does not lose it.
+- What is wrong with options is said before anything is measured, in one line.
+- SIGTERM and Ctrl-C are one KeyboardInterrupt, which unwinds what measures; `finally` ends it all.
+"""
+
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -30,36 +40,43 @@ def deliver(
     measure: Callable[[], findings.Finding], as_json: bool, to: Path | None, **more: object
 ) -> None:
     """Measure, print, write the report. Ends the program: 0, 1 if something did not hold or could
-    not be started, 2 for a target that may not be loaded, 130 after Ctrl-C. `more` (a seed, say)
-    stands among what the figures are about."""
+    not be started or written, 2 for a target that may not be loaded or a report that cannot be
+    written, 130 after Ctrl-C. `more` (a seed, say) stands among what the figures are about."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupted)
-    if to is not None and not to.resolve().parent.is_dir():
-        raise typer.BadParameter(f"{to} lies in no folder")
+    if to is not None and (why := _unwritable(to)):
+        raise typer.BadParameter(f"{to} {why}", param_hint="--report")
     try:
         found = measure()
+        about = findings.about("scripts/flood.py") | more
+        typer.echo(findings.text(findings.whole(found, about), as_json))
+        if to is not None:
+            report.write(to, found, about)
+            print(f"flood: {to} is the report", file=sys.stderr)
     except target.TargetError as error:
         raise typer.BadParameter(str(error)) from error
     except (dev.StartError, TimeoutError, OSError, ValueError) as error:
-        print(f"flood: {error or type(error).__name__}", file=sys.stderr)
+        print(f"flood: {str(error) or type(error).__name__}", file=sys.stderr)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         print("flood: interrupted; what was started has ended", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    about = findings.about("scripts/flood.py") | more
-    whole = {
-        "title": found.title,
-        **about,
-        **found.figures,
-        "notes": found.notes,
-        "failures": found.failures,
-    }
-    typer.echo(findings.text(whole, as_json))
-    if to is not None:
-        report.write(to, found, about)
-        print(f"flood: {to} is the report", file=sys.stderr)
     raise typer.Exit(1 if found.failures else 0)
 
 
+def _unwritable(path: Path) -> str | None:
+    """Why there can be no report: it is better known before a measurement than after it."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        return "lies in no folder"
+    if path.is_dir():
+        return "is a folder"
+    return None if os.access(path if path.exists() else folder, os.W_OK) else "may not be written"
+
+
 def _interrupted(number: int, _: object) -> None:
-    raise KeyboardInterrupt  # on its way up it ends all that was started
+    """On its way up the exception ends all that was started. A second Ctrl-C must not interrupt
+    that: whoever cannot wait has Ctrl-\\ (SIGQUIT)."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -16,6 +16,7 @@ Rules that stay true:
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _verdict(found: Finding) -> str:
     many = len(found.failures)
     if not many:
         held = (
-            f"All {found.checks} that must hold did."
+            f"All {found.checks} things that must hold did."
             if found.checks > 1
             else "What must hold did."
             if found.checks
@@ -101,7 +102,8 @@ def _verdict(found: Finding) -> str:
         )
         return f'<div class="verdict held" role="status"><b>✓</b> {held}</div>'
     of = f" of {found.checks}" if found.checks > many else ""
-    words = f"{many}{of} that must hold did not" if many > 1 or of else "What must hold did not"
+    things = "thing" if found.checks <= 1 and many == 1 else "things"
+    words = f"{many}{of} {things} that must hold did not"
     return (
         f'<div class="verdict failed" role="alert"><b>✗</b> {words}:'
         f"<ul>{_sentences(found.failures)}</ul></div>"
@@ -144,7 +146,7 @@ def _plots(found: Finding) -> Iterator[str]:
     """The list of events, and a figure for each plot and unit: distributions follow the lines of
     the same name."""
     span = charts.span(found.series, found.markers)
-    markers = sorted(found.markers, key=lambda each: each.at_s)
+    markers = charts.ordered(found.markers)
     names = dict.fromkeys(
         [each.plot for each in found.series] + [each.plot for each in found.spreads]
     )
@@ -170,6 +172,8 @@ def _plots(found: Finding) -> Iterator[str]:
 # Tables of any figures: they are plain (findings.plain) already.
 
 _TEXT = ' class="text"'
+_NUMBER = re.compile(r"(-?)(\d*)(.*)")
+_THOUSAND = '<span class="thousand">{}</span>'
 
 
 def _figures(figures: Figures) -> Iterator[str]:
@@ -284,7 +288,17 @@ def _cell(value: Any) -> str:
         return (shown or "none") + (f", … {left:,} more" if left > 0 else "")
     if isinstance(value, dict):
         return escaped(json.dumps(value)) if value else "none"
-    return escaped(value if isinstance(value, str) else json.dumps(value))
+    return escaped(value) if isinstance(value, str) else _number(json.dumps(value))
+
+
+def _number(text: str) -> str:
+    """Five digits and more by their thousands, with gaps that are not there when it is copied."""
+    sign, whole, rest = _NUMBER.findall(text)[0]
+    if len(whole) < 5:
+        return text
+    first = len(whole) % 3 or 3
+    groups = (whole[at : at + 3] for at in range(first, len(whole), 3))
+    return f"{sign}{whole[:first]}{''.join(map(_THOUSAND.format, groups))}{rest}"
 
 
 def _name(name: Any) -> str:
