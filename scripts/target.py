@@ -39,6 +39,7 @@ _OWN = [
     )
 ]
 
+_NUMERIC = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
 _BROADCAST = ipaddress.ip_address("255.255.255.255")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -56,9 +57,9 @@ def guard(host: str, owned: bool) -> str:
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)
+        literals = [socket.getnameinfo(each[4], _NUMERIC)[0] for each in found]  # with zones
     except (OSError, UnicodeError) as error:
         raise TargetError(f"{host!r} is no address: {error}") from error
-    literals = [str(each[4][0]) for each in found]
     for literal in literals:
         address = _address(literal)
         if address.is_multicast or address.is_unspecified or address == _BROADCAST:
