@@ -181,7 +181,7 @@ class Caller:
         self._payloads: list[bytes] = []
 
     async def call(self, post: Callable[[dict[str, Any]], Awaitable[str]]) -> None:
-        """Offer, connect, open the channel; returns with both done. Raises TimeoutError."""
+        """Offer, connect, open the channel; returns with both done. Raises as `connect`."""
         host, port = self._line.address
         offer = self.offer(_CANDIDATE.format(host=host, port=port))
         request = {"offer": offer, "session": SESSION, "candidates": [[host, port]]}
@@ -204,7 +204,8 @@ class Caller:
 
     async def connect(self, answer: str) -> None:
         """ICE, DTLS, the data channel, as the answer says. Raises TimeoutError with what it was
-        that did not happen, KeyError or ValueError for an answer that is none."""
+        that did not happen, ConnectionError if DTLS failed, KeyError or ValueError for an answer
+        that is none."""
         line = self._line
         begun = time.monotonic()
         found = attributes(answer)
@@ -218,7 +219,7 @@ class Caller:
         fingerprints = [RTCDtlsFingerprint(algorithm, value)]
         await _within(self._dtls.start(RTCDtlsParameters(fingerprints)), "no DTLS")
         if self._dtls.state != "connected":
-            raise TimeoutError("no DTLS")
+            raise ConnectionError("the DTLS handshake failed")
         self.connected_s = time.monotonic() - begun
         self.secured()
         sctp = self._sctp = RTCSctpTransport(self._dtls, 5000)

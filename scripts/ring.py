@@ -239,7 +239,13 @@ class Call:
         """Some time has passed: is the line alive? `now` is of the loop's clock."""
         if self.state != "talking" or self.lost.is_set():
             return
-        silent_s = (time.monotonic_ns() - self._alive_ns) / 1e9
+        now_ns = time.monotonic_ns()
+        opened_ms = self.moments.get("opened")
+        if opened_ms is not None and "session.created" not in self.moments:
+            waited_s = (now_ns - self.offered_ns) / 1e9 - opened_ms / 1e3
+            if waited_s > SESSION_S_MAX:
+                self._lose(Failed("no session", f"no session.created for {SESSION_S_MAX:g} s"))
+        silent_s = (now_ns - self._alive_ns) / 1e9
         if not self.exchange.comes_back:
             if silent_s > LOST_S:
                 self._lose(Failed("lost", f"nothing came for {LOST_S:g} s"))
@@ -334,8 +340,10 @@ class Call:
             raise Failed("bad answer", f"{type(error).__name__}: {error}") from error
         except TimeoutError as error:
             raise Failed(str(error), f"not within {callers.STEP_S_MAX:g} s") from error
-        except (ConnectionError, OSError) as error:
+        except ConnectionError as error:
             raise Failed("no DTLS", str(error)) from error
+        except OSError as error:  # of the socket: there is no way to such an address
+            raise Failed("no ICE", str(error)) from error
 
     async def _offer(self, offer: str, resume: str | None) -> str:
         """The answer. Raises Failed."""
@@ -381,9 +389,11 @@ class Call:
             await asyncio.wait_for(self.lost.wait(), left)
         except TimeoutError:
             return True
+        if self.state in ("ended", "failed"):
+            return True
         gone = self._gone or Failed("lost")
         going_on = self._stopping or gone.failure == "lost"
-        if not (self.exchange.comes_back and going_on) or self.state in ("ended", "failed"):
+        if not (self.exchange.comes_back and going_on):
             raise gone
         return until is not None and asyncio.get_running_loop().time() >= until
 

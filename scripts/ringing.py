@@ -183,11 +183,14 @@ class Ringing:
             async with room:
                 await call.end(politely=True)
 
-        tasks = list(self._tasks)
-        ending = [asyncio.create_task(end(call)) for call in self._tasks.values()]
-        if ending:
-            await asyncio.wait(ending, timeout=CLOSE_S_MAX)
-            await asyncio.wait(tasks, timeout=CLOSE_S_MAX)
+        tasks, ending = list(self._tasks), []
+        for task, call in self._tasks.items():
+            if call.state == "talking":
+                ending.append(asyncio.create_task(end(call)))
+            else:  # it waits for something that may never come; it hangs up by itself
+                task.cancel()
+        if tasks:
+            await asyncio.wait([*ending, *tasks], timeout=CLOSE_S_MAX)
         for task in (*ending, *tasks, *self._keeping):
             task.cancel()
         await asyncio.gather(*ending, *tasks, *self._keeping, return_exceptions=True)
