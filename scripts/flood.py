@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 import assault
+import dialling
 import firsts
 import typer
 
@@ -76,6 +77,7 @@ def first(
 
 
 cli.command("attack")(assault.attack)
+cli.command("calls")(dialling.calls)
 
 
 if __name__ == "__main__":
