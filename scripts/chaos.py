@@ -18,6 +18,7 @@ Rules that stay true:
 
 import asyncio
 import contextlib
+import functools
 import random
 import secrets
 import time
@@ -116,14 +117,14 @@ def measure(calls: int, seconds: float, seed: int, kinds: list[str]) -> Finding:
         finding.notes.append(f"no room for {', '.join(missing)}: {room_s:g} s have")
     if not plan:
         raise dev.StartError("there is nothing that could happen")
+    begins = functools.partial(Subject, managed=faults.managed_after(plan, -1))
     # The stream first: it is forked before there is any descriptor of the system.
     with (
         stream.Stream(CLIENTS) as beside,
-        dev.running(None, True, "127.0.0.1", False, Subject) as (system, about),
+        dev.running(None, True, "127.0.0.1", False, begins) as (system, about),
     ):
         assert isinstance(system, Subject)  # as asked for
-        run = Run(system, about, beside, seed)
-        asyncio.run(run.through(calls, plan, finding))
+        asyncio.run(Run(system, about, beside, seed, plan).through(calls, finding))
     return finding
 
 
@@ -145,18 +146,24 @@ class Run:
     """A system, its calls and its stream, from the first event to the last."""
 
     def __init__(
-        self, subject: Subject, about: dev.About, beside: stream.Stream, seed: int
+        self,
+        subject: Subject,
+        about: dev.About,
+        beside: stream.Stream,
+        seed: int,
+        plan: list[Planned],
     ) -> None:
-        self._subject, self._about, self._beside, self._seed = subject, about, beside, seed
+        self._subject, self._about, self._beside = subject, about, beside
+        self._seed, self._plan = seed, plan
         self._windows: list[Window] = []
         self._still: list[tuple[int, float]] = []
         """When this process had not run, in nanoseconds, and for how many milliseconds."""
         self._began = 0
         self._ringing: Ringing
 
-    async def through(self, calls: int, plan: list[Planned], finding: Finding) -> None:
+    async def through(self, calls: int, finding: Finding) -> None:
         """All of it. What was found goes into the finding. Raises dev.StartError, StreamError."""
-        page = self._about["page"]
+        page, plan = self._about["page"], self._plan
         room = calls + 2 * len(plan) + 10
         async with (
             aiohttp.ClientSession(trust_env=False) as http,
@@ -173,7 +180,7 @@ class Run:
                     await self._happens(planned, world, told)
             last = self._beside.end()
         await self._settle(world)
-        self._note(finding, plan, last, world, calls)
+        self._note(finding, last, world, calls)
 
     def _begin_stream(self, world: World, most_s: float) -> None:
         host, _, port = self._about["relay"].rpartition(":")
@@ -209,6 +216,7 @@ class Run:
         record = Record(planned.kind, at_s=begun_s)
         chance = random.Random(f"{self._seed} {planned.number} {planned.kind}")
         scene = Scene(world, self._ringing, chance, record)
+        self._subject.managed = faults.managed_after(self._plan, planned.number)
         window = Window(scene, time.monotonic_ns() - BACK_NS, 0, scene.calls())
         doing = asyncio.create_task(_done(scene, KINDS[planned.kind]))
         await _until(doing.done, lambda: told(seconds(), words))
@@ -230,14 +238,13 @@ class Run:
 
     # --- what was found ---------------------------------------------------------------------------
 
-    def _note(
-        self, finding: Finding, plan: list[Planned], last: stream.Told, world: World, calls: int
-    ) -> None:
+    def _note(self, finding: Finding, last: stream.Told, world: World, calls: int) -> None:
         records = [felt(window, last, self._still) for window in self._windows]
         law, account = world.relay.law(), last.account
         ports = last.ports | {world.relay.public, world.relay.internal}
         law["kernel_drops"] = rig.kernel_drops(set(ports)) + world.relay.kernel_drops()
-        rows = [*promises.judged(records), *lawful(law, last)]
+        crashed = any(record.event == "crash" for record in records)
+        rows = [*promises.judged(records), *lawful(law, last, crashed)]
         finding.figures |= {
             "calls": calls,
             "calls_made": len(self._ringing.calls),
@@ -245,7 +252,7 @@ class Run:
             "law": law,
             "schedule": [
                 {"at_s": round(each.at_s, 2), "event": each.kind, "room_s": each.room_s}
-                for each in plan
+                for each in self._plan
             ],
             "events": [record.row() for record in records],
             "facts": {
@@ -263,7 +270,7 @@ class Run:
         for row in rows:
             finding.must(
                 row["verdict"] != promises.BROKEN,
-                f"{row['event']} at {row['at_s']} s: {row['promise']}: {row['evidence']}; "
+                f"{row['event']}, {row['at_s']} s: {row['promise']}: {row['evidence']}; "
                 f"README: {row['readme']}",
             )
         finding.notes.append(
@@ -364,10 +371,11 @@ def _returns(call: Call, since: int, until: int) -> list[float]:
     ]
 
 
-def lawful(law: Figures, last: stream.Told) -> list[Figures]:
+def lawful(law: Figures, last: stream.Told, crashed: bool) -> list[Figures]:
     """The promise about the relay's counters, of the whole run."""
     account, missing = last.account, law["missing"]
-    counted = law["received"] >= last.datagrams
+    # A relay that has crashed has counted for itself alone.
+    counted = crashed or law["received"] >= last.datagrams
     verdict = Verdict(
         not missing and counted and not account.duplicated and not account.foreign,
         f"{law['received']} received, {missing} in no counter; of the stream's {last.datagrams} "

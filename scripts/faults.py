@@ -12,12 +12,13 @@ Rules that stay true:
 """
 
 import asyncio
+import contextlib
 import os
 import random
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import rig
@@ -68,6 +69,14 @@ def seconds_for(kinds: list[str]) -> float:
     return LEAD_S + sum(ROOM_S[kind] + GAP_S[1] for kind in kinds)
 
 
+def managed_after(plan: list[Planned], number: int) -> bool:
+    """Whether the relay has to have a service manager behind the event of that number (-1: at the
+    beginning), for the next restart or handover of the plan: the first needs one, and the second
+    is refused by a relay that has one."""
+    after = [each.kind for each in plan if each.number > number]
+    return next((kind != "handover" for kind in after if kind in ("restart", "handover")), True)
+
+
 # --- what an event works with ---------------------------------------------------------------------
 
 NEW_CALL_S_MAX = 10.0
@@ -96,6 +105,15 @@ class Scene:
         """Those that talk, the oldest first, without those that were only made to see whether they
         can be."""
         return [call for call in self.ringing.talking() if call not in self.wanted]
+
+    @contextlib.asynccontextmanager
+    async def somebody_calls(self) -> AsyncIterator[None]:
+        """While the block runs, a new call is made; left when that has connected, or never will."""
+        calling = asyncio.create_task(self.new_call())
+        try:
+            yield
+        finally:
+            await calling
 
     async def new_call(self) -> None:
         """Make one more call, again and again until it connects, and end it."""
@@ -140,9 +158,9 @@ async def worker(scene: Scene) -> None:
     pids, since = world.relay.workers_now(), world.subject.said("relay")
     record.hit = f"worker {number}"
     os.kill(pids[number], signal.SIGKILL)
-    found = await world.subject.says("relay", _SERVES_AGAIN.format(number=number), since)
-    record.took_ms = float(found[1])
-    await scene.new_call()
+    async with scene.somebody_calls():
+        found = await world.subject.says("relay", _SERVES_AGAIN.format(number=number), since)
+        record.took_ms = float(found[1])
 
 
 async def restart(scene: Scene) -> None:
@@ -152,19 +170,19 @@ async def restart(scene: Scene) -> None:
     process = world.relay.process
     record.facts["descriptors_stored"] = len(subject.store.held)
     process.send_signal(signal.SIGINT)  # RestartKillSignal= of the unit
-    await subject.until(lambda: process.poll() is not None, "the relay stops")
-    await subject.again("relay", rig.READY_LINE)
-    world.adopt()
-    record.took_ms = (time.monotonic() - began) * 1000
-    await scene.new_call()
+    async with scene.somebody_calls():
+        await subject.until(lambda: process.poll() is not None, "the relay stops")
+        await subject.again("relay", rig.READY_LINE)
+        world.adopt()
+        record.took_ms = (time.monotonic() - began) * 1000
 
 
 async def handover(scene: Scene) -> None:
     """`relay handover` to another process."""
     began = time.monotonic()
-    await scene.world.succeed()
-    scene.record.took_ms = (time.monotonic() - began) * 1000
-    await scene.new_call()
+    async with scene.somebody_calls():
+        await scene.world.succeed()
+        scene.record.took_ms = (time.monotonic() - began) * 1000
 
 
 async def crash(scene: Scene) -> None:
@@ -173,10 +191,10 @@ async def crash(scene: Scene) -> None:
     subject, began = world.subject, time.monotonic()
     subject.kill("relay")
     subject.store.forget()
-    await subject.again("relay", rig.READY_LINE)
-    world.adopt()
-    record.took_ms = (time.monotonic() - began) * 1000
-    await scene.new_call()
+    async with scene.somebody_calls():
+        await subject.again("relay", rig.READY_LINE)
+        world.adopt()
+        record.took_ms = (time.monotonic() - began) * 1000
 
 
 NEEDS_RESTART = "batch_size = 200"
@@ -190,22 +208,22 @@ async def reload(scene: Scene) -> None:
     before, text = set(world.relay.workers_now().values()), config.read_text()
     since, began = subject.said("relay"), time.monotonic()
     config.write_text(text.replace("[relay]\n", f"[relay]\n{NEEDS_RESTART}\n", 1))
-    try:
-        world.wake()
-        await subject.says("relay", r"\breloaded\b", since)
-    finally:
-        config.write_text(text)
-    await subject.until(
-        lambda: len(world.relay.workers_now()) == world.relay.workers, "workers serve again"
-    )
-    record.took_ms = (time.monotonic() - began) * 1000
+    async with scene.somebody_calls():
+        try:
+            world.wake()
+            await subject.says("relay", r"\breloaded\b", since)
+        finally:
+            config.write_text(text)
+        await subject.until(
+            lambda: len(world.relay.workers_now()) == world.relay.workers, "workers serve again"
+        )
+        record.took_ms = (time.monotonic() - began) * 1000
     after = set(world.relay.workers_now().values())
     record.hit = f"{len(after - before)} workers replaced"
     named = "relay.batch_size is changed by a restart"
     record.facts["named"] = named in subject.log("relay", since)
     if before & after:
         raise LateError(f"{len(before & after)} workers were not replaced")
-    await scene.new_call()
 
 
 # --- clients --------------------------------------------------------------------------------------
@@ -252,9 +270,8 @@ async def redis(scene: Scene) -> None:
     record.hit = f"{how.name}, away for {away_s:.1f} s"
     subject.kill("redis", how)
     await subject.until(lambda: subject.running["redis"].poll() is not None, "Redis stops")
-    until = time.monotonic() + away_s
-    await scene.new_call()
-    await asyncio.sleep(max(0.0, until - time.monotonic()))
+    async with scene.somebody_calls():
+        await asyncio.sleep(away_s)
     await subject.again("redis", "eady to accept connections")
     began = time.monotonic()
     await subject.says("relay", r"redis is back|redis lost what it had", since)
@@ -285,19 +302,16 @@ async def transceiver(scene: Scene) -> None:
     record.hit = f"{name}, {len(scene.own)} calls"
     subject.kill(name)
     began = time.monotonic()
-    new_call = asyncio.create_task(scene.new_call())
     try:
-        await subject.until(lambda: not world.leased(victim), "its lease ends")
-        record.facts["lease_ms"] = (time.monotonic() - began) * 1000
-        await subject.until(
-            lambda: all(_is_back(call, returns[call.number]) for call in scene.own),
-            "its calls come back",
-            BACK_S_MAX,
-        )
-    except LateError as error:
-        record.failed = str(error)
+        async with scene.somebody_calls():
+            await subject.until(lambda: not world.leased(victim), "its lease ends")
+            record.facts["lease_ms"] = (time.monotonic() - began) * 1000
+            await subject.until(
+                lambda: all(_is_back(call, returns[call.number]) for call in scene.own),
+                "its calls come back",
+                BACK_S_MAX,
+            )
     finally:
-        await new_call
         _note_returns(scene, victim, returns)
         await subject.again(name)
         took_s = await world.until_serving(len(world.transceivers))

@@ -367,7 +367,7 @@ def row(event: str, at_s: float | None, bound: str, says: str, verdict: Verdict)
     """A line of the table of promises."""
     words = {True: KEPT, False: BROKEN, None: NOT_JUDGED}
     return {
-        "at_s": "" if at_s is None else round(at_s, 1),
+        "at_s": "all" if at_s is None else round(at_s, 1),
         "event": event,
         "verdict": words[verdict.kept],
         "promise": bound,

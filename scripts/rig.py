@@ -123,16 +123,17 @@ def spawn(
     cpus: set[int],
     log: Path,
     store: "Store | None" = None,
-    given: bool = True,
+    managed: bool = True,
 ) -> "subprocess.Popen[bytes]":
     """Start a program on those CPUs, in a group of its own, that does not outlive this one, with
-    what systemd would give it out of its descriptor store; not `given`, it may only store."""
-    held = list(store.held.items()) if store and given else []
+    what systemd would give it out of its descriptor store. Not `managed`, it gets that once, and
+    has no manager from then on."""
+    held = list(store.held.items()) if store else []
 
     def settle_in() -> None:
         os.sched_setaffinity(0, cpus)
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGINT)  # prctl(2)
-        if store:
+        if store and managed:
             os.environ["NOTIFY_SOCKET"] = str(store.path)
         if held:  # sd_listen_fds(3)
             for target, (_, fd) in enumerate(held, LISTEN_FDS_START):

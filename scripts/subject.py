@@ -48,8 +48,10 @@ class LateError(Exception):
 class Subject(dev.System):
     """Its programs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, managed: bool = True) -> None:
         super().__init__(folder)
+        self.managed = managed
+        """Whether a relay that is started from now on has a service manager."""
         self.store = rig.Store(folder)
         """What systemd would keep for the relay."""
         self.commands: dict[str, Any] = {}
@@ -59,11 +61,13 @@ class Subject(dev.System):
         """As systemd, take what the relay stores."""
         self.store.take()
 
-    def launch(self, name: str, argv: Any, given: bool = True) -> "subprocess.Popen[bytes]":
-        """Start a program; the relay with what the store has, if `given`."""
+    def launch(self, name: str, argv: Any) -> "subprocess.Popen[bytes]":
+        """Start a program; the relay with what the store has."""
         store = self.store if name == "relay" else None
         log = self.state_dir / f"{name}.log"
-        process = rig.spawn(list(argv), set(host.cpus()), log, store, given)
+        process = rig.spawn(list(argv), set(host.cpus()), log, store, self.managed)
+        if store and not self.managed:
+            store.forget()  # nobody keeps anything for it from now on
         self.commands.setdefault(name, argv)
         self.running[name] = process
         return process
@@ -204,7 +208,7 @@ class World:
         subject, before, since = self.subject, self.relay.process, self.subject.said("relay")
         subject.running["relay before"] = before  # ended with the rest, should this not work
         argv = [dev.BIN / "relay", "handover", "--config", self.relay.config]
-        process = subject.launch("relay", argv, given=False)
+        process = subject.launch("relay", argv)
         await subject.says("relay", rig.READY_LINE, since)
         await subject.until(lambda: before.poll() is not None, "the relay from before ends")
         del subject.running["relay before"]
