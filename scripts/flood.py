@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 import assault
+import chaos
 import dialling
 import firsts
 import typer
@@ -78,6 +79,7 @@ def first(
 
 cli.command("attack")(assault.attack)
 cli.command("calls")(dialling.calls)
+cli.command("chaos")(chaos.chaos)
 
 
 if __name__ == "__main__":
