@@ -60,8 +60,8 @@ CALLS_MAX = 100
 RATE_MAX = 100_000
 """Datagrams a second of the attackers, who have one process."""
 
-SECONDS_MIN, SECONDS_MAX = 3.0, 120.0
-"""Of a phase: a new call needs some time to connect, and a run has dozens of phases."""
+SECONDS_MIN, SECONDS_MAX = 1.0, 120.0
+"""Of a phase: a new call needs a moment to connect, and a run has dozens of phases."""
 
 LISTEN_S = 6.0
 """How long an eavesdropper waits for a check of each call: they come every 2.5 s."""
@@ -103,11 +103,6 @@ class Plan:
                 return False
         return True
 
-    @property
-    def whole_s(self) -> float:
-        """How long the phases take."""
-        return (2 * len(self.attacks) + 1) * (self.seconds + phases.SETTLE_S)
-
 
 class Assault:
     """One run: live calls, attacks one after another, and the quiet around them."""
@@ -123,7 +118,7 @@ class Assault:
         self.rounds: list[phases.Round] = []
         self._page = onlooker.Page(http, plan.metrics) if plan.metrics else None
         self._processes = onlooker.Processes(plan.programs)
-        self._began_ns = 0
+        self._began_ns, self._now = 0, ""
         self._samples: list[aftermath.Sample] = []
 
     async def run(self, folder: Path) -> Finding:
@@ -137,12 +132,13 @@ class Assault:
         await self._get_to_know()
         chosen = self._possible()
         self._began_ns = time.monotonic_ns()
-        watch = asyncio.create_task(self._sample())
-        try:
-            with progress.bar("attacks", self.plan.whole_s) as told:
-                await self._phases(chosen, folder, told)
-        finally:
-            watch.cancel()
+        step_s = self.plan.seconds + phases.SETTLE_S
+        with progress.bar("attacks", (2 * len(chosen) + 1) * step_s) as told:
+            watch = asyncio.create_task(self._sample(told))
+            try:
+                await self._phases(chosen, folder)
+            finally:
+                watch.cancel()
         account = aftermath.Account(
             self.finding, self.live, self.rounds, self._samples, self._began_ns
         )
@@ -237,27 +233,21 @@ class Assault:
 
     # --- phases -----------------------------------------------------------------------------------
 
-    async def _phases(
-        self, chosen: Sequence[attacks.Attack], folder: Path, told: Callable[[float, str], None]
-    ) -> None:
-        told(0, "quiet")
+    async def _phases(self, chosen: Sequence[attacks.Attack], folder: Path) -> None:
         before = await self._phase(phases.Phase("quiet"), None)
-        done = 1
         for attack in chosen:
-            step = self.plan.seconds + phases.SETTLE_S
-            told(done * step, attack.name)
             async with self._placed(attack):
                 live = self.material.live if attacks.Needs.LIVE in attack.needs else ()
                 made = attack.datagrams(self.material, self.chance)
                 await self._band.load(folder / attack.name, made, live)
                 during = await self._phase(phases.Phase(attack.name), attack)
-                told((done + 1) * step, "quiet")
                 after = await self._phase(phases.Phase("quiet"), None)
             during.back = await self._band.account()
             self.rounds.append(phases.Round(during, (before, after), attack.answers))
-            before, done = after, done + 2
+            before = after
 
     async def _phase(self, phase: phases.Phase, attack: attacks.Attack | None) -> phases.Phase:
+        self._now = phase.name
         if self._page:
             phase.before = await self._page.read()
         cpu = self._processes.cpu_s()
@@ -302,8 +292,8 @@ class Assault:
                 if call.state not in ("ended", "failed"):
                     await call.end()
 
-    async def _sample(self) -> None:
-        """What is drawn over time; for ever."""
+    async def _sample(self, told: Callable[[float, str], None]) -> None:
+        """What is drawn over time, and how far it is; for ever."""
         sent, cpu, at = 0, self._processes.cpu_s(), time.monotonic()
         while True:
             await asyncio.sleep(SAMPLE_S)
@@ -312,6 +302,7 @@ class Assault:
             share = {name: 100 * (used[name] - cpu[name]) / took for name in used}
             rate = max(0, by_now - sent) / took
             self._samples.append(aftermath.Sample(now - self._began_ns / 1e9, rate, share))
+            told(now - self._began_ns / 1e9, self._now)
             sent, cpu, at = by_now, used, now
 
 
