@@ -19,6 +19,7 @@ Rules that stay true:
 from pathlib import Path
 from typing import Annotated
 
+import approaches
 import assault
 import chaos
 import dialling
@@ -77,10 +78,10 @@ def first(
     out.write_bytes(b"".join(records))
 
 
+cli.command("approaches")(approaches.approaches)
 cli.command("attack")(assault.attack)
 cli.command("calls")(dialling.calls)
 cli.command("chaos")(chaos.chaos)
-
 
 if __name__ == "__main__":
     cli()

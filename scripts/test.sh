@@ -4,13 +4,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# System packages: browsers, for the demo page and as clients; Redis for the development system; what
-# builds pages with other people's clients; and an encoder.
+# System packages: browsers, for the demo page and as clients; Redis for the development system; a
+# TURN server, to compare with; what builds pages with other people's clients; and an encoder.
 missing=()
 command -v chromium >/dev/null || command -v chromium-browser >/dev/null ||
   command -v google-chrome >/dev/null || missing+=(chromium)
 command -v firefox-esr >/dev/null || command -v firefox >/dev/null || missing+=(firefox-esr)
 command -v redis-server >/dev/null || missing+=(redis-server)
+command -v turnserver >/dev/null || missing+=(coturn)
 command -v node >/dev/null || missing+=(nodejs)
 command -v npm >/dev/null || missing+=(npm)
 # GStreamer, as an encoder that comes in by WHIP, with its bindings for the system's Python.
@@ -27,6 +28,9 @@ if [ "${#missing[@]}" -gt 0 ]; then
         apt-get -q install -y --no-install-recommends "$package" >&2 ||
           echo "earshot: not installed: $package" >&2
       done
+    # The package has it run from here on, at the relay's port, and nobody has asked for that.
+    [[ " ${missing[*]} " != *" coturn "* ]] ||
+      systemctl disable --now coturn >/dev/null 2>&1 || true
   else
     echo "earshot: not installed: ${missing[*]} (apt-get install ${missing[*]}, as root)" >&2
   fi
