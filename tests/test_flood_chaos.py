@@ -375,7 +375,7 @@ def test_a_broken_promise_is_found_and_is_the_exit_status(control):
     [
         (["--only", "nothing"], "no event nothing"),
         (["--only", "redis", "--seconds", "2"], "no room for an event"),
-        (["--calls", "0"], "0 is not in the range"),
+        (["--calls", "0"], "Invalid value for '--calls'"),
     ],
 )
 def test_what_cannot_be_done_is_refused(scripts, words, reason):
