@@ -17,7 +17,7 @@ Rules that stay true:
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,11 @@ JSON_CHARACTERS_MAX = 1_000_000
 DEPTH_MAX = 8
 """Levels of figures in figures that are shown as tables."""
 
-TRANSPOSED_COLUMNS_MIN = 6
-"""A table with more columns than that, and fewer rows than columns, is turned, for a phone."""
+TRANSPOSED_COLUMNS_MIN, TRANSPOSED_ROWS_MAX = 6, 5
+"""A table with more columns than that, and so few rows, is turned, for a phone."""
+
+SHORT_TEXT = 28
+"""Characters of a text that is never broken in a table."""
 
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none';"
@@ -171,7 +174,6 @@ def _plots(found: Finding) -> Iterator[str]:
 
 # Tables of any figures: they are plain (findings.plain) already.
 
-_TEXT = ' class="text"'
 _NUMBER = re.compile(r"(-?)(\d*)(.*)")
 _THOUSAND = '<span class="thousand">{}</span>'
 
@@ -246,30 +248,44 @@ def _rows(rows: list[Figures]) -> str:
     """A table. What its first column says names the row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))[:ROWS_MAX]
     shown = rows[:ROWS_MAX]
-    if len(columns) > TRANSPOSED_COLUMNS_MIN and len(shown) < len(columns) - 1:
+    if len(columns) > TRANSPOSED_COLUMNS_MIN and len(shown) <= TRANSPOSED_ROWS_MAX:
         heads = [columns[0], *(row.get(columns[0]) for row in shown)]
         lines = [[key, *(row.get(key) for row in shown)] for key in columns[1:]]
     else:
         heads, lines = list(columns), [[row.get(key) for key in columns] for row in shown]
-    kinds = [any(isinstance(line[at], str) for line in lines) for at in range(len(heads))]
-    head = "".join(
-        f'<th scope="col"{_TEXT if kind else ""}>{_name(each)}</th>'
-        for each, kind in zip(heads, kinds, strict=True)
-    )
+    kinds = [_kind(cells) for cells in zip(*lines, strict=True)]
+    prose = "text long" in kinds  # on a phone its rows are paragraphs, and each cell names itself
     body = "".join(
-        f'<tr><th scope="row">{_name(name)}</th>'
+        "<tr>"
         + "".join(
-            f"<td{_TEXT if kind else ''}>{_cell(cell)}</td>"
-            for cell, kind in zip(cells, kinds[1:], strict=True)
+            _element("td" if at else "th", kind, cell, head if prose else None)
+            for at, (cell, head, kind) in enumerate(zip(line, heads, kinds, strict=True))
         )
         + "</tr>"
-        for name, *cells in lines
+        for line in lines
+    )
+    head = "".join(
+        f'<th scope="col" class="{kind}">{_name(each)}</th>'
+        for each, kind in zip(heads, kinds, strict=True)
     )
     return (
         '<div class="scroll" tabindex="0" role="group" aria-label="Table">'
-        f'<table class="grid-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        f"</div>{_left(len(rows))}"
+        f'<table class="grid-table{" prose" if prose else ""}">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{_left(len(rows))}"
     )
+
+
+def _kind(cells: Iterable[Any]) -> str:
+    """The class of a column: how its cells are aligned, and whether they are broken."""
+    texts = [len(each) for each in cells if isinstance(each, str) and each]
+    return "" if not texts else "text long" if max(texts) > SHORT_TEXT else "text"
+
+
+def _element(tag: str, kind: str, cell: Any, head: Any) -> str:
+    scope = ' scope="row"' if tag == "th" else ""
+    of = f' class="{kind}"' if kind else ""
+    named = "" if head is None else f' data-name="{escaped(head)}"'
+    return f"<{tag}{scope}{of}{named}>{_name(cell) if tag == 'th' else _cell(cell)}</{tag}>"
 
 
 def _left(many: int) -> str:

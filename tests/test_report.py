@@ -152,6 +152,14 @@ def sample(text=lambda name: name):
             {"way": text(f"way {n}"), **{f"figure_{m}": n * m for m in range(9)}} for n in (1, 2)
         ],
         "workers": {text(f"worker {n}"): {"clients": n, "cpu_percent": 1.5} for n in range(3)},
+        "promises": [
+            {
+                "at_s": at,
+                "promise": text("nothing is lost, and no call ends by it"),
+                "took_ms": took,
+            }
+            for at, took in ((0.5, ""), (7, 1.5))
+        ],
         "list": list(range(100)),
         "mixed": [1, {"a": 2}, [3]],
         "empty": {},
@@ -268,6 +276,9 @@ def test_figures_are_tables_with_the_numbers_of_the_json():
         ["", "clients", "cpu_percent"],
         *([f"worker {n}", str(n), "1.5"] for n in range(3)),
     ]
+    promised = page[page.index(">promises</h3>") :]
+    assert '<td class="text long" data-name="promise">nothing is lost' in promised
+    assert '<td data-name="took_ms">1.5</td>' in promised  # a number, though another is not known
     # More columns than rows, and many: turned, so that a phone shows it.
     turned = table(page, "ways")
     assert turned[0] == ["way", "way 1", "way 2"]
