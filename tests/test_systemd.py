@@ -509,8 +509,6 @@ for name in null zero full random urandom tty; do
 done
 ln -s pts/ptmx /run/dev/ptmx
 mount --rbind /run/dev /dev
-mount -t tmpfs tmpfs /tmp
-mount -t tmpfs tmpfs /var/tmp
 for name in passwd group; do
     cp /etc/$name /run/$name
     mount --bind /run/$name /etc/$name
@@ -528,8 +526,9 @@ STILL = """
 [Service]
 StandardOutput=append:/run/log-of-test/out
 StandardError=append:/run/log-of-test/out
-# The tree under test may be in somebody's home, and its interpreter too.
+# The tree under test may be in somebody's home, or in a folder for what is temporary.
 ProtectHome=no
+PrivateTmp=no
 # Shorter than the drain of the test: what goes on longer was asked for.
 TimeoutStopSec=2s
 """
@@ -661,20 +660,28 @@ class Served(node.Site):
             os.chown(path, 64999, 64999)
 
 
+TEMPORARY = Path("/tmp"), Path("/var/tmp")
+"""Empty at the start of a system."""
+
+
 def way_in():
-    """Commands, for namespaces alone, that let any user reach the program that is under test."""
+    """Commands, for namespaces alone, that let any user reach the program that is under test, and
+    that leave nothing else in the folders for what is temporary."""
     needed = {ROOT, Path(sys.prefix), Path(sys.base_prefix)}
     barred = {}
     for path in sorted(needed):
-        closed = [each for each in path.parents if not each.stat().st_mode & 0o001]
+        closed = [
+            each for each in path.parents if each in TEMPORARY or not each.stat().st_mode & 0o001
+        ]
         if closed:
             barred[path] = closed[-1]
     lines = []
     for number, path in enumerate(barred):
         held = f"/run/held-{number}"
         lines += [f"mkdir {held}", f"mount --rbind {shlex.quote(str(path))} {held}"]
-    for top in sorted(set(barred.values())):
-        lines.append(f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(top))}")
+    for top in sorted({*barred.values(), *TEMPORARY}):
+        mode = "1777" if top in TEMPORARY else "755"
+        lines.append(f"mount -t tmpfs -o mode={mode} tmpfs {shlex.quote(str(top))}")
     for number, path in enumerate(barred):
         name = shlex.quote(str(path))
         lines += [f"mkdir -p {name}", f"mount --rbind /run/held-{number} {name}"]
