@@ -181,7 +181,8 @@ class Assault:
                 "The relay is not on loopback: the attackers have one address with"
                 f" {attackers.PORTS_AWAY} ports, and no other address is forged on a network."
             )
-        if plan.here:
+        overheard = {attacks.Needs.CHECKS, attacks.Needs.SSRCS, attacks.Needs.LIVE}
+        if plan.here and any(overheard & set(each.needs) for each in plan.attacks):
             try:
                 heard = await asyncio.to_thread(
                     eavesdropper.overhear, *plan.relay, set(material.hints), LISTEN_S
@@ -196,7 +197,7 @@ class Assault:
                 material.ssrcs = list(heard.ssrcs.values())
                 material.live = list(heard.ssrcs)
         if not material.checks and material.keyring is not None:
-            material.checks = list(attacks.checks(material, self.chance))
+            material.checks, material.recorded = list(attacks.checks(material, self.chance)), False
             self.finding.notes.append(
                 "Recorded checks are made with the relay's keys: signed as the live calls sign"
                 " theirs, with transaction ids that are new to the transceiver."
@@ -242,9 +243,12 @@ class Assault:
                 await self._band.load(folder / attack.name, made, live)
                 during = await self._phase(phases.Phase(attack.name), attack)
                 after = await self._phase(phases.Phase("quiet"), None)
-            during.back = await self._band.account()
-            self.rounds.append(phases.Round(during, (before, after), attack.answers))
+            answers, why = attack.may_hear(self.material)
+            self.rounds.append(phases.Round(during, (before, after), answers, why))
             before = after
+        back = await self._band.account()
+        for each in self.rounds:
+            each.attack.back = back[each.attack.name]
 
     async def _phase(self, phase: phases.Phase, attack: attacks.Attack | None) -> phases.Phase:
         self._now = phase.name

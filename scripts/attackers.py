@@ -45,8 +45,9 @@ SOURCES = 100_000
 """Addresses on loopback, with so many ports each: each datagram of 20 s at 20,000 a second comes
 from somebody new."""
 
-PORTS, PORTS_AWAY = 4, 64
-"""Sockets, on loopback and towards another host, where nothing else tells attackers apart."""
+PORTS, PORTS_AWAY = 4, 32
+"""Sockets of an attack, on loopback and towards another host, where nothing else tells attackers
+apart. select(2) has room for a thousand of all attacks."""
 
 TICK_S = 0.001
 BEHIND_S = 0.1
@@ -72,25 +73,27 @@ class Band:
     """The attackers of one target."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Their sockets are open from now on, and whatever is sent to them is heard."""
+        """Nobody attacks yet."""
         self._at = host, port
         self.local = ipaddress.ip_address(host).is_loopback
-        self._socks = [_socket(self.local) for _ in range(PORTS if self.local else PORTS_AWAY)]
+        self._squads: dict[str, Squad] = {}
+        self._socks: list[socket.socket] = []
         self._raw: socket.socket | None = None
-        self.heard: Counter[str] = Counter()
-        """What was sent to attackers, by kind, and `octets` of it."""
-        self.by_attacker: dict[tuple[str, int], list[int]] = {}
-        """The same for each: datagrams and octets."""
         self._octets = np.zeros((0, 0), np.uint8)
         self._lengths = np.zeros(0, np.uint64)
         self._names: Sequence[tuple[str, int]] = ()
         self._sent = self._refused = 0
 
-    def load(self, datagrams: Sequence[bytes], live: Sequence[tuple[str, int]] = ()) -> None:
-        """What is sent from now on, in turn; in the name of `live` if there are any, in turn, too.
+    def load(
+        self, name: str, datagrams: Sequence[bytes], live: Sequence[tuple[str, int]] = ()
+    ) -> None:
+        """Begin an attack with sockets of its own, which are heard until the end. What is sent, in
+        turn; in the name of `live` if there are any, in turn, too.
 
         Raises PermissionError for those without CAP_NET_RAW.
         """
+        squad = self._squads.setdefault(name, Squad(self.local))
+        self._socks = squad.socks
         if live and self._raw is None:
             self._raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
         self._names = live
@@ -160,7 +163,40 @@ class Band:
 
     def listen(self) -> None:
         """Take what has come for attackers."""
-        for sock in select.select(self._socks, [], [], 0)[0]:
+        for squad in self._squads.values():
+            squad.listen()
+
+    def account(self) -> dict[str, Figures]:
+        """What has come for the attackers of each attack so far."""
+        self.listen()
+        return {name: squad.account() for name, squad in self._squads.items()}
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Where attackers are answered."""
+        return [sock.fileno() for squad in self._squads.values() for sock in squad.socks]
+
+    def close(self) -> None:
+        """Give the sockets back."""
+        for squad in self._squads.values():
+            for sock in squad.socks:
+                sock.close()
+        if self._raw is not None:
+            self._raw.close()
+
+
+class Squad:
+    """The attackers of one attack: their sockets, and what they heard."""
+
+    def __init__(self, local: bool) -> None:
+        self.socks = [_socket(local) for _ in range(PORTS if local else PORTS_AWAY)]
+        self._octets: Counter[str] = Counter()
+        self._kinds: Counter[str] = Counter()
+        self._by_attacker: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def listen(self) -> None:
+        """Take what has come."""
+        for sock in select.select(self.socks, [], [], 0)[0]:
             with contextlib.suppress(BlockingIOError):
                 while True:
                     octets, ancillary, _, _ = sock.recvmsg(2048, 64, socket.MSG_DONTWAIT)
@@ -169,39 +205,24 @@ class Band:
                     self._count(octets, (socket.inet_ntoa(at), sock.getsockname()[1]))
 
     def _count(self, octets: bytes, attacker: tuple[str, int]) -> None:
-        self.heard[_kind(octets)] += 1
-        self.heard["octets"] += len(octets)
-        if attacker in self.by_attacker or len(self.by_attacker) < HEARD_MAX:
-            found = self.by_attacker.setdefault(attacker, [0, 0])
-            found[0] += 1
-            found[1] += len(octets)
+        kind = _kind(octets)
+        self._kinds[kind] += 1
+        self._octets[kind] += len(octets)
+        if attacker in self._by_attacker or len(self._by_attacker) < HEARD_MAX:
+            datagrams, total = self._by_attacker.get(attacker, (0, 0))
+            self._by_attacker[attacker] = datagrams + 1, total + len(octets)
 
     def account(self) -> Figures:
-        """What has come for attackers since it was asked last."""
-        self.listen()
-        most = max(self.by_attacker.values(), default=[0, 0])
-        kinds = dict(self.heard)
-        found = {
-            "octets": kinds.pop("octets", 0),
-            "datagrams": sum(kinds.values()),
-            "kinds": kinds,
-            "attackers": len(self.by_attacker),
+        """What it was, and what the one had who got most."""
+        most = max(self._by_attacker.values(), default=(0, 0), key=lambda each: each[1])
+        return {
+            "datagrams": self._kinds.total(),
+            "octets": self._octets.total(),
+            "kinds": dict(self._kinds),
+            "attackers": len(self._by_attacker),
             "to_one": most[0],
             "octets_to_one": most[1],
         }
-        self.heard.clear()
-        self.by_attacker.clear()
-        return found
-
-    @property
-    def sockets(self) -> list[socket.socket]:
-        """Where attackers are answered."""
-        return self._socks
-
-    def close(self) -> None:
-        """Give the sockets back."""
-        for sock in [*self._socks, *([self._raw] if self._raw else [])]:
-            sock.close()
 
 
 def _socket(local: bool) -> socket.socket:
@@ -267,11 +288,11 @@ def _tell(what: Figures) -> None:
 def serve(host: str, port: int) -> None:
     """Take orders from standard input until it ends."""
     band = Band(host, port)
-    orders, ends = sys.stdin.fileno(), [sys.stdin.fileno(), *(s.fileno() for s in band.sockets)]
+    orders = sys.stdin.fileno()
     # Without a buffer, of which select() would know nothing.
     pipe = open(orders, "rb", buffering=0, closefd=False)  # noqa: SIM115  # until the end
     while True:
-        if orders not in select.select(ends, [], [])[0]:
+        if orders not in select.select([orders, *band.descriptors], [], [])[0]:
             band.listen()
             continue
         line = pipe.readline()
@@ -281,7 +302,7 @@ def serve(host: str, port: int) -> None:
         if "load" in order:
             live = [(str(name), int(number)) for name, number in order["live"]]
             try:
-                band.load(_read(Path(order["load"])), live)
+                band.load(Path(order["load"]).name, _read(Path(order["load"])), live)
             except PermissionError as error:
                 _tell({"error": str(error)})
             else:
@@ -307,7 +328,8 @@ class Attackers:
     async def load(
         self, path: Path, datagrams: Sequence[bytes], live: Sequence[tuple[str, int]] = ()
     ) -> None:
-        """Make ready; `path` is a file for what is sent. Raises PermissionError."""
+        """Begin an attack; `path` is a file for what is sent, its name is the attack's. Raises
+        PermissionError."""
         records = (len(each).to_bytes(2, "big") + each for each in datagrams)
         path.write_bytes(b"".join(records))
         told = await self._ask({"load": str(path), "live": list(live)})
@@ -324,8 +346,8 @@ class Attackers:
         self.sent = told["sent"]
         return {name: value for name, value in told.items() if name != "done"}
 
-    async def account(self) -> Figures:
-        """What has come back since the last account."""
+    async def account(self) -> dict[str, Figures]:
+        """What has come for the attackers of each attack so far."""
         return await self._ask({})
 
     async def _ask(self, order: Figures) -> Figures:

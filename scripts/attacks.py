@@ -14,8 +14,8 @@ Who can do what:
 Rules that stay true:
 - The sessions that are attacked are those of the tool's own calls: what an eavesdropper has seen is
   recorded there, nobody else is listened to.
-- A stranger is never answered. Somebody with a recorded check may be, by STUN's answers alone, and
-  whoever has called is spoken to as any caller is.
+- Neither a stranger nor an eavesdropper is ever answered. Whoever can sign checks is, by STUN
+  alone, and whoever has called is spoken to as any caller is.
 
 ARCHITECTURE.md "The routing hint", "Rules of the relay", "Roaming"; RFC 7983 (first octets)
 https://www.rfc-editor.org/rfc/rfc7983
@@ -64,7 +64,9 @@ class Material:
     hints: list[str] = field(default_factory=list)
     """Ufrags of live calls: in the clear in each of their checks."""
     checks: list[bytes] = field(default_factory=list)
-    """Checks of live calls, to the octet as they were sent."""
+    """Checks of live calls."""
+    recorded: bool = True
+    """To the octet as they were sent; False for new ones, made with the relay's keys."""
     ssrcs: list[int] = field(default_factory=list)
     """Of the media that live calls send."""
     live: list[tuple[str, int]] = field(default_factory=list)
@@ -97,7 +99,9 @@ class Attack:
     make: Make
     needs: tuple[Needs, ...] = ()
     answers: frozenset[str] = frozenset()
-    """Kinds of datagrams that may come back (attackers.Band.account): the checks are valid."""
+    """Kinds of datagrams that may come back (attackers.Squad)."""
+    why: str = ""
+    """Why they may."""
 
     def missing(self, material: Material) -> str:
         """Why it cannot be made out of this; empty if it can."""
@@ -109,6 +113,12 @@ class Attack:
             Needs.KEYS: material.keyring is not None and bool(material.hints),
         }
         return ", and ".join(each.value for each in self.needs if not there[each])
+
+    def may_hear(self, material: Material) -> tuple[frozenset[str], str]:
+        """Kinds of datagrams that may come back to attackers who know this, and why."""
+        if Needs.CHECKS in self.needs and not material.recorded:
+            return CHECKED, "the checks are new and valid, and not recorded ones"
+        return self.answers, self.why
 
     def datagrams(self, material: Material, chance: random.Random) -> list[bytes]:
         """What is sent in turn: `KINDS` of them or, of what was recorded, all that there is."""
@@ -259,9 +269,12 @@ def _homes(material: Material) -> Iterator[tuple[ufrag.Cluster, ufrag.Address, i
             yield material.clusters[found.cluster], address, found.port
 
 
-STUN_ANSWERS = frozenset({"stun success", "stun error"})
-CALLED = STUN_ANSWERS | {"stun request", "dtls"}
-"""What a transceiver sends to its caller: checks of its own, and the first flight of DTLS, too."""
+CHECKED = frozenset({"stun success", "stun error", "stun request"})
+"""What a transceiver sends to whoever has shown a valid check that is new: the answer, and checks
+of its own for half a minute (paths.py)."""
+
+CALLED = CHECKED | {"dtls"}
+"""To its caller it sends the first flight of DTLS, too."""
 
 ATTACKS = (
     Attack("random-hints", "first checks with ufrags that are made up", _random_hints),
@@ -281,13 +294,14 @@ ATTACKS = (
         _one_ufrag,
         (Needs.OWN,),
         CALLED,
+        "the session is the attackers' own, so they are spoken to as any caller is, at as many"
+        " addresses as a ufrag may have",
     ),
     Attack(
         "replay",
         "recorded checks of the live calls, from many addresses",
         _replays,
         (Needs.CHECKS,),
-        STUN_ANSWERS,
     ),
     Attack(
         "stolen-ssrcs",

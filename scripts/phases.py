@@ -91,7 +91,7 @@ class Phase:
     sent: Figures = field(default_factory=dict)
     """The attackers' account (attackers.Band.run)."""
     back: Figures = field(default_factory=dict)
-    """What came for attackers until the end of the quiet phase behind it (Band.account)."""
+    """What came for these attackers until the end of the run (attackers.Squad.account)."""
     before: onlooker.Counted = field(default_factory=onlooker.Counted)
     after: onlooker.Counted = field(default_factory=onlooker.Counted)
     off: int = 0
@@ -151,6 +151,8 @@ class Round:
     quiet: tuple[Phase, Phase]
     answers: frozenset[str]
     """Kinds of datagrams that attackers may be sent."""
+    why: str = ""
+    """Why they may."""
 
     def sent(self) -> Figures:
         """Row: what the attackers sent, and what they got."""
@@ -199,6 +201,8 @@ class Round:
         name, back, sent = self.attack.name, self.attack.back, self.attack.sent
         more = {kind: n for kind, n in back["kinds"].items() if kind not in self.answers}
         finding.must(not more, f"{name}: the attackers were sent {more}")
+        if back["datagrams"] and not more:
+            finding.notes.append(f"{name}: attackers were answered, as {self.why}.")
         finding.must(
             back["octets"] <= sent["octets"],
             f"{name}: {back['octets']} octets went back for {sent['octets']} that were sent",
