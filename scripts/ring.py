@@ -303,6 +303,7 @@ class Call:
             self.reached(kind)
         elif kind == "output_audio_buffer.started":
             self.heard.sounding = True
+            self.talk.started(self.events[-1][0])
         elif kind in ("output_audio_buffer.stopped", "output_audio_buffer.cleared"):
             self.heard.sounding = False
         elif code == "server_shutting_down":

@@ -5,8 +5,10 @@ the one before is answered; or turns that listen, and interrupt.
 
 Rules that stay true:
 - There is something to send every 20 ms, as from a browser: pauses are encoded silence.
-- A reply is a packet with the marker (the first one after a pause) that has sound in it. It answers
-  the last turn that has ended; a turn that has ended meanwhile takes that place.
+- A reply begins with a packet that has the marker (the first one after a pause) and sound in it. It
+  answers the last turn that has ended; a turn that has ended meanwhile takes that place.
+- A reply that follows upon another one without a pause has no marker: it begins when its event says
+  so, which may come a little later than its sound.
 - Moments are when `next` was asked for a packet, which leaves right then.
 
 Sans-IO; times are of time.monotonic_ns().
@@ -66,6 +68,7 @@ class Talk:
         self._chance = random.Random(number)
         self._script: Iterator[bytes] = iter(())
         self._waiting: Said | None = None
+        self._started_ns = 0
         self._keeping = False
 
     def begin(self, rate_hz: int) -> None:
@@ -92,8 +95,13 @@ class Talk:
             self.echo.packets.append((sequence, payload))
         return said
 
+    def started(self, at_ns: int) -> None:
+        """An event says that a reply is being played."""
+        self._started_ns = at_ns
+
     def unanswered(self, now_ns: int) -> int:
         """Turns whose reply should have begun and has not."""
+        self._settle()
         late = [
             said
             for said in self.turns
@@ -112,9 +120,16 @@ class Talk:
         self.turns.append(said)
         for at, payload in enumerate(turn.payloads):
             if at == turn.spoken - 1:
+                self._settle()
                 said.ended_ns = time.monotonic_ns()
                 self._waiting = said
             yield payload
+
+    def _settle(self) -> None:
+        """A turn that still waits for its reply, which has begun by its event: it has got it."""
+        said = self._waiting
+        if said is not None and said.ended_ns is not None and said.ended_ns < self._started_ns:
+            said.reply_ns, self._waiting = self._started_ns, None
 
     def _flowing(self, rate_hz: int) -> Iterator[bytes]:
         """Turn after turn, each said while the one before is answered."""
