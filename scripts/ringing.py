@@ -26,11 +26,12 @@ import asyncio
 import itertools
 import random
 import secrets
+import signal
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import speaking
@@ -40,7 +41,9 @@ from ring import FAILURES, Call, Return
 import dtls
 import opus
 
-__all__ = ["FAILURES", "Call", "Return", "Ringing"]
+__all__ = ["FAILURES", "Call", "Return", "Ringing", "interruptible"]
+
+T = TypeVar("T")
 
 AT_ONCE_MAX = 500
 """Calls of one process: beyond some hundred a core is full, and the figures are of this tool."""
@@ -222,7 +225,7 @@ class Ringing:
             del self._tasks[task]
             slot.remove(call)
             mistake = None if task.cancelled() else task.exception()
-            if mistake is not None:
+            if isinstance(mistake, Exception):
                 raise mistake  # one of ours: the loop logs it
 
         task.add_done_callback(ended)
@@ -261,3 +264,37 @@ class Ringing:
 
 def _settled(call: Call) -> bool:
     return call.state in ("ended", "failed") or "first_reply" in call.moments
+
+
+def interruptible(main: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run, but that Ctrl-C and SIGTERM cancel `main` between two steps of it, so that calls
+    are hung up in order; then raises KeyboardInterrupt.
+
+    An exception out of a signal handler would hit whatever task happens to run, and leave it torn.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+
+    async def guarded() -> T:
+        task, loop, stopped = asyncio.current_task(), asyncio.get_running_loop(), False
+
+        def stop() -> None:
+            nonlocal stopped
+            stopped = True
+            if task is not None:
+                task.cancel()
+
+        for number in numbers:
+            loop.add_signal_handler(number, stop)
+        try:
+            return await main
+        except asyncio.CancelledError:
+            if stopped:
+                raise KeyboardInterrupt from None
+            raise
+
+    try:
+        return asyncio.run(guarded())
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import typer
 from aiohttp import web
+from typer.testing import CliRunner
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 PATIENCE_S = 60
@@ -208,8 +210,8 @@ def test_a_reply_without_a_pause_before_it_is_found_by_its_event(voice):
 @pytest.fixture(scope="module")
 def whole():
     """The command, with a system of its own, running beside the other tests."""
-    words = "--start --rate 2 --seconds 2 --talk 9 --even --seed 7 --json".split()
-    process = command(*words, "--interrupting", "0.5")
+    schedule = ("--rate", 2, "--seconds", 2, "--talk", 9, "--even", "--interrupting", 0.5)
+    process = command("--start", *schedule, "--seed", 7, "--json")
     yield process
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
@@ -432,7 +434,7 @@ def test_the_command_makes_complete_calls(whole):
     talking = {row["what"]: row["count"] for row in found["conversation_ms"]}
     assert talking["reply"] >= 4
     assert talking["interruption"] >= 1
-    assert found["audio"]["packets_received"] > 500
+    assert found["audio"]["packets_received"] > 4 * speaking.TURN_PACKETS / 2
     # A machine that is busy may answer a turn too late; nothing else may be wrong.
     assert all("turns were not answered" in each for each in found["failures"])
     assert whole.returncode == bool(found["failures"])
@@ -450,9 +452,6 @@ def test_the_command_makes_complete_calls(whole):
 )
 def test_what_cannot_be_called_is_said(words, sentence):
     dialling = _script("dialling")
-    from typer.testing import CliRunner
-
-    typer = importlib.import_module("typer")
     app = typer.Typer()
     app.command()(dialling.calls)
     ran = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(words))
