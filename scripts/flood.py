@@ -5,6 +5,7 @@
     flood.py attack       the attacks of the relay's threat model beside live calls
     flood.py chaos        parts are killed, restarted, moved while calls run: what do they notice?
     flood.py approaches   the same calls straight, by one port, through TURN, through this relay
+    flood.py echo         a transceiver for the packets of a load elsewhere
     flood.py first        first datagrams of clients in a file, for other tools
 
 Each has --help, --json, and --report FILE: a page with plots.
@@ -21,9 +22,11 @@ from typing import Annotated
 
 import approaches
 import assault
+import barrage
 import chaos
 import dialling
 import firsts
+import reflector
 import typer
 
 import endpoints
@@ -82,6 +85,8 @@ cli.command("approaches")(approaches.approaches)
 cli.command("attack")(assault.attack)
 cli.command("calls")(dialling.calls)
 cli.command("chaos")(chaos.chaos)
+cli.command("echo")(reflector.echo)
+cli.command("packets")(barrage.packets)
 
 if __name__ == "__main__":
     cli()

@@ -8,7 +8,7 @@ x_1 to x_R. Rounds differ by chance, so does the run as a whole, and so will the
 
     s^2 = sum((x_r - x)^2) / R * e / (e - 1)            how far rounds lie from the whole
     e   = R (1 - q) / (1 + q)                           how many independent rounds they are worth
-    q   = (R q1 + 1) / (R - 4), from 0 to 0.8           q1: correlation of each with the next one
+    q   = (R q1 + 1) / (R - 4), from 0 to 0.6           q1: correlation of each with the next one
     d   = t(e - 1; 1 - a / 2K) * s * sqrt(2 / e)        two runs differ by less
 
 Taking deviations from the whole and not from the rounds' mean is called sectioning; it is for
@@ -39,12 +39,18 @@ CONFIDENCE = 0.95
 BINS_AN_OCTAVE = 256
 """Histograms resolve 0.27 % of a value: finer than two runs agree, and 80 kB for any time."""
 
+RESOLUTION = 2 ** (1 / BINS_AN_OCTAVE) - 1
+"""The width of a bin, as a share of the value."""
+
 OCTAVES = 40
 """From a nanosecond to 18 minutes."""
 
 BINS = BINS_AN_OCTAVE * OCTAVES
-CORRELATION_MAX = 0.8
-"""More than that of few rounds is a trend, and says that they are worth next to nothing."""
+CORRELATION_MAX = 0.6
+"""More cannot be told from few rounds: twenty are worth five then, and intervals are wide."""
+
+WORTH_MIN = 3.0
+"""However alike rounds are, they are taken for so many: below that Student's t knows no bounds."""
 
 ROUNDS_MIN = 6
 """With fewer rounds nothing can be said about how alike they are."""
@@ -110,7 +116,7 @@ def estimate(
         return Estimate(whole, math.nan, size)
     off = values - whole
     likeness = _correlation(values)
-    worth = max(size * (1 - likeness) / (1 + likeness), 2.0)
+    worth = max(size * (1 - likeness) / (1 + likeness), WORTH_MIN)
     variance = float((off**2).mean()) * worth / (worth - 1)
     deviation = max(math.sqrt(variance / worth), floor)
     apart = student(1 - (1 - CONFIDENCE) / 2 / figures, worth - 1) * deviation * math.sqrt(2)

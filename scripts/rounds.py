@@ -1,0 +1,352 @@
+"""Rounds of a load: carried out one after the other, added up, and judged together.
+
+What it owns: `Course`, which gives orders to the processes that make load and looks at the relay
+meanwhile; `Round`, what one order came to; and what is said of several: figures with intervals, the
+spread over workers, lines over time.
+
+A round is a measurement of its own: it begins and ends with nothing on its way. Before rounds (as
+often as the relay's table of flows allows) all clients are opened anew from new ports, as another
+run would: the kernel spreads clients over workers by their ports, so chance decides anew, and the
+intervals (intervals.py) contain it.
+
+Loss is lost or late: back later than `load.LATE_MS` after the moment a datagram was due. Round
+trips are of what came back; those from when it was due are what a caller feels, and hide nothing of
+a tool or a relay that stood still ("coordinated omission"); those from when it left stand beside.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import intervals
+import numpy as np
+from findings import Series
+from intervals import Estimate
+from load import LATE_MS, Array, Figures
+from loaders import Crew, Order, Part
+from observed import Observed, Snapshot
+
+PERCENTS = 50.0, 90.0, 99.0, 99.9
+COMPARED = 2 * len(PERCENTS) + 2
+"""Figures that have an interval: round trips from two moments, loss, CPU time a datagram."""
+
+SHARE_OF_FLOWS = 0.5
+"""Of the relay's table of flows, for clients of rounds that are over and not yet forgotten. More
+makes workers' shares of the table full by chance; less keeps ports for several rounds."""
+
+BUSY_PERCENT = 90.0
+"""A worker that uses so much of a CPU has reached it: the rest goes to interrupts and the clock."""
+
+LOSS_MAX = 0.001
+"""Lost or late, of all: a rate with less is held."""
+
+Told = Callable[[float, str], None]
+
+
+@dataclass
+class Round:
+    """What one order came to."""
+
+    at_s: float
+    """When it began, in seconds since the measurement did."""
+    order: Order
+    part: Part
+    before: Snapshot
+    after: Snapshot
+
+    def cpu_s(self) -> float:
+        """CPU time of the relay's processes for it."""
+        return sum(self.after.cpu_since(self.before).values())
+
+    def datagrams(self) -> int:
+        """Both ways, at the clients."""
+        return int(self.part.sent.sum() * 2 - self.part.lost.sum())
+
+    def busy(self) -> dict[int, float]:
+        """Per cent of a CPU that each process of the relay used."""
+        spent = self.after.cpu_since(self.before)
+        return {pid: used / self.order.seconds * 100 for pid, used in spent.items()}
+
+    def trips(self) -> Array:
+        """Histogram of round trips from when datagrams were due."""
+        whole: Array = self.part.trips.sum(0, dtype=np.int64)
+        return whole
+
+    def trips_sent(self) -> Array:
+        """The same from when they left."""
+        whole: Array = self.part.trips_sent.sum(0, dtype=np.int64)
+        return whole
+
+
+class Course:
+    """A measurement from its first round to its last."""
+
+    def __init__(self, crew: Crew, seen: Observed, flows_max: int) -> None:
+        """With clients that are open already."""
+        self._crew, self._seen = crew, seen
+        self._opens_left = int(flows_max * SHARE_OF_FLOWS / crew.plan.clients) - 1
+        self.opened = 1
+        """How often clients were opened: the first time before this was made."""
+        self._began = time.monotonic()
+        self._last = seen.now()
+        self.busy: list[tuple[float, dict[int, float]]] = []
+        """Seconds since the measurement began, and each process's per cent of a CPU until then."""
+
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._began
+
+    def held(self, order: Order, rounds: int, told: Callable[[float, str], None]) -> list[Round]:
+        """So many rounds of an order. `told` is called with the seconds of load that are done."""
+        every = max(1, math.ceil(rounds / max(self._opens_left, 1))) if rounds > 1 else 0
+        found: list[Round] = []
+        for number in range(rounds):
+            if every and number % every == 0 and number and self._opens_left > 0:
+                self._crew.open()
+                self._opens_left -= 1
+                self.opened += 1
+            words = self._words(found)
+            done = number * order.seconds
+            found.append(self.round(order, lambda s, done=done, words=words: told(done + s, words)))  # type: ignore[misc]
+        return found
+
+    def round(self, order: Order, told: Callable[[float], None] | None = None) -> Round:
+        """One order. `told` is called with the seconds of it that are done."""
+        before = self._last = self._seen.now()
+        at = self.seconds()
+
+        def look(seconds: float) -> None:
+            self._sample(seconds)
+            if told:
+                told(min(seconds, order.seconds))
+
+        part = self._crew.round(order, look)
+        return Round(at, order, part, before, self._seen.now())
+
+    def _sample(self, seconds: float) -> None:
+        now = self._seen.now()
+        passed = now.at - self._last.at
+        if seconds and passed > 0.1:
+            spent = now.cpu_since(self._last)
+            percents = {pid: used / passed * 100 for pid, used in spent.items()}
+            self.busy.append((now.at - self._began, percents))
+            self._last = now
+
+    @staticmethod
+    def _words(found: Sequence[Round]) -> str:
+        if not found:
+            return "first round"
+        last = found[-1]
+        p99 = intervals.percentile(last.trips(), 99)
+        return f"p99 {p99:.0f} us, loss {last.part.loss() * 100:.3g} %"
+
+
+# --- what is said of rounds -----------------------------------------------------------------------
+
+
+def together(rounds: Sequence[Round]) -> Part:
+    """All rounds as one part, with a slice for each."""
+    flat = [
+        replace(
+            each.part,
+            sent=each.part.sent.sum(keepdims=True),
+            lost=each.part.lost.sum(keepdims=True),
+            late=each.part.late.sum(keepdims=True),
+            trips=each.trips()[None],
+            trips_sent=each.trips_sent()[None],
+        )
+        for each in rounds
+    ]
+    whole = flat[0]
+    for each in flat[1:]:
+        whole = whole + each
+    return whole
+
+
+def estimates(rounds: Sequence[Round]) -> dict[str, Estimate]:
+    """Each figure that two runs may be compared by."""
+    whole = together(rounds)
+    found: dict[str, Estimate] = {}
+    for name, all_of, of_each in (
+        ("due", whole.trips[0], [each.trips() for each in rounds]),
+        ("left", whole.trips_sent[0], [each.trips_sent() for each in rounds]),
+    ):
+        for percent in PERCENTS:
+            found[f"{name}_p{percent:g}"] = intervals.estimate(
+                intervals.percentile(all_of, percent),
+                [intervals.percentile(each, percent) for each in of_each],
+                COMPARED,
+                # A histogram's bins are so wide, and a run's figure lies anywhere in one.
+                intervals.percentile(all_of, percent) * intervals.RESOLUTION,
+            )
+    events = int((whole.lost + whole.late).sum())
+    found["loss"] = intervals.estimate(
+        whole.loss(),
+        [each.part.loss() for each in rounds],
+        COMPARED,
+        intervals.counted(events, int(whole.sent.sum())),
+    )
+    if any(each.after.cpu_s for each in rounds):
+        found["cpu_us"] = intervals.estimate(
+            sum(each.cpu_s() for each in rounds) * 1e6 / sum(each.datagrams() for each in rounds),
+            [each.cpu_s() * 1e6 / max(each.datagrams(), 1) for each in rounds],
+            COMPARED,
+        )
+    return found
+
+
+def told(value: float, digits: int = 1) -> float | None:
+    """A figure as JSON can have it: rounded, and None for what is not known."""
+    return None if math.isnan(value) else round(value, digits)
+
+
+def pair(found: Estimate, times: float = 1.0, digits: int = 1) -> Figures:
+    """A figure with its interval."""
+    return {
+        "value": told(found.value * times, digits),
+        "plus_minus": told(found.apart * times, digits),
+    }
+
+
+def trips_table(found: dict[str, Estimate], own: Figures) -> list[Figures]:
+    """A row a percentile."""
+    rows = []
+    for percent in PERCENTS:
+        name = f"p{percent:g}"
+        due, left = found[f"due_{name}"], found[f"left_{name}"]
+        rows.append(
+            {
+                "percentile": name,
+                "from_due": told(due.value),
+                "plus_minus": told(due.apart),
+                "from_leaving": told(left.value),
+                "plus_minus_leaving": told(left.apart),
+                "tool_alone": own[name],
+            }
+        )
+    return rows
+
+
+def datagrams(rounds: Sequence[Round], echoes: bool) -> Figures:
+    """What became of them, in numbers."""
+    whole = together(rounds)
+    sent, lost = int(whole.sent.sum()), int(whole.lost.sum())
+    found: Figures = {"sent": sent, "lost": lost}
+    if echoes:
+        found |= {"lost_inbound": sent - whole.crossed}
+        found |= {"lost_outbound": lost - (sent - whole.crossed)}
+    return found | {
+        "late": int(whole.late.sum()),
+        "duplicated": whole.duplicated,
+        "duplicated_inbound": whole.duplicated_inbound,
+        "reordered": whole.reordered,
+        "foreign": whole.foreign,
+        "unsent": whole.unsent,
+        "tool_behind_ms_max": round(whole.lag_ms, 2),
+    }
+
+
+def workers_table(rounds: Sequence[Round], seen: Observed) -> list[Figures]:
+    """The spread over workers: a row each."""
+    seconds = sum(each.order.seconds for each in rounds)
+    received = [each.after.received_since(each.before) for each in rounds]
+    counts = [sum(column) for column in zip(*received, strict=False)]
+    spent: dict[int, float] = {}
+    for each in rounds:
+        for pid, used in each.after.cpu_since(each.before).items():
+            spent[pid] = spent.get(pid, 0.0) + used
+    pids = seen.workers() or [0] * len(counts)
+    rows = []
+    for number, pid in enumerate(pids):
+        row: Figures = {"worker" if seen.tells_workers_apart() else "process": number}
+        if pid:
+            row |= {"pid": pid, "cpu_percent": round(spent.get(pid, 0.0) / seconds * 100, 1)}
+        if number < len(counts) and (seen.tells_workers_apart() or not seen.here):
+            count = counts[number]
+            row["datagrams"] = count
+            row["share_percent"] = round(count / max(sum(counts), 1) * 100, 1)
+            if pid and count:
+                row["cpu_us_a_datagram"] = round(spent.get(pid, 0.0) * 1e6 / count, 3)
+        rows.append(row)
+    return rows
+
+
+def dropped(rounds: Sequence[Round]) -> Figures:
+    """What the relay, and the kernel at its sockets, dropped meanwhile, by reason."""
+    first, last = rounds[0].before, rounds[-1].after
+    reasons = {name: n - first.drops[name] for name, n in last.drops.items()}
+    found = {name: n for name, n in reasons.items() if n}
+    if kernel := last.kernel_drops - first.kernel_drops:
+        found["kernel, a socket's buffer was full"] = kernel
+    return found
+
+
+def ramp_table(one: Round) -> tuple[list[Figures], int | None]:
+    """A row a slice of a ramp, and the rate from which more than LOSS_MAX is lost, if any."""
+    length = one.order.seconds / one.order.slices
+    rows: list[Figures] = []
+    over = None
+    for number, sent in enumerate(one.part.sent.tolist()):
+        loss = float(one.part.lost[number] + one.part.late[number]) / max(sent, 1)
+        row: Figures = {"rate_per_s": round(sent / length), "loss_percent": round(loss * 100, 4)}
+        for percent in PERCENTS:
+            row[f"p{percent:g}_us"] = told(intervals.percentile(one.part.trips[number], percent))
+        rows.append(row)
+        if over is None and loss >= LOSS_MAX:
+            over = row["rate_per_s"]
+    return rows, over
+
+
+def limit(one: Round, alone: Figures, processes: int) -> str:
+    """What kept a rate from being held, as far as it shows from here."""
+    part, order = one.part, one.order
+    most = alone["datagrams_per_s_max"] * processes
+    if part.lag_ms >= LATE_MS or (part.unsent and not part.stopped) or order.rate > most:
+        return (
+            f"the tool itself: it fell {part.lag_ms:.0f} ms behind its schedule (alone it makes "
+            f"{alone['datagrams_per_s_max']} a second a process); give it more --processes"
+        )
+    if full := {pid: used for pid, used in one.busy().items() if used >= BUSY_PERCENT}:
+        each = ", ".join(f"process {pid} {used:.0f} %" for pid, used in full.items())
+        return f"the relay's workers: of a CPU each they used {each}"
+    if drops := dropped([one]):
+        return f"the relay dropped {', '.join(f'{n} ({why})' for why, n in drops.items())}"
+    lost_in = int(part.sent.sum()) - part.crossed
+    lost_out = int(part.lost.sum()) - lost_in
+    where = f"{lost_in} lost on the way in, {lost_out} on the way back, {int(part.late.sum())} late"
+    queue = "; a queue grew all the time" if part.stopped else ""
+    return f"nothing that shows from here: {where}{queue}"
+
+
+# --- over time ------------------------------------------------------------------------------------
+
+
+def series(rounds: Sequence[Round], course: Course, names: dict[int, str]) -> list[Series]:
+    """Rate, loss and round trips, a point a slice, and the CPU of the relay's processes."""
+    at, rates, losses = list[float](), list[float](), list[float]()
+    trips: dict[float, list[float]] = {percent: [] for percent in PERCENTS}
+    for each in rounds:
+        length = each.order.seconds / each.order.slices
+        for number in range(each.order.slices):
+            sent = int(each.part.sent[number])
+            if not sent:
+                continue
+            at.append(round(each.at_s + (number + 0.5) * length, 3))
+            rates.append(sent / length)
+            losses.append(float(each.part.lost[number] + each.part.late[number]) / sent * 100)
+            for percent, values in trips.items():
+                values.append(intervals.percentile(each.part.trips[number], percent))
+    lines = [
+        Series("Rate", "sent", "1/s", at, rates),
+        Series("Loss, late included", "loss", "%", at, losses),
+    ]
+    for percent, values in trips.items():
+        lines.append(Series("Round trip", f"p{percent:g}", "us", at, values))
+    for pid, name in names.items():
+        seen = [(when, percents[pid]) for when, percents in course.busy if pid in percents]
+        if seen:
+            lines.append(
+                Series("CPU of the relay", name, "%", [a for a, _ in seen], [b for _, b in seen])
+            )
+    return lines
