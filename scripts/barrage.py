@@ -110,6 +110,9 @@ def packets(
     find: Annotated[
         bool, typer.Option("--find", help="The highest rate with loss under 0.1 %.")
     ] = False,
+    at_most: Annotated[
+        float | None, typer.Option(min=1, metavar="RATE", help="--find tries nothing higher.")
+    ] = None,
     pid: Annotated[int | None, typer.Option(help="The relay's process, if not found.")] = None,
     metrics: Annotated[
         str | None, typer.Option(metavar="URL", help="The relay's /metrics, if it is elsewhere.")
@@ -144,6 +147,7 @@ def packets(
             steps=steps.rates(in_steps) if in_steps else [],
             ramp=steps.ends(ramp) if ramp else None,
             find=find,
+            most=at_most,
             pid=pid,
             metrics=metrics,
             spin=spin,
@@ -354,7 +358,7 @@ class _Run:
         seconds = self.wanted.seconds
         count = steps.slices(seconds)
         order = Order(first, seconds, last, count)
-        course.round(Order(first, WARM_S))
+        course.round(Order(first, min(WARM_S, seconds)))
         with progress.bar(f"{first:g} to {last:g} a second", seconds) as told:
             done = course.round(
                 order, lambda s: told(s, f"{first + (last - first) * s / seconds:.0f}")
@@ -378,7 +382,8 @@ class _Run:
         failed: list[Round] = []
 
         def held(rate: float) -> bool:
-            one = course.round(Order(rate, TRIAL_S, queue_s=QUEUE_S))
+            seconds = min(TRIAL_S, self.wanted.seconds)
+            one = course.round(Order(rate, seconds, queue_s=QUEUE_S))
             kept = not one.part.stopped and one.part.lag_ms < LATE_MS
             good = kept and one.part.loss() < LOSS_MAX
             failed[:] = failed if good else [one]
@@ -386,7 +391,9 @@ class _Run:
 
         table, best = list[Figures](), 0.0
         with progress.bar("the highest rate", steps.TRIALS_MAX) as told:
-            for number, (rate, good) in enumerate(steps.search(first, held)):
+            for number, (rate, good) in enumerate(
+                steps.search(first, held, self.wanted.most or steps.RATE_MAX)
+            ):
                 table.append({"rate_per_s": round(rate), "held": good})
                 self.finding.markers.append(
                     Marker(
@@ -402,11 +409,13 @@ class _Run:
             if rounds.together(done).loss() < LOSS_MAX or not best:
                 break
             why, best = max(done, key=lambda each: each.part.loss()), best * 0.97
+        loss = rounds.together(done).loss()
+        self.finding.must(loss < LOSS_MAX, f"{loss * 100:.3g} % were lost or late in all rounds")
         self.finding.figures |= {
             "highest_per_s": round(done[0].order.rate),
             "limited_by": rounds.limit(why, self.alone, self.wanted.processes)
             if why
-            else "nothing",
+            else "--at-most, and nothing else",
             "search": table,
         } | self._figures(done)
         return done

@@ -23,6 +23,7 @@ What it cannot know: what changes between two runs and never within one. A run t
 in its rounds whatever a new run would draw anew (ports, and so the spread over workers).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,7 +120,8 @@ def estimate(
     worth = max(size * (1 - likeness) / (1 + likeness), WORTH_MIN)
     variance = float((off**2).mean()) * worth / (worth - 1)
     deviation = max(math.sqrt(variance / worth), floor)
-    apart = student(1 - (1 - CONFIDENCE) / 2 / figures, worth - 1) * deviation * math.sqrt(2)
+    freedom = math.floor(worth * 10 - 10) / 10  # the interval is wider by that, and t is kept
+    apart = student(1 - (1 - CONFIDENCE) / 2 / figures, freedom) * deviation * math.sqrt(2)
     return Estimate(whole, apart, worth)
 
 
@@ -142,12 +144,13 @@ def counted(events: int, of: int) -> float:
 # --- Student's t ----------------------------------------------------------------------------------
 
 
+@functools.cache
 def student(probability: float, freedom: float) -> float:
     """The quantile of Student's t above one half, of any number of degrees of freedom above 0."""
     low, high = 0.0, 1.0
     while _student_below(high, freedom) < probability:
         high *= 2
-    for _ in range(60):
+    for _ in range(50):
         middle = (low + high) / 2
         if _student_below(middle, freedom) < probability:
             low = middle

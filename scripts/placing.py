@@ -56,6 +56,7 @@ class Wanted:
     steps: list[float]
     ramp: tuple[float, float] | None
     find: bool
+    most: float | None
     pid: int | None
     metrics: str | None
     spin: bool | None
@@ -69,6 +70,8 @@ def check(wanted: Wanted) -> None:
         raise ValueError("say which relay: --relay HOST:PORT, or --own WORKERS to start one")
     if sum((bool(wanted.steps), bool(wanted.ramp), wanted.find)) > 1:
         raise ValueError("--steps, --ramp and --find are three ways: choose one")
+    if wanted.most and not wanted.find:
+        raise ValueError("--at-most bounds a search: it goes with --find")
     if wanted.own and (wanted.sources or wanted.elsewhere or wanted.pid or wanted.metrics):
         raise ValueError("--own is all on loopback: it goes with no address and no process")
     if wanted.processes > wanted.clients:

@@ -10,6 +10,7 @@ All rates are datagrams a second of all clients together, each way. A rate that 
 once more: a machine that stood still for a moment looks like a limit.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 PRECISION = 1.05
@@ -59,16 +60,19 @@ def slices(seconds: float) -> int:
     return max(2, min(SLICES_MAX, int(seconds / SLICE_S)))
 
 
-def search(first: float, held: Callable[[float], bool]) -> Iterator[tuple[float, bool]]:
-    """Every rate that is tried, and whether it was held, until it is known well enough.
+def search(
+    first: float, held: Callable[[float], bool], most: float = RATE_MAX
+) -> Iterator[tuple[float, bool]]:
+    """Every rate that is tried, and whether it was held, until it is known well enough; none is
+    higher than `most`.
 
     The highest that was held is the answer; none may have been.
     """
-    good, bad, rate = 0.0, RATE_MAX, first
+    good, bad, rate = 0.0, math.inf, min(first, most)
     for _ in range(TRIALS_MAX):
-        if bad <= max(good, 1.0) * PRECISION or rate >= RATE_MAX:
-            return
         held_now = held(rate) or held(rate)
         good, bad = (rate, bad) if held_now else (good, rate)
         yield rate, held_now
-        rate = good * FASTER if bad == RATE_MAX else (good + bad) / 2
+        if good >= most or bad <= max(good, 1.0) * PRECISION:
+            return
+        rate = (good + bad) / 2 if bad < math.inf else min(good * FASTER, most)
