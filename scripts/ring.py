@@ -195,10 +195,7 @@ class Call:
         if self.state in ("ended", "failed"):
             return
         self._finish("ended")
-        if politely and self.call_id is not None:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
-                await self._ask("POST", f"/{self.call_id}/hangup")
-        await self._drop(politely)
+        await self._leave(politely)
 
     def fail(self, failure: str, why: str = "") -> None:
         """The call has failed."""
@@ -221,7 +218,7 @@ class Call:
                 self.fail("no audio", "no reply was heard")
         except Failed as failed:
             self.fail(failed.failure, failed.why)
-            await self._drop(politely=True)
+            await self._leave(politely=True)
         finally:
             if self._asking is not None:
                 self._asking.cancel()
@@ -368,7 +365,7 @@ class Call:
         return text
 
     async def _ask(
-        self, method: str, path: str, data: Any = None, seconds: float = ANSWER_S_MAX
+        self, method: str, path: str, data: Any = None, seconds: float | None = None
     ) -> tuple[int, str, str]:
         key = self.exchange.key
         async with self.exchange.http.request(
@@ -376,7 +373,7 @@ class Call:
             f"{self.exchange.base}/v1/realtime/calls{path}",
             data=data,
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=aiohttp.ClientTimeout(total=seconds),
+            timeout=aiohttp.ClientTimeout(total=seconds or ANSWER_S_MAX),
             allow_redirects=False,
         ) as response:
             text = await response.text(errors="replace")
@@ -436,6 +433,13 @@ class Call:
                 await asyncio.sleep(wait_s)
             else:
                 return
+
+    async def _leave(self, politely: bool) -> None:
+        """Hang up if that is polite, and part with the connection."""
+        if politely and self.call_id is not None:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                await self._ask("POST", f"/{self.call_id}/hangup")
+        await self._drop(politely)
 
     async def _drop(self, politely: bool) -> None:
         """Part with the connection."""

@@ -6,7 +6,6 @@ One system of two transceivers serves all tests; the command under test starts i
 import asyncio
 import importlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -208,20 +207,20 @@ def test_a_reply_without_a_pause_before_it_is_found_by_its_event(voice):
 
 
 @pytest.fixture(scope="module")
-def whole():
-    """The command, with a system of its own, running beside the other tests."""
-    schedule = ("--rate", 2, "--seconds", 2, "--talk", 9, "--even", "--interrupting", 0.5)
-    process = command("--start", *schedule, "--seed", 7, "--json")
-    yield process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-    process.communicate(timeout=PATIENCE_S)
+def system():
+    with dev.running(None, True, "127.0.0.1", False) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def system(whole):
-    with dev.running(None, True, "127.0.0.1", False) as found:
-        yield found
+def whole(system):
+    """The command, running beside the other tests."""
+    schedule = ("--rate", 2, "--seconds", 2, "--talk", 9, "--even", "--interrupting", 0.5)
+    process = command("--page", system[1]["page"], *schedule, "--seed", 7, "--json")
+    yield process
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE_S)
 
 
 class Mistreating:
@@ -293,7 +292,7 @@ FAILURES = {
 }
 
 
-def test_what_goes_wrong_is_named(system, voice, monkeypatch):
+def test_what_goes_wrong_is_named(whole, system, voice, monkeypatch):
     monkeypatch.setattr(callers, "STEP_S_MAX", 1.5)
     monkeypatch.setattr(ring, "ANSWER_S_MAX", 1.5)
 
@@ -345,6 +344,62 @@ def test_no_more_than_so_many_calls_are_made(system, voice):
     asyncio.run(scenario())
 
 
+def test_the_command_makes_complete_calls(whole):
+    out, errors = whole.communicate(timeout=PATIENCE_S)
+    print(errors)
+    found = json.loads(out)
+    print(json.dumps({name: found[name] for name in ("set_up_ms", "conversation_ms", "tool")}))
+    calls, compared = found["calls"], found["replies_compared"]
+    assert calls["offered"] == 4
+    assert calls["connected"] == calls["answered_by_speech"] == 4
+    assert calls["failed_by_reason"] == {}
+    assert (compared["compared"], compared["right_percent"]) == (4, 100.0)
+    assert {row["what"]: row["count"] for row in found["set_up_ms"]} == dict.fromkeys(
+        ("answer", "ice", "connected", "first audio", "channel", "session"), 4
+    )
+    talking = {row["what"]: row["count"] for row in found["conversation_ms"]}
+    assert talking["reply"] >= 4
+    assert talking["interruption"] >= 1
+    assert found["audio"]["packets_received"] > 4 * speaking.TURN_PACKETS / 2
+    # A machine that is busy may answer a turn too late; nothing else may be wrong.
+    assert all("turns were not answered" in each for each in found["failures"])
+    assert whole.returncode == bool(found["failures"])
+
+
+def test_ctrl_c_hangs_up(whole, system):
+    whole.wait(PATIENCE_S)
+    pages = [f"http://{each}/metrics" for each in system[1]["transceivers"]]
+
+    async def count(http):
+        sessions = 0.0
+        for page in pages:
+            async with http.get(page) as response:
+                text = await response.text()
+            lines = [each for each in text.splitlines() if "transceiver_sessions " in each]
+            sessions += float(lines[-1].split()[1])
+        return sessions
+
+    async def scenario():
+        async with aiohttp.ClientSession() as http:
+            before = await count(http)  # whom earlier tests have left in the middle
+            process = command("--page", system[1]["page"], "--rate", 20, "--seconds", 60)
+            deadline = time.monotonic() + PATIENCE_S
+            while await count(http) < before + 5:
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline, "calls that connect"
+                await asyncio.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, errors = await asyncio.to_thread(process.communicate, timeout=PATIENCE_S)
+            assert process.returncode == 130, errors
+            assert errors.splitlines()[-1].startswith("flood: interrupted")
+            assert "Traceback" not in errors
+            while await count(http) > before:
+                assert time.monotonic() < deadline, "calls that were hung up"
+                await asyncio.sleep(0.1)
+
+    asyncio.run(scenario())
+
+
 def test_calls_move_and_come_back(system, voice):
     async def scenario():
         each = ringing.Ringing(system[1]["page"], seed=1, comes_back=True)
@@ -388,56 +443,6 @@ def test_calls_move_and_come_back(system, voice):
         assert {call.failure for call in calls} == {None}
 
     asyncio.run(scenario())
-
-
-def test_ctrl_c_hangs_up(system):
-    process = command("--page", system[1]["page"], "--rate", 20, "--seconds", 60)
-    sessions = f"http://{system[1]['transceivers'][1]}/metrics"
-
-    async def scenario():
-        async with aiohttp.ClientSession() as http:
-
-            async def count():
-                async with http.get(sessions) as response:
-                    text = await response.text()
-                lines = [each for each in text.splitlines() if "transceiver_sessions " in each]
-                return float(lines[-1].split()[1])
-
-            while await count() < 5:
-                assert process.poll() is None, process.communicate()
-                await asyncio.sleep(0.1)
-            process.send_signal(signal.SIGINT)
-            deadline = time.monotonic() + PATIENCE_S
-            while await count() > 0:
-                assert time.monotonic() < deadline, "calls that were hung up"
-                await asyncio.sleep(0.1)
-
-    asyncio.run(scenario())
-    _, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-
-
-def test_the_command_makes_complete_calls(whole):
-    out, errors = whole.communicate(timeout=PATIENCE_S)
-    print(errors)
-    found = json.loads(out)
-    print(json.dumps({name: found[name] for name in ("set_up_ms", "conversation_ms", "tool")}))
-    calls, compared = found["calls"], found["replies_compared"]
-    assert calls["offered"] == 4
-    assert calls["connected"] == calls["answered_by_speech"] == 4
-    assert calls["failed_by_reason"] == {}
-    assert (compared["compared"], compared["right_percent"]) == (4, 100.0)
-    assert {row["what"]: row["count"] for row in found["set_up_ms"]} == dict.fromkeys(
-        ("answer", "ice", "connected", "first audio", "channel", "session"), 4
-    )
-    talking = {row["what"]: row["count"] for row in found["conversation_ms"]}
-    assert talking["reply"] >= 4
-    assert talking["interruption"] >= 1
-    assert found["audio"]["packets_received"] > 4 * speaking.TURN_PACKETS / 2
-    # A machine that is busy may answer a turn too late; nothing else may be wrong.
-    assert all("turns were not answered" in each for each in found["failures"])
-    assert whole.returncode == bool(found["failures"])
 
 
 @pytest.mark.parametrize(
