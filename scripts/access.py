@@ -13,6 +13,8 @@ RFC 8445 (ICE), socket(7) for SO_TIMESTAMPNS.
 
 import asyncio
 import contextlib
+import enum
+import itertools
 import os
 import socket
 import struct
@@ -37,12 +39,23 @@ NOWHERE = "127.0.0.1", 9
 READ_MAX = 256
 """Datagrams read in one turn of the event loop."""
 
+GOODBYE_S = 1.0
+"""For an end that the other side hears of; it may be gone."""
+
 SO_TIMESTAMPNS = 35
 _TIMESPEC = struct.Struct("=qq")  # socket(7), of the kernel's time of arrival
 
 
-SHORT_FROM = callers.TURN_PACKETS + callers.PAUSE_PACKETS - 50
-"""Where in a turn a short one begins."""
+class Turns(enum.Enum):
+    """How callers talk; the value is where in a turn they begin (None: anywhere), and where they go
+    on after its end."""
+
+    ENDLESS = None, 0
+    """Turn after turn, everyone at another place of it."""
+    SHORT = callers.TURN_PACKETS - 30, callers.TURN_PACKETS - 30
+    """The last second of a turn, with its pause, again and again: answered soon."""
+    ONE = 0, callers.TURN_PACKETS
+    """One turn, all at once, and then nothing but silence: replies last as long, without a gap."""
 
 
 class Caller(callers.Caller):
@@ -52,9 +65,9 @@ class Caller(callers.Caller):
     def __init__(self, line: "Access", number: int) -> None:
         super().__init__(line, number)
         self.trips_ns: list[int] = []
-        self.answered = 0
+        self._answered_ns = 0
         self._pending: dict[bytes, int] = {}
-        self._short = False
+        self._again = 0
 
     def probe(self) -> None:
         """Send a check whose answer is timed."""
@@ -64,16 +77,16 @@ class Caller(callers.Caller):
         self._pending[transaction] = time.time_ns()
         self._line.send(self.key, check)
 
-    def in_short_turns(self) -> None:
-        """Say the end of a turn from now on, again and again: a second with its pause."""
-        self._short = True
-        self._phase = SHORT_FROM
+    def talks(self, turns: Turns) -> None:
+        """Talk like that from now on."""
+        begin, self._again = turns.value
+        self._phase = self._phase if begin is None else begin
 
     def send(self) -> None:
         """See callers.Caller."""
         super().send()
-        if self._short and not self._phase:
-            self._phase = SHORT_FROM
+        if not self._phase:  # the turn has ended
+            self._phase = self._again
 
     async def hang_up(self) -> None:
         """End DTLS, with its task."""
@@ -85,6 +98,10 @@ class Caller(callers.Caller):
         """Whether audio has come since then (nanoseconds of the wall clock)."""
         return len(self.arrivals) > 0 and self.arrivals[-2] > at_ns
 
+    def answered_since(self, at_ns: int) -> bool:
+        """Whether a check was answered since then."""
+        return self._answered_ns > at_ns
+
     def silence_ms(self, at_ns: int) -> float:
         """From the last packet of audio before a moment to the first one after it; 0 without."""
         times = self.arrivals[::2]
@@ -94,7 +111,7 @@ class Caller(callers.Caller):
     def received(self, payload: bytes, at_ns: int) -> None:
         """See callers.Caller."""
         if payload[:2] == b"\x01\x01":
-            self.answered += 1
+            self._answered_ns = at_ns
             begun = self._pending.pop(payload[8:20], None)
             if begun is not None:
                 self.trips_ns.append(at_ns - begun)
@@ -166,9 +183,12 @@ class Access:
         await self.who.call(post)
 
     async def hang_up(self, http: aiohttp.ClientSession) -> None:
-        """End the call, also at the server if that is there and has it."""
+        """End the call, also at the servers if they are there and have it."""
         with contextlib.suppress(ConnectionError, TimeoutError):
-            await asyncio.wait_for(self.who.hang_up(), 1.0)
+            await asyncio.wait_for(self.who.hang_up(), GOODBYE_S)
+        if self.turn is not None:
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                await asyncio.wait_for(self.turn.release(), GOODBYE_S)
         if self._call:
             with contextlib.suppress(aiohttp.ClientError):
                 async with http.delete(self._call):
@@ -241,10 +261,9 @@ AT_ONCE = 4
 
 @contextlib.asynccontextmanager
 async def calls(
-    estate: Estate, way: Way, number: int, http: aiohttp.ClientSession, soon: bool = False
+    estate: Estate, way: Way, number: int, http: aiohttp.ClientSession, turns: Turns
 ) -> AsyncIterator[list[Access]]:
-    """So many calls that are connected, and may talk; with `soon` their turns last a
-    second. Raises what Access.connect raises."""
+    """So many calls that are connected, and may talk. Raises what Access.connect raises."""
     room = asyncio.Semaphore(AT_ONCE)
     found = [Access(estate, way) for _ in range(number)]
 
@@ -256,14 +275,13 @@ async def calls(
         await gathered(map(one, found))
         for access in found:
             access.who.start()
-            if soon:
-                access.who.in_short_turns()
+            access.who.talks(turns)
         yield found
     finally:
-        for access in found:
-            try:
-                await access.hang_up(http)
-            finally:
+        try:
+            await gathered(access.hang_up(http) for access in found)
+        finally:
+            for access in found:
                 access.close()
 
 
@@ -277,11 +295,7 @@ async def gathered(works: Iterable[Coroutine[Any, Any, None]]) -> None:
         raise errors.exceptions[0] from errors
 
 
-PROBE_EVERY = 10
-"""Packets of a caller for one timed check: 5 a second, that is, a twelfth of what it sends."""
-
-
-async def talk(accesses: list[Access], seconds: float, probing: bool = False) -> int:
+async def talk(accesses: list[Access], seconds: float) -> int:
     """All callers speak, evenly spread over the 20 ms; returns the packets sent."""
     loop, count = asyncio.get_running_loop(), len(accesses)
     step_s, sent = callers.FRAME_MS / 1000 / count, 0
@@ -289,10 +303,14 @@ async def talk(accesses: list[Access], seconds: float, probing: bool = False) ->
     while (now := loop.time()) - begun < seconds:
         due = int((now - begun) / step_s)
         while sent < due:
-            who = accesses[sent % count].who
-            who.send()
-            if probing and (sent // count + sent % count) % PROBE_EVERY == 0:
-                who.probe()
+            accesses[sent % count].who.send()
             sent += 1
         await asyncio.sleep(0.001)
     return sent
+
+
+async def probe(accesses: list[Access], every_s: float) -> None:
+    """Send timed checks, one caller after the other, until it is cancelled."""
+    for access in itertools.cycle(accesses):
+        access.who.probe()
+        await asyncio.sleep(every_s)

@@ -48,8 +48,8 @@ class _Rows:
 
 
 def _direct(rows: _Rows) -> Verdict:
-    straight, relay = rows("traffic", Way.SESSION), rows("traffic", Way.RELAY)
-    front = straight["front_cpu_ms"]
+    straight, relay = rows("delay", Way.SESSION), rows("delay", Way.RELAY)
+    front = rows("traffic", Way.SESSION)["front_cpu_ms"]
     return front == 0 and relay["added_p50_us"] > 0, (
         f"nothing is in front of it ({front} ms of CPU a call and second); a check comes back after"
         f" {straight['trip_p50_us']} us, through the relay after {relay['trip_p50_us']} us"
@@ -135,16 +135,16 @@ def _owned(rows: _Rows) -> Verdict:
 
 
 def _another_hop(rows: _Rows) -> Verdict:
-    relay = rows("traffic", Way.RELAY)
+    added, spent = rows("delay", Way.RELAY), rows("traffic", Way.RELAY)["front_cpu_ms"]
     turn = ""
     try:
-        row = rows("traffic", Way.TURN)
-        turn = f"; TURN adds {row['added_p50_us']} us and {row['front_cpu_ms']} ms"
+        row, cpu = rows("delay", Way.TURN), rows("traffic", Way.TURN)["front_cpu_ms"]
+        turn = f"; TURN adds {row['added_p50_us']} us and {cpu} ms"
     except _Missing:
         pass
-    return relay["added_p50_us"] > 0, (
-        f"it adds {relay['added_p50_us']} us there and back (p50), {relay['added_p99_us']} us"
-        f" (p99), and {relay['front_cpu_ms']} ms of CPU a call and second{turn}"
+    return added["added_p50_us"] > 0, (
+        f"it adds {added['added_p50_us']} us there and back (p50), {added['added_p99_us']} us"
+        f" (p99), and {spent} ms of CPU a call and second{turn}"
     )
 
 

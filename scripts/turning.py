@@ -119,6 +119,13 @@ class Client:
         answer = await self._ask(stun.Method.ALLOCATE, {"REQUESTED-TRANSPORT": UDP})
         self.relayed = answer.attributes["XOR-RELAYED-ADDRESS"]
 
+    async def release(self) -> None:
+        """Give the allocation back, without which the next client from this port is refused. Raises
+        TurnError."""
+        if self.relayed is not None:
+            self.relayed = None
+            await self._ask(stun.Method.REFRESH, {"LIFETIME": 0})
+
     def turn_to(self, peer: Address) -> None:
         """From here on what is sent goes to this peer. What that takes has been asked for when this
         returns, and is waited for by nobody."""
