@@ -30,6 +30,10 @@ SILENT_OCTETS_MAX = 3
 """Payload of a packet of digital silence: what a server sends to open a line, or when it is cut
 off. Speech has twenty times as much."""
 
+OPENING_MS = 4_000.0
+"""From the packet that opens a line to the first reply, at most: who calls speaks first, and says a
+turn of three seconds."""
+
 PAUSE_MS_MAX = 1_000.0
 """A longer pause between replies is no usual one: nobody spoke, say."""
 
@@ -57,6 +61,7 @@ class Heard:
         """Of payload."""
         self.audible_ns: int | None = None
         """When the first packet came that was more than silence."""
+        self._opening = True  # nothing audible has come on this connection yet
         self.reports = array("q")
         """Four numbers each: when, which connection, cumulative loss, highest sequence number."""
         self.connections = 0
@@ -69,7 +74,7 @@ class Heard:
     def connected(self) -> None:
         """Another connection begins, with its own sequence numbers and timestamps."""
         self.connections += 1
-        self.sounding = False
+        self.sounding, self._opening = False, True
 
     def packet(self, at_ns: int, sequence: int, timestamp: int, octets: int) -> None:
         """A packet has come: 16 bits of sequence number, 32 of timestamp, octets of payload."""
@@ -85,8 +90,10 @@ class Heard:
         self.sequence.append(sequence)
         self.timestamp.append(timestamp)
         self.octets.append(octets)
-        if self.audible_ns is None and octets > SILENT_OCTETS_MAX:
-            self.audible_ns = at_ns
+        if octets > SILENT_OCTETS_MAX:
+            self._opening = False
+            if self.audible_ns is None:
+                self.audible_ns = at_ns
 
     def report(self, at_ns: int, lost: int, highest: int) -> None:
         """A receiver report on what we sent: cumulative loss, extended highest sequence number."""
@@ -163,8 +170,10 @@ class Heard:
 
     def _expected_ms(self, pauses: Milliseconds) -> float:
         """The pause that may be going on, if nothing comes now."""
-        if self.sounding:
+        if self.sounding or self.sequence[-1] >> _CONNECTION < self.connections:
             return 0.0
+        if self._opening:
+            return OPENING_MS
         if not self.flowing:
             return math.inf
         usual = pauses[(pauses > 0) & (pauses < PAUSE_MS_MAX)]
