@@ -63,6 +63,10 @@ class Failed(Exception):
         self.failure, self.why = failure, why
 
 
+class _Abandoned(Exception):
+    """Nobody wants the call any more."""
+
+
 class Exchange(connection.Exchange, Protocol):
     """What a call needs of the engine (ringing.Ringing)."""
 
@@ -132,7 +136,7 @@ class Call:
         self._alive_ns = 0
         self._ask_at = 0.0
         self._asking: asyncio.Task[None] | None = None
-        self._stopping = False
+        self._stopping = self._abandoned = False
         self.talk = Talk(
             self.exchange.voice, self.number, interrupts=self.interrupts, checked=self.checked
         )
@@ -197,6 +201,10 @@ class Call:
         self._finish("ended")
         await self._leave(politely)
 
+    def abandon(self) -> None:
+        """End as soon as the offer is answered: before that there is nothing to hang up."""
+        self._abandoned = True
+
     def fail(self, failure: str, why: str = "") -> None:
         """The call has failed."""
         if self.failure is None:
@@ -219,6 +227,8 @@ class Call:
         except Failed as failed:
             self.fail(failed.failure, failed.why)
             await self._leave(politely=True)
+        except _Abandoned:
+            pass  # it is hung up below
         finally:
             if self._asking is not None:
                 self._asking.cancel()
@@ -326,6 +336,8 @@ class Call:
         if not self.offered_ns:
             self.offered_ns = time.monotonic_ns()
         answer = await self._offer(client.offer(), resume)
+        if self._abandoned:
+            raise _Abandoned
         self.reached("answered")
         if self.state == "offering":
             self.state = "connecting"

@@ -60,7 +60,9 @@ LOOK_S = 0.15
 OFFSET_EVERY_S = 1.0
 """The distance of the two clocks is measured so often."""
 
-CLOSE_S_MAX = 10.0
+CLOSE_S_MAX, ABANDON_S_MAX = 10.0, 2.0
+"""To end all calls; and for answers to offers that are on their way, which can be hung up then."""
+
 AT_ONCE_CLOSING = 20
 
 
@@ -186,11 +188,18 @@ class Ringing:
             async with room:
                 await call.end(politely=True)
 
-        tasks, ending = list(self._tasks), []
+        tasks, ending, offering = list(self._tasks), [], []
         for task, call in self._tasks.items():
             if call.state == "talking":
                 ending.append(asyncio.create_task(end(call)))
+            elif call.state == "offering":
+                call.abandon()
+                offering.append(task)
             else:  # it waits for something that may never come; it hangs up by itself
+                task.cancel()
+        if offering:
+            _, late = await asyncio.wait(offering, timeout=ABANDON_S_MAX)
+            for task in late:
                 task.cancel()
         if tasks:
             await asyncio.wait([*ending, *tasks], timeout=CLOSE_S_MAX)
