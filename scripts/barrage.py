@@ -54,6 +54,9 @@ ROUNDS = 20
 WARM_S = 1.0
 """A round before those that count: caches, clocks and the interpreter are cold."""
 
+ALONE_S = 2.0
+"""At most, for the tool's own round trips: a p99.9 of it is a note beside the relay's."""
+
 SAMPLE = 10_000
 """Round trips in a report, spread as all of them are."""
 
@@ -214,7 +217,7 @@ class _Run:
         rate = wanted.clients * wanted.rate
         drift = instrument.Drift()
         with progress.bar("the tool alone", 1.0):
-            own = self.crew.alone(max([rate, *wanted.steps]))
+            own = self.crew.alone(max([rate, *wanted.steps]), min(ALONE_S, wanted.seconds / 4))
         self.alone = own["alone"]
         self._open()
         course = Course(self.crew, self.seen, self.place.table.flows_max)

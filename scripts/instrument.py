@@ -28,10 +28,9 @@ CLIENTS = 1_000
 FAST_S, FAST_PER_S = 0.4, 1_000_000.0
 """Far more than any core sends, for so long that a start does not count."""
 
-RATE_S = 1.0
 PROBES = 2_000
-SLEEPS = 200
-SPIN_S = 0.3
+SLEEPS = 100
+SPIN_S = 0.2
 READS = 100_000
 
 GOAL_PER_S = 100_000
@@ -42,9 +41,9 @@ _TIMESPEC = struct.Struct("@qq")
 _CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 
 
-def alone(rate: float, spin: bool) -> Figures:
+def alone(rate: float, seconds: float, spin: bool) -> Figures:
     """The tool with an echo in place of the relay: the most it does in a second, and its own round
-    trips at `rate` datagrams a second (less where that is too much for it)."""
+    trips at `rate` datagrams a second (less where that is too much for it) for so long."""
     with Load(CLIENTS, spin=True) as load:
         load.towards("127.0.0.1", load.port)
         load.begin(FAST_PER_S, FAST_S + 0.1)
@@ -55,8 +54,8 @@ def alone(rate: float, spin: bool) -> Figures:
     with Load(CLIENTS, spin=spin) as load:
         load.towards("127.0.0.1", load.port)
         at = min(rate, most * 0.8)
-        load.begin(at, RATE_S + 0.1)
-        load.run(RATE_S)
+        load.begin(at, seconds + 0.1)
+        load.run(seconds)
         account = load.settle()
     trips = intervals.counts(account.trips_us())
     return {

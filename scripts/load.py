@@ -343,11 +343,12 @@ class Load:
     ) -> None:
         """Start a schedule of `rate` datagrams a second, over all clients in turn, that has room
         for so many seconds; with `last` the rate changes evenly to that meanwhile. Its clock starts
-        at `started`, nanoseconds of CLOCK_MONOTONIC, or with the first `run`."""
+        with the first `run`, or at `started` (CLOCK_MONOTONIC, ns): then it ends with its room."""
         self._run += 1
         self._rate, self._count, self._started = rate, 0, started
         self._gain = 0.0 if last is None else (last - rate) / seconds / 2
-        self._room = room = int((rate + self._gain * seconds) * seconds) + BATCH
+        self._room = room = int((rate + self._gain * seconds) * seconds + 1e-6) + BATCH
+        self._most = room - BATCH if started else room + 1
         heads = np.zeros(room, _HEAD)
         heads["first"], heads["run"] = _RTP_FIRST, self._run
         heads["number"] = np.arange(room)
@@ -380,8 +381,8 @@ class Load:
 
     def due(self, now: int) -> int:
         """How many datagrams are to have left by a moment."""
-        elapsed = (now - self._started) * 1e-9
-        return int((self._rate + self._gain * elapsed) * elapsed) + 1 if elapsed >= 0 else 0
+        elapsed = max((now - self._started) * 1e-9, -1e-9)
+        return min(int((self._rate + self._gain * elapsed) * elapsed // 1) + 1, self._most)
 
     def _intended_at(self, numbers: Array) -> Array:
         """The same the other way round: when each of these datagrams is to leave."""
@@ -423,8 +424,7 @@ class Load:
         self._sources[:n] = self._addresses[client : client + n]
         self._sent_at[start : start + n] = time.monotonic_ns()
         self._out.send(self._fds[0], n)
-        self._count += n
-        self.datagrams += n
+        self._count, self.datagrams = self._count + n, self.datagrams + n
 
     def _echo(self) -> None:
         while n := self._echo_in.receive(self._fds[1]):

@@ -166,26 +166,31 @@ class Crew:
                 os.kill(pid, signal.SIGKILL)  # they hold nothing that wants to be put in order
             os.waitpid(pid, 0)
 
-    def alone(self, rate: float) -> Figures:
-        """What one process costs itself, at its share of a rate, and how exact its clock is."""
-        self._pipes[0].send(("alone", rate / len(self._pids)))
+    def alone(self, rate: float, seconds: float) -> Figures:
+        """What one process costs itself, at its share of a rate for so long, and how exact its
+        clock is."""
+        self._tell(self._pipes[:1], "alone", (rate / len(self._pids), seconds))
         return dict(self._answers(self._pipes[:1], ANSWER_S)[0])
 
     def open(self) -> None:
         """New clients from new ports, every one with a flow that is assured. Raises TimeoutError
         if some are not answered, and OSError for an address that cannot be taken."""
-        for pipe in self._pipes:
-            pipe.send(("open", None))
+        self._tell(self._pipes, "open", None)
         self._answers(self._pipes, self.plan.patience_s + ANSWER_S)
 
     def round(self, order: Order, look: Callable[[float], None] | None = None) -> Part:
         """Carry out an order. `look` is called now and then with the seconds since it began."""
         started = time.monotonic_ns() + int(TOGETHER_S * 1e9)
-        for pipe in self._pipes:
-            pipe.send(("round", Order(**vars(order) | {"started": started})))
+        self._tell(self._pipes, "round", Order(**vars(order) | {"started": started}))
         parts = self._answers(self._pipes, order.seconds + ANSWER_S, look, started)
         whole: Part = sum(parts[1:], parts[0])
         return whole
+
+    @staticmethod
+    def _tell(pipes: Sequence[Connection], what: str, words: Any) -> None:
+        for pipe in pipes:
+            with contextlib.suppress(BrokenPipeError):  # it has ended: so says its answer
+                pipe.send((what, words))
 
     def _answers(
         self,
@@ -203,7 +208,7 @@ class Crew:
                 assert isinstance(pipe, Connection)
                 try:
                     answer = pipe.recv()
-                except EOFError as error:
+                except (EOFError, ConnectionError) as error:
                     raise ConnectionError("a process that makes load has ended") from error
                 if isinstance(answer, BaseException):
                     raise answer
@@ -260,8 +265,9 @@ class _Loader:
                 answer = error
             pipe.send(answer)
 
-    def _alone(self, rate: float) -> Figures:
-        return {"alone": instrument.alone(rate, self._plan.spin), "clock": instrument.clock()}
+    def _alone(self, words: tuple[float, float]) -> Figures:
+        found = instrument.alone(*words, self._plan.spin)
+        return {"alone": found, "clock": instrument.clock()}
 
     def _open(self, _: None) -> None:
         plan, number = self._plan, self._number
@@ -294,7 +300,7 @@ class _Loader:
         end = started + int(order.seconds * 1e9)
         queue = rate * order.queue_s + BATCH if order.queue_s else float("inf")
         stopped = load.run((end - time.monotonic_ns()) * 1e-9, lambda: load.outstanding > queue)
-        total, patience = load.due(end - 1), end + int(LATE_MS * 1e6)
+        total, patience = load.due(2 * end), end + int(LATE_MS * 1e6)
         while not stopped and load.count < total and time.monotonic_ns() < patience:
             load.burst(min(BATCH, total - load.count))  # came due while the tool was late
         unsent = max(0, total - load.count)

@@ -1,0 +1,537 @@
+"""flood.py packets: losses are said exactly, what cannot work is refused, nothing stays behind.
+
+A relay of this tree is started once for all; where datagrams have to be mistreated, one of thirty
+lines takes its place. No figure of time is judged.
+"""
+
+import contextlib
+import importlib
+import ipaddress
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+import typer.testing
+
+import settings
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+PATIENCE_S = 120
+NAMES = (
+    "barrage",
+    "dev",
+    "firsts",
+    "load",
+    "loaders",
+    "observed",
+    "placing",
+    "reflector",
+    "rig",
+    "steps",
+)
+
+# A relay for any client that mistreats datagrams by their number, but those that open flows (run
+# 1): every 7th is lost on its way in, every 11th on its way out, every 13th comes twice, every 17th
+# is changed.
+MISTREATING = """
+import select, socket, sys
+sys.path[:0] = [{root!r}]
+import frame
+public, inner = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+for sock in (public, inner):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+    sock.bind(("127.0.0.1", 0))
+print(public.getsockname()[1], flush=True)
+target = "127.0.0.1", int(sys.argv[1])
+
+def number(payload):
+    if payload[0] != 0x80 or payload[4] == 1:
+        return 1
+    return int.from_bytes(payload[8:16], "little")
+
+while True:
+    for sock in select.select([public, inner], [], [])[0]:
+        datagram, source = sock.recvfrom(2048)
+        if sock is public:
+            if number(datagram) % 7:
+                inner.sendto(frame.header(*source) + datagram, target)
+            continue
+        client, datagram = frame.client(datagram), datagram[frame.HEADER_OCTETS:]
+        n = number(datagram)
+        if not n % 17:
+            datagram = datagram[:16] + bytes(8) + datagram[24:]
+        if n % 11:
+            public.sendto(datagram, client)
+        if not n % 13:
+            public.sendto(datagram, client)
+"""
+
+
+def argv(*words):
+    return [sys.executable, SCRIPTS / "flood.py", *map(str, words)]
+
+
+def flood(*words):
+    done = subprocess.run(
+        argv(*words), capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    print(done.stderr)
+    return done
+
+
+def sentence(done):
+    """What it said, without the frame that is drawn around it."""
+    return " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules by their names, out of the folder of scripts."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        yield type("Scripts", (), {name: importlib.import_module(name) for name in NAMES})
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def relay(scripts, tmp_path_factory):
+    """A running relay of two workers."""
+    folder = tmp_path_factory.mktemp("relay")
+    scripts.firsts.make_keys(folder / "keys")
+    setting = scripts.rig.Setting(
+        folder=folder,
+        keyring=settings.load_keys(folder / "keys"),
+        quick=True,
+        seed=0,
+        beside={},
+        relay_cpus=set(os.sched_getaffinity(0)),
+        load_cpu=0,
+    )
+    with scripts.rig.Relay(setting, workers=2) as running:
+        running.keys = folder / "keys"
+        yield running
+    assert setting.failures == []
+
+
+def small(*more):
+    """A load that is over soon."""
+    return ("packets", "--clients", 60, "--rate", 20, "--seconds", 1.2, "--rounds", 6, *more)
+
+
+def at(scripts, relay):
+    """The options that lead to a relay, and a port for the transceiver."""
+    port = scripts.dev.free_ports(2, socket.SOCK_DGRAM)[0]
+    words = "--relay", f"127.0.0.1:{relay.public}", "--config", relay.config
+    return (*words, "--transceiver", f"127.0.0.1:{port}")
+
+
+# --- what is counted ------------------------------------------------------------------------------
+
+
+def test_a_relay_of_its_own_and_a_report(tmp_path):
+    page = tmp_path / "page.html"
+    done = flood(*small("--own", 2, "--json", "--report", page))
+    found = json.loads(done.stdout)
+    account = found["datagrams"]
+    assert account["sent"] == 60 * 20 * 1.2 and found["rounds"] == 6
+    for name in ("duplicated", "duplicated_inbound", "foreign", "lost_inbound", "lost_outbound"):
+        assert account[name] == 0, name
+    assert [row["worker"] for row in found["workers"]] == [0, 1]
+    assert sum(row["datagrams"] for row in found["workers"]) == 2 * account["sent"]
+    assert found["relay_cpu_us_a_datagram"]["value"] > 0
+    trips = found["round_trip_us"]
+    assert [row["percentile"] for row in trips] == ["p50", "p90", "p99", "p99.9"]
+    for row in trips:
+        assert 0 < row["from_leaving"] <= row["from_due"] * 1.003  # a bin's width
+        assert row["plus_minus"] > 0 and row["tool_alone"] > 0
+    tool = found["tool"]
+    assert tool["alone_one_core"]["datagrams_per_s_max"] > 0
+    assert tool["clock"]["step_ns"] > 0 and tool["stamps_too_far_apart_us"] > 0
+    assert "clients were opened 6 times" in found["notes"][-1]
+    assert page.stat().st_size > 1000
+    assert done.returncode == (1 if found["failures"] else 0)
+    assert all("lost or late" in each for each in found["failures"])  # late, on a busy machine
+
+
+def test_the_relay_that_runs_and_two_processes(scripts, relay):
+    done = flood(*small(*at(scripts, relay), "--processes", 2, "--rounds", 1, "--json"))
+    found = json.loads(done.stdout)
+    account = found["datagrams"]
+    assert account["sent"] == 60 * 20 * 1.2 and found["processes"] == 2
+    assert account["lost"] == account["duplicated"] == account["foreign"] == 0
+    assert {row["pid"] for row in found["workers"]} == set(relay.worker_pids())
+    assert sum(row["datagrams"] for row in found["workers"]) == 2 * account["sent"]
+    assert found["round_trip_us"][0]["plus_minus"] is None  # one round says nothing of the next
+
+
+def test_every_mistreated_datagram_is_found(scripts, relay):
+    """The control: an instrument that says 0 must be able to say something else."""
+    port = scripts.dev.free_ports(1, socket.SOCK_DGRAM)[0]
+    program = MISTREATING.format(root=str(SCRIPTS.parent))
+    with mistreating(program, port) as public:
+        done = flood(
+            "packets", "--clients", 40, "--rate", 25, "--seconds", 3, "--rounds", 6, "--json",
+            "--relay", f"127.0.0.1:{public}", "--config", relay.config,
+            "--transceiver", f"127.0.0.1:{port}",
+        )  # fmt: skip
+    found = json.loads(done.stdout)
+    rounds, each = 6, range(500)
+    crossed = [n for n in each if n % 7]
+    copies = {n: bool(n % 11) + (not n % 13) for n in crossed}
+    good = [count for n, count in copies.items() if n % 17 and count]
+    account = found["datagrams"]
+    assert account["sent"] == rounds * len(each)
+    assert account["lost_inbound"] == rounds * (len(each) - len(crossed))
+    assert account["lost"] == rounds * (len(each) - len(good))
+    assert account["lost_outbound"] == account["lost"] - account["lost_inbound"]
+    assert account["duplicated"] == rounds * sum(count - 1 for count in good)
+    assert account["foreign"] == rounds * sum(c for n, c in copies.items() if not n % 17)
+    expected = (account["lost"] + account["late"]) / account["sent"] * 100
+    assert found["loss_percent"]["value"] == pytest.approx(expected, abs=1e-5)
+    assert done.returncode == 1
+    failures = " ".join(found["failures"])
+    assert "came twice" in failures and "came changed" in failures and "lost or late" in failures
+    assert "workers" not in found or all("datagrams" not in row for row in found["workers"])
+
+
+@contextlib.contextmanager
+def mistreating(program, port):
+    relay = subprocess.Popen([sys.executable, "-c", program, str(port)], stdout=subprocess.PIPE)
+    try:
+        yield int(relay.stdout.readline())
+    finally:
+        relay.kill()
+        relay.wait()
+        relay.stdout.close()
+
+
+def test_steps_have_a_row_each(scripts, relay):
+    done = flood(*small(*at(scripts, relay), "--steps", "500,1000", "--json"))
+    found = json.loads(done.stdout)
+    assert [row["rate_per_s"] for row in found["steps"]] == [500, 1000]
+    assert found["datagrams"]["sent"] == 1.2 * (500 + 1000) and found["datagrams"]["lost"] == 0
+    assert all(row["p50_us"] > 0 and row["cpu_us_a_datagram"] > 0 for row in found["steps"])
+
+
+def test_a_ramp_sends_what_it_is_to(scripts, relay):
+    done = flood(*small(*at(scripts, relay), "--ramp", "200:2200", "--json"))
+    found = json.loads(done.stdout)
+    rows = found["ramp"]
+    assert [row["rate_per_s"] for row in rows] == pytest.approx([700, 1700], rel=0.02)
+    assert found["datagrams"]["sent"] == pytest.approx(1.2 * (200 + 2200) / 2, abs=1)
+
+
+def test_a_search_ends_at_what_it_may_try(scripts, relay):
+    words = small(*at(scripts, relay), "--find", "--at-most", 1500, "--json")
+    found = json.loads(flood(*words).stdout)
+    assert found["search"][0]["rate_per_s"] == 1200
+    assert all(row["rate_per_s"] <= 1500 for row in found["search"])
+    if all(row["held"] for row in found["search"]):  # a busy machine may not
+        assert found["highest_per_s"] == 1500 and found["limited_by"].startswith("--at-most")
+
+
+def test_an_echo_elsewhere(scripts, relay):
+    (port,) = scripts.dev.free_ports(1, socket.SOCK_DGRAM)
+    words = "--listen", f"127.0.0.1:{port}", "--relay", "127.0.0.1", "--json"
+    echo = subprocess.Popen(
+        argv("echo", *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert f"echo at 127.0.0.1:{port}" in echo.stderr.readline()
+        wait_for(lambda: scripts.rig.listens(port))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            stranger.bind(("127.0.0.9", 0))
+            stranger.sendto(b"\xc5\x01\x00\x00" + bytes(60), ("127.0.0.1", port))
+        done = flood(
+            *small("--relay", f"127.0.0.1:{relay.public}", "--config", relay.config, "--json"),
+            "--transceiver", f"127.0.0.1:{port}", "--remote-echo",
+        )  # fmt: skip
+        echo.send_signal(signal.SIGINT)
+        echo.communicate(timeout=PATIENCE_S)
+    finally:
+        echo.kill()
+        echo.wait()
+    account = json.loads(done.stdout)["datagrams"]
+    assert account["sent"] == 60 * 20 * 1.2 and account["lost"] == 0
+    assert "lost_inbound" not in account
+    assert echo.returncode == 130
+
+
+def test_an_echo_answers_its_relay_alone(scripts):
+    (port,) = scripts.dev.free_ports(1, socket.SOCK_DGRAM)
+    framed = b"\xc5\x01\x00\x00" + bytes(28) + b"media"
+    with (
+        scripts.reflector.Reflector(("127.0.0.1", port), "127.0.0.5") as reflector,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger,
+    ):
+        relay.bind(("127.0.0.5", 0))
+        relay.settimeout(PATIENCE_S)
+        stranger.bind(("127.0.0.6", 0))
+        stranger.setblocking(False)
+        for sock, datagram in (
+            (stranger, framed), (relay, framed + b" 1"), (relay, b"no frame"),
+            (relay, framed[:10]), (relay, framed + b" 2"),
+        ):  # fmt: skip
+            sock.sendto(datagram, ("127.0.0.1", port))
+        while reflector.echoed + reflector.refused < 5:
+            reflector.serve(PATIENCE_S)
+        assert (reflector.echoed, reflector.refused) == (2, 3)
+        assert [relay.recv(256) for _ in range(2)] == [framed + b" 1", framed + b" 2"]
+        with pytest.raises(BlockingIOError):
+            stranger.recv(256)
+
+
+def wait_for(holds):
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# --- rates ----------------------------------------------------------------------------------------
+
+
+def test_a_search_finds_the_limit(scripts):
+    tried = []
+
+    def held(rate):
+        tried.append(rate)
+        return rate <= 61_000
+
+    found = list(scripts.steps.search(10_000, held))
+    highest = max(rate for rate, good in found if good)
+    assert 61_000 / scripts.steps.PRECISION <= highest <= 61_000
+    assert len(tried) == sum(1 if good else 2 for _, good in found) < 25
+
+
+def test_a_search_goes_down_and_ends(scripts):
+    found = list(scripts.steps.search(50_000, lambda rate: rate < 300))
+    assert 280 < max(rate for rate, good in found if good) < 300
+    nothing = list(scripts.steps.search(50_000, lambda _: False))
+    assert not any(good for _, good in nothing) and len(nothing) <= scripts.steps.TRIALS_MAX
+    everything = list(scripts.steps.search(50_000, lambda _: True, 80_000))
+    assert everything == [(50_000, True), (75_000, True), (80_000, True)]
+
+
+@pytest.mark.parametrize(("rate", "last"), [(1000.0, None), (500.0, 3000.0), (3000.0, 500.0)])
+def test_a_schedule_is_its_own_inverse(scripts, rate, last):
+    """How many are due at a moment, and when each is due, are the same schedule."""
+    with scripts.load.Load(3) as under_test:
+        under_test.begin(rate, 2.0, last, started=1_000)
+        total = under_test.due(1_000 + 2_000_000_000 - 1)
+        assert total == pytest.approx((rate + (rate if last is None else last)) / 2 * 2, abs=1)
+        moments = under_test._intended_at(np.arange(total))
+        assert (np.diff(moments) > 0).all() and moments[0] == 1_000
+        for number in range(0, total, 97):
+            assert under_test.due(int(moments[number]) + 1_000) == number + 1
+            if number:
+                assert under_test.due(int(moments[number]) - 1_000) == number
+        assert under_test.due(0) == 0
+
+
+def test_slices_hold_what_was_due_in_them(scripts):
+    """Late is what came too late from when it was due, also if it left late."""
+    second = 1_000_000_000
+    due = np.arange(10) * (second // 10)
+    left = due + 1_000_000
+    back = left + 2_000_000
+    back[3] = 0
+    left[7] += 150_000_000
+    back[7] += 150_000_000
+    account = scripts.load.Account(10, 10, 9, 0, 0, 0, 0, due, left, back)
+    found = scripts.loaders.part(account, 1.0, 2, 0, 0, False)
+    assert found.sent.tolist() == [5, 5] and found.lost.tolist() == [1, 0]
+    assert found.late.tolist() == [0, 1] and found.trips.sum(1).tolist() == [4, 5]
+    both = found + found
+    assert both.sent.tolist() == [10, 10] and both.loss() == found.loss() == 0.2
+    assert both.lag_ms == found.lag_ms == pytest.approx(151)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def refused(scripts, *words):
+    """What the command says, in this process: it refuses before it starts anything."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    cli = typer.Typer(add_completion=False)
+    cli.command()(scripts.barrage.packets)
+    try:
+        done = typer.testing.CliRunner().invoke(cli, list(map(str, words)))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    said = " ".join(done.output.replace("│", " ").split())
+    assert done.exit_code == 2, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "say which relay"),
+        (("--own", 1, "--relay", "127.0.0.1:1"), "say which relay"),
+        (("--own", 1, "--find", "--steps", "1,2"), "choose one"),
+        (("--own", 1, "--at-most", 5), "goes with --find"),
+        (("--own", 1, "--pid", 1), "goes with no address"),
+        (("--own", 1, "--steps", "5"), "at least two rates"),
+        (("--own", 1, "--steps", "5,many"), "'many' is no rate"),
+        (("--own", 1, "--ramp", "5"), "has no two rates"),
+        (("--own", 1, "--ramp", "0:5"), "not between 1 and"),
+        (("--own", 1, "--processes", 2, "--clients", 1), "more than 1 clients"),
+        (("--own", 1, "--rate", 50_000, "--clients", 100, "--rounds", 1), "take more --rounds"),
+        (("--own", 1, "--report", "/nowhere/page.html"), "lies in no folder"),
+        (("--relay", "127.0.0.1:9", "--config", "/nowhere/relay.toml"), "is not there"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(scripts, words, reason):
+    assert reason in refused(scripts, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--relay", "8.8.8.8:3478"), "a public address"),
+        (("--relay", "127.0.0.1"), "is not HOST:PORT"),
+        (("--relay", "[::1]:3478"), "is IPv6"),
+        (("--transceiver", "10.9.9.9:9000"), "lies in no cluster of the relay"),
+        (("--transceiver", "127.0.0.1:65535", "--processes", 2), "65535 to 65536 lies in no"),
+        (("--clients", 70_000, "--rate", 1), "more than the relay opens flows for at once"),
+        (("--sources", "198.51.100.0/24"), "none of this machine's addresses"),
+        (("--sources", "127.9.9.0/30"), "60 clients are more than 2 addresses"),
+        (("--pid", 2**22), "there is no process"),
+    ],
+)
+def test_what_leads_nowhere_is_refused(scripts, relay, words, reason):
+    given = {"--relay": f"127.0.0.1:{relay.public}", "--config": relay.config}
+    given |= {"--transceiver": "127.0.0.1:9000", "--clients": 60}
+    given |= dict(zip(words[::2], words[1::2], strict=True))
+    assert reason in refused(scripts, *(word for pair in given.items() for word in pair))
+
+
+def test_a_key_file_that_is_missing_is_named(scripts, relay, tmp_path):
+    text = relay.config.read_text().replace(str(relay.keys), str(tmp_path / "no-keys"))
+    (tmp_path / "relay.toml").write_text(text)
+    words = "--relay", f"127.0.0.1:{relay.public}", "--config", tmp_path / "relay.toml"
+    assert "no-keys" in refused(scripts, *words)
+    assert not (tmp_path / "no-keys").exists()
+
+
+def test_a_port_that_is_taken_is_named(scripts, relay):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
+        holder.bind(("127.0.0.1", 0))
+        taken = f"127.0.0.1:{holder.getsockname()[1]}"
+        words = "--relay", f"127.0.0.1:{relay.public}", "--config", relay.config
+        done = flood(*small(*words, "--transceiver", taken))
+    assert done.returncode == 1 and f"address {taken} is taken" in sentence(done)
+
+
+def test_silence_is_explained(scripts, relay, tmp_path):
+    """Nobody there; somebody who says nothing; a relay that has other keys."""
+    (port,) = scripts.dev.free_ports(1, socket.SOCK_DGRAM)
+    words = small(*at(scripts, relay), "--patience", 0.5)
+    nobody = flood(*words, "--relay", f"127.0.0.1:{port}")
+    assert nobody.returncode == 1
+    assert "60 of 60 clients got no answer within 0.5 s" in sentence(nobody)
+    assert f"has UDP port {port} open" in sentence(nobody)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mute:
+        mute.bind(("127.0.0.1", 0))
+        silent = flood(*words, "--relay", f"127.0.0.1:{mute.getsockname()[1]}")
+    assert silent.returncode == 1 and "does the relay run there" in sentence(silent)
+    scripts.firsts.make_keys(tmp_path / "keys")
+    text = relay.config.read_text().replace(str(relay.keys), str(tmp_path / "keys"))
+    text = text.replace('state_dir = "."', f'state_dir = "{relay.config.parent}"')
+    (tmp_path / "relay.toml").write_text(text)
+    other = flood(*words, "--config", tmp_path / "relay.toml")
+    assert other.returncode == 1 and "the relay dropped" in sentence(other)
+
+
+def test_addresses_are_guarded_before_the_relay_is_asked_for(scripts):
+    place = scripts.placing.Place(("127.0.0.1", 1), None, None, (scripts.rig.CLUSTER,))
+    assert scripts.placing.home(place, ("127.3.2.1", 5), 3) is scripts.rig.CLUSTER
+    with pytest.raises(ValueError, match=r"10\.0\.0\.1:5 to 7 lies in no cluster"):
+        scripts.placing.home(place, ("10.0.0.1", 5), 3)
+
+
+def test_what_is_here_is_known(scripts):
+    assert scripts.observed.is_here("127.9.8.7") and not scripts.observed.is_here("192.0.2.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        assert scripts.observed.holders(sock.getsockname()[1]) == [os.getpid()]
+
+
+def test_counters_over_http(scripts, relay):
+    """As they are seen of a relay on another machine."""
+    (line,) = [line for line in relay.log().splitlines() if "metrics" in line][:1] or [None]
+    found = settings.load(relay.config, settings.Relay).relay
+    here = scripts.observed.Observed(found, ("127.0.0.1", relay.public))
+    assert here.tells_workers_apart() and here.workers() == relay.worker_pids()
+    address = line.split("http://")[1].split()[0].rstrip(",;") if line and "http://" in line else ""
+    if not address:
+        pytest.skip("the relay's log does not name its /metrics")
+    url = f"http://{address.split('/')[0]}/metrics"
+    far = scripts.observed.Observed(found, ("127.0.0.1", 1), metrics=url)
+    wait_for(lambda: far.now().received == here.now().received)
+    with pytest.raises(ValueError, match="does not answer"):
+        scripts.observed.Observed(found, ("127.0.0.1", 1), metrics="http://127.0.0.1:9/metrics")
+    assert ipaddress.ip_address("127.0.0.1").is_loopback
+
+
+# --- nothing stays behind -------------------------------------------------------------------------
+
+
+def children(pid):
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_all_that_was_started(number):
+    process = subprocess.Popen(
+        argv(*small("--own", 1, "--processes", 2, "--seconds", 600, "--rounds", 300)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while "a second" not in (line := process.stderr.readline()):
+            assert line, "it ended before it sent anything"
+        started = children(process.pid)
+        started += [each for pid in started for each in children(pid)]
+        process.send_signal(number)
+        _, said = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130 and "what was started has ended" in said
+    assert len(started) >= 5  # the relay, its worker and its keeper, two that make load
+    for pid in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_process_that_dies_is_an_error(scripts, relay):
+    process = subprocess.Popen(
+        argv(*small(*at(scripts, relay), "--seconds", 600, "--rounds", 300)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while "a second" not in (line := process.stderr.readline()):
+            assert line, "it ended before it sent anything"
+        (child,) = children(process.pid)
+        os.kill(child, signal.SIGKILL)
+        _, said = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1 and "a process that makes load has ended" in said
