@@ -72,11 +72,11 @@ def of_values(values: Floats, unit: str) -> Axis:
         bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
         every = max(1, math.ceil((top - bottom) / 6))
         decades = (10.0**each for each in range(bottom, top + 1, every))
-        return Axis(10.0**bottom, 10.0**top, [Tick(e, _short(e)) for e in decades], unit, log=True)
+        return Axis(10.0**bottom, 10.0**top, [Tick(e, short(e)) for e in decades], unit, log=True)
     low, high = min(low, 0.0), max(high, 0.0)
     step = _nice((high - low or 1.0) / 4)
     numbers = range(math.floor(low / step), max(1, math.ceil(high / step)) + 1)
-    ticks = [Tick(each * step, _short(each * step)) for each in numbers]
+    ticks = [Tick(each * step, short(each * step)) for each in numbers]
     return Axis(ticks[0].value, ticks[-1].value, ticks, unit)
 
 
@@ -110,9 +110,11 @@ def decades(percentile: float) -> float:
 
 
 def number(value: float) -> str:
-    """For people: some three significant digits, and all of those before the point."""
+    """For people: some three significant digits, and below a million all before the point."""
     if not math.isfinite(value):
         return "–"
+    if abs(value) >= 1e6:
+        return short(value)
     if value == round(value):
         return f"{value:,.0f}"
     if abs(value) < 0.1:
@@ -141,8 +143,8 @@ def _nice(step: float) -> float:
     return next((each * power for each in (1, 2, 5) if each * power >= step * 0.999), 10 * power)
 
 
-def _short(value: float) -> str:
-    """The number beside a tick: at most some six letters."""
+def short(value: float) -> str:
+    """Where there is little room: four significant digits, some six letters."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"

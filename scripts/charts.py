@@ -390,11 +390,14 @@ def _extremes(values: Floats) -> list[str]:
 def _percentiles(values: Floats) -> list[str]:
     """How many, the value at each percentile that so many have, and the highest."""
     count = len(values)
-    found = [
-        axes.number(float(values[_rank(each, count)])) if _supported(each, count) else ""
-        for each in PERCENTILES
-    ]
-    return [f"{count:,}", *found, axes.number(float(values[-1])) if count else ""]
+    ranks = [_rank(each, count) if _supported(each, count) else -1 for each in PERCENTILES]
+    found = ["" if rank < 0 else _narrow(float(values[rank])) for rank in ranks]
+    return [axes.number(count), *found, _narrow(float(values[-1])) if count else ""]
+
+
+def _narrow(value: float) -> str:
+    """A table of percentiles has seven columns, on a phone, too."""
+    return axes.short(value) if abs(value) >= 1e5 else axes.number(value)
 
 
 def _supported(percentile: float, count: int) -> bool:

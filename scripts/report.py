@@ -48,6 +48,9 @@ DEPTH_MAX = 8
 TRANSPOSED_COLUMNS_MIN, TRANSPOSED_ROWS_MAX = 6, 5
 """A table with more columns than that, and so few rows, is turned, for a phone."""
 
+WIDE_COLUMNS_MIN = 7
+"""A table of more columns than that has all of a desktop's width."""
+
 SHORT_TEXT = 28
 """Characters of a text that is never broken in a table."""
 
@@ -174,6 +177,7 @@ def _plots(found: Finding) -> Iterator[str]:
 
 # Tables of any figures: they are plain (findings.plain) already.
 
+_WIDE = "scroll widely"
 _NUMBER = re.compile(r"(-?)(\d*)(.*)")
 _THOUSAND = '<span class="thousand">{}</span>'
 
@@ -182,10 +186,15 @@ def _figures(figures: Figures) -> Iterator[str]:
     """A card for what stands alone, and one for each dict and table."""
     single = {name: value for name, value in figures.items() if not _is_large(value)}
     if single:
-        yield _card(_pairs(single))
+        yield _in_columns(_pairs(single))
     for name, value in list(figures.items())[:ROWS_MAX]:
         if _is_large(value):
-            yield _card("".join(_block(name, value, 3)))
+            inner = "".join(_block(name, value, 3))
+            yield _in_columns(inner, " wide" if _WIDE in inner else "")
+
+
+def _in_columns(inner: str, wide: str = "") -> str:
+    return f'<div class="cell{wide}">{_card(inner)}</div>'  # whose padding columns do not cut off
 
 
 def _block(name: str, value: Any, level: int) -> Iterator[str]:
@@ -269,7 +278,8 @@ def _rows(rows: list[Figures]) -> str:
         for each, kind in zip(heads, kinds, strict=True)
     )
     return (
-        '<div class="scroll" tabindex="0" role="group" aria-label="Table">'
+        f'<div class="{_WIDE if prose or len(heads) > WIDE_COLUMNS_MIN else "scroll"}"'
+        ' tabindex="0" role="group" aria-label="Table">'
         f'<table class="grid-table{" prose" if prose else ""}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{_left(len(rows))}"
     )

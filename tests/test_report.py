@@ -229,7 +229,7 @@ def test_headings_plots_and_tables_can_be_heard():
     assert page.count("<desc>") == len(plots)
     assert "p50 from 0.20 to 90.3 ms" in read.text("desc")
     assert "7 values: values 7, p50 1.50, most 1.50" in read.text("desc")
-    scrolled = [each for _, each in read.elements if each.get("class") == "scroll"]
+    scrolled = [each for _, each in read.elements if "scroll" in each.get("class", "")]
     assert scrolled and all(each["tabindex"] == "0" and each["aria-label"] for each in scrolled)
 
 
@@ -425,8 +425,9 @@ def test_axes_fit_what_is_on_them():
     flat = axes.of_values(array([0.0, 0.0]), "%")
     assert flat.low == 0 < flat.high
     assert axes.of_values(array([-3.0, 5.0]), "ms").low < -2.9
-    assert [axes.number(each) for each in (0, 0.30123, 1.5, 12.34, 123.4, 1234567.8, 0.00042)] == [
-        "0", "0.30", "1.50", "12.3", "123", "1,234,568", "0.00042",
+    values = (0, 0.30123, 1.5, 12.34, 123.4, 234567.8, 1234567, 0.00042)
+    assert [axes.number(each) for each in values] == [
+        "0", "0.30", "1.50", "12.3", "123", "234,568", "1.235M", "0.00042",
     ]  # fmt: skip
     assert [axes.minutes(each) for each in (0, 65, 3725, -61)] == [
         "0:00",
