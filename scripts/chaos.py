@@ -158,6 +158,7 @@ class Run:
         self._windows: list[Window] = []
         self._still: list[tuple[int, float]] = []
         """When this process had not run, in nanoseconds, and for how many milliseconds."""
+        self._wanted: list[Call] = []
         self._began = 0
         self._ringing: Ringing
 
@@ -215,12 +216,13 @@ class Run:
         begun_s = seconds()
         record = Record(planned.kind, at_s=begun_s)
         chance = random.Random(f"{self._seed} {planned.number} {planned.kind}")
-        scene = Scene(world, self._ringing, chance, record)
+        scene = Scene(world, self._ringing, chance, record, wanted=self._wanted)
         self._subject.managed = faults.managed_after(self._plan, planned.number)
         window = Window(scene, time.monotonic_ns() - BACK_NS, 0, scene.calls())
         doing = asyncio.create_task(_done(scene, KINDS[planned.kind]))
         await _until(doing.done, lambda: told(seconds(), words))
         await doing
+        await self._look_after(record)
         ends_s = max(begun_s + planned.room_s, seconds() + REPORT_S)
         await _until(
             lambda: seconds() >= ends_s - REPORT_S, lambda: told(seconds(), f"{words}: after it")
@@ -228,6 +230,15 @@ class Run:
         window.until_ns = time.monotonic_ns()
         self._windows.append(window)
         await _until(lambda: seconds() >= ends_s, lambda: told(seconds(), "reports"))
+
+    async def _look_after(self, record: Record) -> None:
+        """What has ended by itself is noted, and started again, as systemd would."""
+        for name, process in list(self._subject.running.items()):
+            if (code := process.poll()) is None:
+                continue
+            record.failed = f"{name} ended by itself with {code}; {record.failed}".rstrip("; ")
+            with contextlib.suppress(LateError):  # the next event will not be able to hit it
+                await self._subject.again(name, "ready|eady to accept connections")
 
     async def _settle(self, world: World) -> None:
         """Wait until nothing waits in the relay any more: what it counts is complete then."""
@@ -255,6 +266,8 @@ class Run:
                 for each in self._plan
             ],
             "events": [record.row() for record in records],
+            "other_calls": [record.row_of_others() for record in records],
+            "calls_that_were_hit": [record.row_of_own() for record in records if record.own],
             "facts": {
                 f"{record.event} at {record.at_s:.1f} s": record.facts | {"failed": record.failed}
                 for record in records
@@ -392,8 +405,8 @@ async def _done(scene: Scene, kind: faults.Kind) -> None:
     """Do it; what does not come of it is noted, and the rest goes on."""
     try:
         await kind.does(scene)
-    except LateError as error:
-        scene.record.failed = str(error)
+    except (LateError, OSError) as error:  # OSError: what it was about to hit is not there
+        scene.record.failed = str(error) or type(error).__name__
 
 
 async def _until(holds: Callable[[], bool], meanwhile: Callable[[], None]) -> None:

@@ -99,11 +99,10 @@ class Scene:
     ended: list[Call] = field(default_factory=list)
     """Calls that it ends itself."""
     wanted: list[Call] = field(default_factory=list)
-    """New calls that it made."""
+    """New calls that were only made to see whether they can be, of all events."""
 
     def calls(self) -> list[Call]:
-        """Those that talk, the oldest first, without those that were only made to see whether they
-        can be."""
+        """Those that are held and talk, the oldest first."""
         return [call for call in self.ringing.talking() if call not in self.wanted]
 
     @contextlib.asynccontextmanager
@@ -124,12 +123,12 @@ class Scene:
             self.wanted.append(call)
             while not (over := _connected(call)) and time.monotonic() < until:
                 await asyncio.sleep(POLL_S)
+            await call.end()
             if over and call.failure is None:
                 offered_ms = call.offered_ns / 1e6 - began * 1000
                 record.new_call_ms = offered_ms + call.moments["connected"]
-                await call.end()
                 break
-            refused.append(call.failure or f"still {call.state}")
+            refused.append(call.failure or "not connected")
             await asyncio.sleep(AGAIN_S)
         record.new_call = ", ".join(refused)
 
@@ -305,7 +304,7 @@ async def transceiver(scene: Scene) -> None:
     try:
         async with scene.somebody_calls():
             await subject.until(lambda: not world.leased(victim), "its lease ends")
-            record.facts["lease_ms"] = (time.monotonic() - began) * 1000
+            record.facts["lease_ms"] = round((time.monotonic() - began) * 1000)
             await subject.until(
                 lambda: all(_is_back(call, returns[call.number]) for call in scene.own),
                 "its calls come back",
@@ -314,8 +313,23 @@ async def transceiver(scene: Scene) -> None:
     finally:
         _note_returns(scene, victim, returns)
         await subject.again(name)
-        took_s = await world.until_serving(len(world.transceivers))
-        record.facts["announced_ms"] = took_s * 1000
+        ready = time.monotonic()
+        await world.until_serving(len(world.transceivers))
+        record.facts["announced_ms"] = round((time.monotonic() - ready) * 1000)
+        while await _home_of_a_call(scene) != victim:
+            if time.monotonic() > ready + NEW_CALL_S_MAX:
+                raise LateError(f"{name} gets no calls")
+        record.facts["got_a_call_ms"] = round((time.monotonic() - ready) * 1000)
+
+
+async def _home_of_a_call(scene: Scene) -> str | None:
+    """The transceiver that a new call gets, which is ended at once; None if it gets none."""
+    call = await begun(scene.ringing)
+    scene.wanted.append(call)
+    while not _connected(call):
+        await asyncio.sleep(POLL_S)
+    await call.end()
+    return scene.world.home(call.call_id)
 
 
 def _is_back(call: Call, before: int) -> bool:

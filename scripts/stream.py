@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import dev
 import numpy as np
 from load import PATIENCE_S, QUIET_S, Account, Load
 
@@ -33,7 +34,7 @@ ANSWER_S_MAX = PATIENCE_S + 10 * QUIET_S
 _PR_SET_PDEATHSIG = 1
 
 
-class StreamError(RuntimeError):
+class StreamError(dev.StartError):
     """The process could not do what it was told; the message says why."""
 
 

@@ -81,6 +81,10 @@ class Subject(dev.System):
         """How many octets its log has: where what it says next will begin."""
         return (self.state_dir / f"{name}.log").stat().st_size
 
+    def last_line(self, name: str) -> str:
+        """The last one of its log."""
+        return self.log(name).strip().rpartition("\n")[2]
+
     def kill(self, name: str, how: signal.Signals = signal.SIGKILL) -> None:
         """Send a program a signal; after SIGKILL it is reaped, too."""
         process = self.running[name]
@@ -204,16 +208,26 @@ class World:
         return time.monotonic() - began
 
     async def succeed(self) -> None:
-        """`relay handover`: another process takes over. Raises LateError."""
+        """`relay handover`: another process takes over. Raises LateError; the one from before goes
+        on then, if it still can."""
         subject, before, since = self.subject, self.relay.process, self.subject.said("relay")
-        subject.running["relay before"] = before  # ended with the rest, should this not work
+        subject.running["relay before"] = before  # ended with the rest, however this goes
         argv = [dev.BIN / "relay", "handover", "--config", self.relay.config]
         process = subject.launch("relay", argv)
-        await subject.says("relay", rig.READY_LINE, since)
-        await subject.until(lambda: before.poll() is not None, "the relay from before ends")
-        del subject.running["relay before"]
+
+        def over() -> bool:
+            ready = rig.READY_LINE in subject.log("relay", since)
+            return process.poll() is not None or (ready and before.poll() is not None)
+
+        try:
+            await subject.until(over, "the successor serves and the relay from before ends")
+        finally:
+            if before.poll() is None:
+                rig.end(process)
+                subject.running["relay"] = before
+            del subject.running["relay before"]
         if process.poll() is not None:
-            raise LateError(f"the successor ended; {subject.log_tail('relay')}")
+            raise LateError(f"the successor ended: {subject.last_line('relay')}")
         self.adopt()
 
     def wake(self) -> None:
