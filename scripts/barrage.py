@@ -212,14 +212,14 @@ class _Run:
     alone: Figures = field(default_factory=dict)
 
     def measure(self) -> None:
-        """Measure the tool, open the clients, then what was asked for."""
+        """Open the clients, measure the tool alone, then what was asked for."""
         wanted, finding = self.wanted, self.finding
         rate = wanted.clients * wanted.rate
+        self._open()
         drift = instrument.Drift()
         with progress.bar("the tool alone", 1.0):
             own = self.crew.alone(max([rate, *wanted.steps]), min(ALONE_S, wanted.seconds / 4))
         self.alone = own["alone"]
-        self._open()
         course = Course(self.crew, self.seen, self.place.table.flows_max)
         if wanted.ramp:
             done = self._ramp(course, *wanted.ramp)
