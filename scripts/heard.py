@@ -40,6 +40,9 @@ PAUSE_MS_MAX = 1_000.0
 MARGIN = 1_000
 """Packets before and after a time that are looked at, too, for what came late and what is usual."""
 
+AFTER = 10
+"""Packets after a time that are looked at: one of them is in order."""
+
 _CONNECTION = 40  # bits below the number of a connection
 _REPORT = 4  # numbers a report: when, connection, cumulative loss, highest sequence number
 Milliseconds = npt.NDArray[np.float64]
@@ -106,17 +109,18 @@ class Heard:
         return max(0, self._index(until_ns) - self._index(since_ns))
 
     def silences_ms(self, since_ns: int, until_ns: int) -> Milliseconds:
-        """Each silence in that time, one for every packet that came and one for the end."""
+        """Each silence in that time, as far as it lies in it: one for every packet that came, and
+        one for what had not come by then. If it has come since, its timestamp explains that one."""
         at, sequence, timestamp = self._in_order(since_ns, until_ns)
         if self.audible_ns is None or not len(at) or self.audible_ns >= until_ns:
             return _NONE  # nothing was to be heard yet
-        gaps = np.diff(at) / 1e6
         same = (sequence[1:] >> _CONNECTION) == (sequence[:-1] >> _CONNECTION)
         moved = np.diff(timestamp) / _CLOCK_MS
         pauses = np.where(same, np.maximum(0.0, moved - FRAME_MS * np.diff(sequence)), 0.0)
-        gaps = np.append(gaps, (until_ns - at[-1]) / 1e6)
-        silent = gaps - FRAME_MS - np.append(pauses, self._expected_ms(pauses))
-        inside = (np.append(at[1:], until_ns) - np.maximum(at, since_ns)) / 1e6
+        if at[-1] < until_ns:
+            at, pauses = np.append(at, until_ns), np.append(pauses, self._expected_ms(pauses))
+        silent = np.diff(at) / 1e6 - FRAME_MS - pauses
+        inside = (np.minimum(at[1:], until_ns) - np.maximum(at[:-1], since_ns)) / 1e6
         found: Milliseconds = np.clip(np.minimum(silent, inside), 0.0, None)[inside > 0]
         return found
 
@@ -185,9 +189,9 @@ class Heard:
         return bisect.bisect_left(self.at_ns, since_ns)
 
     def _in_order(self, since_ns: int, until_ns: int) -> tuple[Integers, Integers, Integers]:
-        """When, sequence number and timestamp of packets until then, from some time before; without
-        those that came late."""
-        end = self._index(until_ns)
+        """When, sequence number and timestamp of packets in that time, some before and a few after;
+        without those that came late."""
+        end = self._index(until_ns) + AFTER
         part = slice(max(0, self._index(since_ns) - MARGIN), end)
         at, sequence, timestamp = (
             np.frombuffer(each, np.int64)[part].copy() if each else _NOTHING

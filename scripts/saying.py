@@ -25,6 +25,10 @@ import speaking
 REPLY_S_MAX = 3.0
 """A reply that has not begun by then is none."""
 
+_SOONEST_NS = (speaking.SILENCE_MS - 60) * 1_000_000
+"""A reply that begins sooner is of the turn before. The detector may miss the last packets of a
+turn, which are soft, and hear its end that much earlier."""
+
 PACKETS_PER_S = 50
 
 INTERRUPT_AFTER = (30, 80)
@@ -85,8 +89,11 @@ class Talk:
         said = None
         if marker:
             self._keeping = False
-            said, self._waiting = self._waiting, None
+            said = self._waiting
+        if said is not None and said.ended_ns is not None and at_ns - said.ended_ns < _SOONEST_NS:
+            said = None  # the one before goes on, after a pause that it should not have had
         if said is not None:
+            self._waiting = None
             said.reply_ns = at_ns
             whole = said.interrupts or not self._interrupts  # the others are cut off
             if self._checked and self.echo is None and whole:

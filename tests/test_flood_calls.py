@@ -91,6 +91,10 @@ def test_pauses_that_timestamps_explain_are_no_silence():
     assert stream.silence_ms() == 0
     assert stream.heard.lost(0, stream.now_ns) == 0
     assert stream.heard.received(0, stream.now_ns) == 40
+    pause_ns = stream.heard.at_ns[19]
+    for since_ms, until_ms in ((0, 100), (100, 200), (250, 350)):  # as it was known afterwards
+        begin, end = pause_ns + since_ms * MS, pause_ns + until_ms * MS
+        assert stream.heard.silence_ms(begin, end) == 0
 
 
 def test_loss_lateness_and_a_silence_that_lasts():
@@ -204,6 +208,18 @@ def test_a_reply_without_a_pause_before_it_is_found_by_its_event(voice):
     talk.started(first.ended_ns + 20 * MS)
     assert talk.unanswered(first.ended_ns + 10**10) == 0
     assert round(first.reply_ms) == 20 - speaking.SILENCE_MS
+
+
+def test_a_reply_that_begins_too_soon_is_of_the_turn_before(voice):
+    talk = saying.Talk(voice, 0, interrupts=False, checked=True)
+    talk.begin(16_000)
+    while not talk.turns or talk.turns[0].ended_ns is None:
+        talk.next()
+    first = talk.turns[0]
+    assert talk.heard(first.ended_ns + 100 * MS, 1, b"sound", marker=True) is None
+    assert talk.heard(first.ended_ns + 230 * MS, 2, b"sound", marker=True) is first
+    assert talk.heard(first.ended_ns + 250 * MS, 3, b"more", marker=False) is None
+    assert (round(first.reply_ms), talk.echo.packets) == (30, [(2, b"sound"), (3, b"more")])
 
 
 # --- calls ----------------------------------------------------------------------------------------
