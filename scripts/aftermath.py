@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import attackers
-import numpy as np
 import phases
 from findings import Figures, Finding, Marker, Series, Spread
 from ring import Call
-from ringing import Ringing
 
 SPREAD_MAX = 20_000
 """Values of a distribution in a report."""
@@ -116,12 +114,3 @@ def _answers(each: phases.Round) -> Figures:
         "octets_of_one": round(by_one),
         "kinds": ", ".join(f"{n} {kind}" for kind, n in sorted(back["kinds"].items())),
     }
-
-
-def lateness(ringing: Ringing) -> Figures:
-    """How late the calls' own packets left: this tool's part in what is lost or late."""
-    if not ringing.late_ms:
-        return {}
-    values = np.frombuffer(ringing.late_ms, np.float32)
-    p50, p99, most = (float(np.percentile(values, q)) for q in (50, 99, 100))
-    return {"p50": round(p50, 2), "p99": round(p99, 2), "max": round(most, 1)}

@@ -150,7 +150,6 @@ class Assault:
             "seconds_each": self.plan.seconds,
             "attacks": {each.name: each.what for each in chosen},
             **account.figures(list(self.plan.programs)),
-            "own_lateness_ms": aftermath.lateness(self._ringing),
         }
         account.draw(list(self.plan.programs), self.chance)
         self._explain()
@@ -254,7 +253,7 @@ class Assault:
         self._now = phase.name
         if self._page:
             phase.before = await self._page.read()
-        cpu = self._processes.cpu_s()
+        cpu, idle, late = self._processes.cpu_s(), onlooker.idle_s(), len(self._ringing.late_ms)
         phase.begin()
         new = asyncio.create_task(self._newcomer(phase))
         try:
@@ -265,6 +264,7 @@ class Assault:
             phase.end()
             used = self._processes.cpu_s()
             phase.cpu_s = {name: used[name] - cpu[name] for name in used}
+            phase.idle_s, phase.late_ms = onlooker.idle_s() - idle, self._ringing.late_ms[late:]
             if "relay" in self._processes:
                 phase.octets = self._processes.octets("relay")
             await asyncio.sleep(phases.SETTLE_S)

@@ -8,6 +8,8 @@ Rules that stay true:
   drops, for either way. The page is read while datagrams are in hand, so that a reading may be a
   batch off: it is read again, `READINGS` times at most, and holds if it held once.
 - Memory is the proportional set size: what processes share counts once.
+- What the whole machine had left is looked at, too: where that is nothing, figures of time say more
+  about whoever else used it.
 
 proc(5) https://man7.org/linux/man-pages/man5/proc.5.html
 """
@@ -136,6 +138,12 @@ class Processes:
             except OSError:  # it has ended
                 continue
         return found
+
+
+def idle_s() -> float:
+    """Processor time of this machine so far that nobody used, over all CPUs."""
+    columns = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    return (int(columns[4]) + int(columns[5])) / os.sysconf("SC_CLK_TCK")  # idle and iowait
 
 
 def holder(port: int) -> int | None:

@@ -11,6 +11,7 @@ the two quiet phases, and `LOSS_MAX` of their packets more. What the kernel drop
 it: where the relay's sockets overflow, there was no CPU left.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ their CPUs with the attackers here."""
 
 PACKETS_PER_S = 50
 """Of a call, each way."""
+
+CPUS = os.cpu_count() or 1
 
 EVERY = -1.0
 """`Call.gaps_ms` over this: all of them, those of no length, too."""
@@ -99,6 +102,10 @@ class Phase:
     cpu_s: dict[str, float] = field(default_factory=dict)
     octets: int = 0
     """Memory of the relay at the end."""
+    idle_s: float = 0.0
+    """Processor time that nobody on this machine used."""
+    late_ms: Sequence[float] = ()
+    """How late the live calls' own packets left: this tool's part."""
     newcomer_ms: float | None = None
     """How long a new call took from its offer until it was connected; None if it did not."""
     newcomer_why: str = ""
@@ -134,6 +141,10 @@ class Phase:
             "gap_ms_p99": round(felt.gap_p99_ms, 1),
             "ended": len(felt.ended),
             "new_call_ms": self.newcomer_ms and round(self.newcomer_ms),
+            "own_late_ms_p99": round(float(np.percentile(self.late_ms, 99)), 1)
+            if len(self.late_ms)
+            else None,
+            "machine_idle_percent": round(100 * self.idle_s / self.seconds / CPUS),
         }
 
     def cpu_percent(self, name: str) -> float | None:
@@ -232,8 +243,8 @@ class Round:
         if felt.silence_ms > silence + SILENCE_MORE_MS:
             finding.notes.append(
                 f"{name}: the longest silence was {felt.silence_ms:.0f} ms, and {silence:.0f} ms in"
-                " the quiet beside it. How much of that is this machine's own, `own_lateness_ms`"
-                " tells."
+                " the quiet beside it. `own_late_ms_p99` and `machine_idle_percent` say whether"
+                " this machine had the CPU for its calls."
             )
         finding.must(
             self.attack.newcomer_ms is not None or self.quiet[0].newcomer_ms is None,
