@@ -60,6 +60,9 @@ ALONE_S = 2.0
 SAMPLE = 10_000
 """Round trips in a report, spread as all of them are."""
 
+OTHERS_PERCENT = 10.0
+"""Of one CPU, that other programs may use before it is said: a quiet machine's stay below three."""
+
 TRIAL_S = 2.0
 """Of one rate in a search."""
 
@@ -221,6 +224,7 @@ class _Run:
             own = self.crew.alone(max([rate, *wanted.steps]), min(ALONE_S, wanted.seconds / 4))
         self.alone = own["alone"]
         course = Course(self.crew, self.seen, self.place.table.flows_max)
+        others = instrument.Others(lambda: self.crew.cpu_s() + sum(self.seen.now().cpu_s.values()))
         if wanted.ramp:
             done = self._ramp(course, *wanted.ramp)
         elif wanted.steps:
@@ -229,7 +233,7 @@ class _Run:
             done = self._find(course, rate)
         else:
             done = self._constant(course, rate)
-        self._about_tool(own, drift)
+        self._about_tool(own, drift, others.figures())
         names = dict(zip(self.seen.workers(), self._names(), strict=False))
         finding.series = rounds.series(done, course, names)
         for name, of in (
@@ -437,7 +441,7 @@ class _Run:
                 f"{whole.unsent} datagrams were due and never left: the tool was too slow for this"
             )
 
-    def _about_tool(self, own: Figures, drift: instrument.Drift) -> None:
+    def _about_tool(self, own: Figures, drift: instrument.Drift, others: Figures) -> None:
         alone, plan = own["alone"], self.crew.plan
         most, goal = alone["datagrams_per_s_max"], instrument.GOAL_PER_S
         self.finding.figures["tool"] = {
@@ -446,7 +450,13 @@ class _Run:
             "alone_one_core": alone,
             "clock": own["clock"] | {"drift": drift.figures()},
             "stamps_too_far_apart_us": instrument.error_us(own["clock"]),
+            "machine": others,
         }
+        if (percent := sum(others.values())) > OTHERS_PERCENT:
+            self.finding.notes.append(
+                f"other programs had {percent:g} % of a CPU meanwhile: figures are of a machine "
+                "that is shared with them, and another run is as alike as they are"
+            )
         if most < goal:
             self.finding.notes.append(
                 f"alone on one core the tool made {most} datagrams a second, not {goal}: this "

@@ -1,6 +1,7 @@
 """What the tool itself costs, and how exact its clock is: measured before anything else.
 
-What it owns: two measurements of this process, on the CPU that the load will have.
+What it owns: two measurements of this process, on the CPU that the load will have, and what can
+be said of the machine beside it: how clocks drift, who else was busy.
 
 `alone`: an echo takes the relay's place, in the same process and on the same CPU: how many
 datagrams a second the tool sends, echoes and takes back, and what a round trip is at the rate of
@@ -15,9 +16,11 @@ and for how long this process stands still while it wants to run.
 clock_gettime(2), socket(7), https://docs.kernel.org/networking/timestamping.html
 """
 
+import os
 import socket
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import intervals
@@ -123,6 +126,33 @@ class Drift:
         return {
             "against_raw_ppm": round((steady - raw) / max(raw, 1) * 1e6, 3),
             "day_set_by_us": round((day - steady) / 1000, 1),
+        }
+
+
+class Others:
+    """CPU time of this machine that is neither the tool's nor the relay's: whoever else was busy
+    is in all figures. proc_stat(5)"""
+
+    def __init__(self, ours: Callable[[], float]) -> None:
+        """`ours` gives the CPU time, in seconds, of all that belongs to the measurement."""
+        self._ours = ours
+        self._start = self._read()
+
+    def _read(self) -> tuple[float, float, float, float]:
+        words = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        ticks = [int(each) / os.sysconf("SC_CLK_TCK") for each in words]
+        user, nice, system, _, _, irq, softirq, steal = ticks
+        busy = user + nice + system + irq + softirq
+        return time.monotonic(), busy, steal, self._ours()
+
+    def figures(self) -> Figures:
+        """Per cent of one CPU since it was made: of other programs, and what a hypervisor took."""
+        passed, busy, steal, ours = (
+            now - then for now, then in zip(self._read(), self._start, strict=True)
+        )
+        return {
+            "others_percent": round(max(0.0, busy - ours) / passed * 100, 1),
+            "stolen_percent": round(steal / passed * 100, 1),
         }
 
 

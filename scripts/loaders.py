@@ -35,6 +35,7 @@ from typing import Any
 import instrument
 import intervals
 import numpy as np
+import rig
 from load import BATCH, LATE_MS, Account, Array, Figures, Load
 
 import host
@@ -165,6 +166,10 @@ class Crew:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # they hold nothing that wants to be put in order
             os.waitpid(pid, 0)
+
+    def cpu_s(self) -> float:
+        """CPU time of all of them and of this process."""
+        return sum(map(rig.cpu_s, [os.getpid(), *self._pids]))
 
     def alone(self, rate: float, seconds: float) -> Figures:
         """What one process costs itself, at its share of a rate for so long, and how exact its
