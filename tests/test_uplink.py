@@ -321,7 +321,7 @@ def test_a_server_that_stays_away_is_given_up() -> None:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             port = unused.getsockname()[1]
-            async with talking(realtime_at(f"ws://127.0.0.1:{port}/", retry_s=0.5)) as talk:
+            async with talking(realtime_at(f"ws://127.0.0.1:{port}/", retry_s=1.0)) as talk:
                 created = await talk.heard("session.created")
                 assert created["session"]["audio"]["input"]["format"]["rate"] == 24_000
                 await talk.speak()
