@@ -5,6 +5,7 @@
     flood.py attack       the attacks of the relay's threat model beside live calls
     flood.py chaos        parts are killed, restarted, moved while calls run: what do they notice?
     flood.py approaches   the same calls straight, by one port, through TURN, through this relay
+    flood.py compare      runs of `packets` beside one another: which figures differ?
     flood.py echo         a transceiver for the packets of a load elsewhere
     flood.py first        first datagrams of clients in a file, for other tools
 
@@ -27,6 +28,7 @@ import chaos
 import dialling
 import firsts
 import reflector
+import repeats
 import typer
 
 import endpoints
@@ -85,6 +87,7 @@ cli.command("approaches")(approaches.approaches)
 cli.command("attack")(assault.attack)
 cli.command("calls")(dialling.calls)
 cli.command("chaos")(chaos.chaos)
+cli.command("compare")(repeats.compare)
 cli.command("echo")(reflector.echo)
 cli.command("packets")(barrage.packets)
 

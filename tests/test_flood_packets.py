@@ -370,14 +370,52 @@ def test_slices_hold_what_was_due_in_them(scripts):
     assert both.lag_ms == found.lag_ms == pytest.approx(151)
 
 
+# --- runs beside one another ----------------------------------------------------------------------
+
+
+def run(p99=100.0, apart=5.0, **more):
+    row = {"percentile": "p99", "from_due": p99, "plus_minus": apart}
+    row |= {"from_leaving": 90.0, "plus_minus_leaving": None}
+    found = {"rate_per_s": 1000.0, "clients": 10, "rounds": 20, "round_s": 1.5}
+    loss = {"value": 0.0, "plus_minus": 0.001}
+    return found | {"round_trip_us": [row], "loss_percent": loss} | more
+
+
+def test_runs_are_compared_figure_by_figure(scripts):
+    found = [run(), run(104.0), run(112.0)]
+    rows, counts = scripts.repeats.table([scripts.repeats.estimates(each) for each in found])
+    assert [(row["figure"], row["pairs_that_agree"]) for row in rows] == [
+        ("p99 from_due us", "1 of 3"),
+        ("loss_percent", "3 of 3"),
+    ]
+    assert rows[0]["furthest_apart"] == 12.0 and rows[0]["may_be_apart"] == 5.0
+    expected = {"pairs": 3, "agree_in_all_figures": 1, "single_figures": 6, "agree": 4}
+    assert counts == expected
+
+
+@pytest.mark.parametrize(
+    ("runs", "reason"),
+    [
+        ([run()], "nothing to be compared with"),
+        ([run(), run(clients=11)], "different loads: clients is [10, 11]"),
+        ([run(), {}], "is no run of `packets --json`"),
+    ],
+)
+def test_what_is_no_run_is_not_compared(scripts, tmp_path, runs, reason):
+    paths = [tmp_path / str(number) for number, _ in enumerate(runs)]
+    for path, found in zip(paths, runs, strict=True):
+        path.write_text(json.dumps(found))
+    assert reason in refused(scripts, *paths, command=scripts.repeats.compare)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def refused(scripts, *words):
+def refused(scripts, *words, command=None):
     """What the command says, in this process: it refuses before it starts anything."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     cli = typer.Typer(add_completion=False)
-    cli.command()(scripts.barrage.packets)
+    cli.command()(command or scripts.barrage.packets)
     try:
         done = typer.testing.CliRunner().invoke(cli, list(map(str, words)))
     finally:
