@@ -34,6 +34,7 @@ NAMES = (
     "observed",
     "placing",
     "reflector",
+    "repeats",
     "rig",
     "steps",
 )
