@@ -9,12 +9,10 @@ Rules that stay true:
 - What was not seen is None or not there, and never zero.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import attackers
 import phases
 from findings import Figures, Finding, Marker, Series, Spread
 from ring import Call
@@ -59,11 +57,12 @@ class Account:
 
     def figures(self, programs: Sequence[str]) -> Figures:
         """Tables: a row an attack, or a phase."""
+        counted = bool(self.every[0].after)
         return {
             "sent": [each.sent() for each in self._rounds],
             "felt": [phase.row() for phase in self.every],
             "counted": [each.relay(programs) for each in self._rounds],
-            "dropped": {each.attack.name: each.drops() for each in self._rounds},
+            "dropped": {e.attack.name: e.drops() for e in self._rounds} if counted else None,
             "answered": [_answers(each) for each in self._rounds if each.attack.back["datagrams"]],
         }
 
@@ -102,8 +101,7 @@ class Account:
 
 def _answers(each: phases.Round) -> Figures:
     """Row: what attackers were sent, all of them and the one who got most."""
-    back, sent = each.attack.back, each.attack.sent
-    by_one = sent["octets"] / sent["sent"] * math.ceil(sent["sent"] / attackers.SOURCES)
+    back = each.attack.back
     return {
         "attack": each.attack.name,
         "datagrams": back["datagrams"],
@@ -111,6 +109,6 @@ def _answers(each: phases.Round) -> Figures:
         "attackers": back["attackers"],
         "most_to_one": back["to_one"],
         "octets_to_one": back["octets_to_one"],
-        "octets_of_one": round(by_one),
+        "octets_of_one": each.attack.sent["octets_of_one"],
         "kinds": ", ".join(f"{n} {kind}" for kind, n in sorted(back["kinds"].items())),
     }

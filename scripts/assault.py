@@ -195,6 +195,11 @@ class Assault:
                 material.checks = list(heard.checks.values())
                 material.ssrcs = list(heard.ssrcs.values())
                 material.live = list(heard.ssrcs)
+                if not material.checks:
+                    raise OSError(
+                        f"no check of a live call has come to {plan.relay[0]}:{plan.relay[1]}"
+                        f" within {LISTEN_S:g} s: is it the relay that signaling names?"
+                    )
         if not material.checks and material.keyring is not None:
             material.checks, material.recorded = list(attacks.checks(material, self.chance)), False
             self.finding.notes.append(
@@ -423,6 +428,10 @@ def attack(
     """The attacks of the relay's threat model beside live calls, and what the calls felt."""
     if start == (page is not None or relay is not None) or (not start and not (page and relay)):
         raise typer.BadParameter("say --page and --relay, or --start")
+    if start and (config or keys or metrics or key_file):
+        raise typer.BadParameter("--start has a configuration, keys and metrics of its own")
+    if keys and not config:
+        raise typer.BadParameter("--keys needs --config: it says what hints may name")
     unknown = set(only or ()) - set(attacks.NAMES)
     if unknown:
         raise typer.BadParameter(f"no attack is called {', '.join(sorted(unknown))}")

@@ -83,6 +83,7 @@ class Band:
         self._lengths = np.zeros(0, np.uint64)
         self._names: Sequence[tuple[str, int]] = ()
         self._sent = self._refused = 0
+        self._by_sock: list[int] = []
 
     def load(
         self, name: str, datagrams: Sequence[bytes], live: Sequence[tuple[str, int]] = ()
@@ -119,6 +120,7 @@ class Band:
         began, used = time.monotonic(), time.process_time()
         end, tell_at, skipped, octets = began + seconds, began + TELL_S, 0, 0
         self._sent = self._refused = 0
+        self._by_sock = [0] * len(self._socks)
         while (now := time.monotonic()) < end:
             due = int((now - began) * rate) - self._sent - skipped
             if due > rate * BEHIND_S + load.BATCH:
@@ -136,6 +138,7 @@ class Band:
         yield {
             "sent": self._sent,
             "octets": octets - (_HEADERS * self._sent if self._names else 0),
+            "octets_of_one": self._octets_of_one(),
             "skipped": skipped,
             "refused": self._refused,
             "seconds": round(time.monotonic() - began, 3),
@@ -150,16 +153,23 @@ class Band:
         self._batch.to_send[:n] = self._lengths[rows]
         if self._from is not None:
             self._from[:n] = FIRST + numbers % SOURCES
-        sock = (
-            self._raw if self._names else self._socks[self._sent // load.BATCH % len(self._socks)]
-        )
+        which = self._sent // load.BATCH % len(self._socks)
+        sock = self._raw if self._names else self._socks[which]
         assert sock is not None  # load() has opened it
+        total = int(self._lengths[rows].sum())
+        self._by_sock[which] += total
         try:
             self._batch.send(sock.fileno(), n)
         except OSError:  # a firewall of this host, or no route: the rest of the batch stays here
             self._refused += n
         self._sent += n
-        return int(self._lengths[rows].sum())
+        return total
+
+    def _octets_of_one(self) -> int:
+        """What the busiest attacker has sent, at the most."""
+        if self.local:
+            return int(self._lengths.max()) * -(-self._sent // SOURCES)
+        return max(self._by_sock)
 
     def listen(self) -> None:
         """Take what has come for attackers."""

@@ -32,6 +32,9 @@ SILENCE_MORE_MS = 100.0
 """Beyond that a longer silence than in the quiet is worth a note; no failure, since the calls share
 their CPUs with the attackers here."""
 
+ARRIVED_MIN = 0.5
+"""Of what is sent: a network may lose some, and a relay that is another one gets nothing."""
+
 PACKETS_PER_S = 50
 """Of a call, each way."""
 
@@ -217,6 +220,14 @@ class Round:
         finding.must(
             back["octets"] <= sent["octets"],
             f"{name}: {back['octets']} octets went back for {sent['octets']} that were sent",
+        )
+        arrived = self.attack.counted("inbound_received") + self.attack.counted(
+            "socket_public_dropped"
+        )
+        finding.must(
+            not self.attack.after or arrived >= sent["sent"] * ARRIVED_MIN,
+            f"{name}: of {sent['sent']} datagrams {arrived} arrived at the relay whose metrics are"
+            " read: is it the one that is attacked?",
         )
         finding.must(
             not self.attack.off,

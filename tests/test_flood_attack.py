@@ -1,6 +1,7 @@
 """flood.py attack: what is sent is what is said, and each rule can be broken. Nothing is timed."""
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib
 import ipaddress
@@ -199,6 +200,7 @@ def test_each_datagram_comes_from_somebody_else(band, relay):
     found = taken(relay, account["sent"])
     assert [datagram for datagram, _ in found] == [sent[i % 7] for i in range(len(found))]
     assert account["octets"] == sum(len(datagram) for datagram, _ in found)
+    assert account["octets_of_one"] == 7
     assert len({source for _, source in found}) == len(found) > 7
     assert not relay_has_more(relay)
 
@@ -379,7 +381,7 @@ SECOND = 10**9
 def judge(scripts):
     """Judges a round of three phases of 10 s; `changes` goes into the attack's phase."""
 
-    def judging(calls, answers=(), back=None, off=0, newcomer_ms=20.0):
+    def judging(calls, answers=(), back=None, off=0, newcomer_ms=20.0, after=None):
         found = []
         for number, name in enumerate(("quiet", "flood", "quiet")):
             since = number * 12 * SECOND
@@ -389,6 +391,7 @@ def judge(scripts):
             phase.felt = scripts.phases.felt(calls, phase.since_ns, phase.until_ns)
             found.append(phase)
         found[1].off, found[1].newcomer_ms = off, newcomer_ms
+        found[1].after.update(after or {})
         found[1].back |= back or {}
         finding = scripts.findings.Finding("judged")
         parts = found[1], (found[0], found[2]), frozenset(answers)
@@ -436,6 +439,9 @@ def test_what_goes_back_is_a_failure_unless_it_is_an_answer(judge):
 def test_a_counter_that_is_missing_and_a_call_that_cannot_begin_are_failures(judge):
     (law,) = judge([Call()], off=3)
     (newcomer,) = judge([Call()], newcomer_ms=None)
+    assert judge([Call()], after={"inbound_received": 50}) == []
+    (another,) = judge([Call()], after={"inbound_received": 40, "socket_public_dropped": 9})
+    assert "of 100 datagrams 49 arrived" in another
     assert "3 datagrams are in no counter" in law
     assert "a new call did not connect" in newcomer
 
@@ -458,6 +464,8 @@ def ran(*words):
     [
         ((), "say --page and --relay, or --start"),
         (("--start", "--relay", "127.0.0.1:3478"), "say --page and --relay, or --start"),
+        (("--start", "--config", "relay.toml"), "--start has a configuration"),
+        (("--page", "http://[::1]/", "--relay", "[::1]:1", "--keys", "k"), "--keys needs --config"),
         (("--start", "--only", "nonsense"), "no attack is called nonsense"),
         (
             ("--page", "http://127.0.0.1:1/", "--relay", "203.0.113.5:3478"),
@@ -506,12 +514,9 @@ def test_an_interrupt_ends_the_attackers_too(system):
     process = subprocess.Popen(
         command(*page, *relay, "--calls", 1), stderr=subprocess.PIPE, text=True
     )
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     try:
-        while len(children := list(map(int, path.read_text().split()))) < 1:
+        while not (children := attackers_of(process.pid)):
             assert process.poll() is None
-            time.sleep(0.01)
-        while b"attackers.py" not in Path(f"/proc/{children[0]}/cmdline").read_bytes():
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_S) == 130
@@ -525,6 +530,16 @@ def test_an_interrupt_ends_the_attackers_too(system):
         while lives(pid):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def attackers_of(pid):
+    """Its children that are attackers: others come and go while it starts."""
+    found = []
+    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        with contextlib.suppress(OSError):
+            if b"attackers.py" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(child)
+    return found
 
 
 def lives(pid):
