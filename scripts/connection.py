@@ -131,12 +131,13 @@ class Wire:
             with contextlib.suppress(OSError):  # nobody is there, or a buffer is full: it is lost
                 self._socket.sendto(payload, remote)
 
-    def move(self) -> None:
-        """Send from another socket from now on, and hear on no other one."""
+    def move(self, near: bool = False) -> None:
+        """Send from another socket from now on, and hear on no other one: `near`, from another port
+        of the same address."""
         if self._socket is not None:
             self.loop.remove_reader(self._socket)
             self._left.append(self._socket)
-            self._socket = self._opened()
+            self._socket = self._opened(self.address[0] if near else "")
 
     def forget(self, _: callers.Caller | None = None) -> None:
         """Close everything; twice is harmless."""
@@ -148,7 +149,7 @@ class Wire:
         self._socket = None
         self._left.clear()
 
-    def _opened(self) -> socket.socket:
+    def _opened(self, own: str = "") -> socket.socket:
         host = self._candidates[0][0]
         family = _family(host)
         sock = socket.socket(family, socket.SOCK_DGRAM)
@@ -156,7 +157,7 @@ class Wire:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_OCTETS)
         sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         loopback = family == socket.AF_INET and ipaddress.ip_address(host).is_loopback
-        own = self._exchange.address() if loopback else ""
+        own = own or (self._exchange.address() if loopback else "")
         sock.bind((own, 0))
         self.address = sock.getsockname()[:2]
         self.loop.add_reader(sock, self._readable, sock)

@@ -229,27 +229,29 @@ async def reload(scene: Scene) -> None:
 
 
 async def port(scene: Scene) -> None:
-    """A call's NAT gives it another address, and its ICE does not know."""
-    await _move(scene, check=False)
+    """A call's NAT gives it another port, of the same address or of another one that it has, and
+    the call's ICE does not know."""
+    await _move(scene, check=False, near=scene.chance.random() < 0.5)
 
 
 async def address(scene: Scene) -> None:
     """A call changes its network, and checks the new path."""
-    await _move(scene, check=True)
+    await _move(scene, check=True, near=False)
 
 
 MOVED_S = 1.5
 """How long a call that moved is looked at before anything else happens."""
 
 
-async def _move(scene: Scene, check: bool) -> None:
+async def _move(scene: Scene, check: bool, near: bool) -> None:
     calls = scene.calls()
     if not calls:
         scene.record.failed = "no call talks"
         return
     call = scene.chance.choice(calls)
-    scene.own, scene.record.hit = [call], f"call {call.number}"
-    call.move(check=check)
+    where = "another port" if near else "another address"
+    scene.own, scene.record.hit = [call], f"call {call.number}, {where}"
+    call.move(check=check, near=near)
     await asyncio.sleep(MOVED_S)
     await scene.new_call()
 

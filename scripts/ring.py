@@ -183,14 +183,15 @@ class Call:
 
     # --- what may be done to it ------------------------------------------------------------------
 
-    def move(self, *, check: bool = False) -> None:
-        """From now on the call sends from another port, on loopback from another address, too.
+    def move(self, *, check: bool = False, near: bool = False) -> None:
+        """From now on the call sends from another port, on loopback from another address, too,
+        unless that is `near`.
 
         As behind a NAT that lost its table, where nothing but media and consent shows it; or, with
         `check`, as a client that changes its network and checks the new path at once.
         """
         if self.client is not None:
-            self.client.wire.move()
+            self.client.wire.move(near)
             if check:
                 self.client.check()
 
