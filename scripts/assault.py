@@ -243,7 +243,8 @@ class Assault:
         for attack in chosen:
             async with self._placed(attack):
                 live = self.material.live if attacks.Needs.LIVE in attack.needs else ()
-                made = attack.datagrams(self.material, self.chance)
+                # Signing a thousand checks would hold up the live calls.
+                made = await asyncio.to_thread(attack.datagrams, self.material, self.chance)
                 await self._band.load(folder / attack.name, made, live)
                 during = await self._phase(phases.Phase(attack.name), attack)
                 after = await self._phase(phases.Phase("quiet"), None)
