@@ -16,6 +16,7 @@ import contextlib
 import enum
 import itertools
 import os
+import secrets
 import socket
 import struct
 import time
@@ -46,16 +47,21 @@ SO_TIMESTAMPNS = 35
 _TIMESPEC = struct.Struct("=qq")  # socket(7), of the kernel's time of arrival
 
 
-class Turns(enum.Enum):
-    """How callers talk; the value is where in a turn they begin (None: anywhere), and where they go
-    on after its end."""
+_END = callers.TURN_PACKETS + callers.PAUSE_PACKETS
 
-    ENDLESS = None, 0
-    """Turn after turn, everyone at another place of it."""
-    SHORT = callers.TURN_PACKETS - 30, callers.TURN_PACKETS - 30
-    """The last second of a turn, with its pause, again and again: answered soon."""
+
+class Turns(enum.Enum):
+    """How callers talk; the value is where in a turn they begin (None: anywhere from there on), and
+    where they go on after its end."""
+
+    BRISK = None, _END - 100
+    """The last two seconds of a turn, with its pause, again and again, everyone at another place:
+    packets flow both ways most of the time, and all are answered soon."""
+    SHORT = _END - 50, _END - 50
+    """The same with one second."""
     ONE = 0, callers.TURN_PACKETS
-    """One turn, all at once, and then nothing but silence: replies last as long, without a gap."""
+    """One whole turn, all at once, and then nothing but silence: the replies last as long, without
+    a gap."""
 
 
 class Caller(callers.Caller):
@@ -80,7 +86,9 @@ class Caller(callers.Caller):
     def talks(self, turns: Turns) -> None:
         """Talk like that from now on."""
         begin, self._again = turns.value
-        self._phase = self._phase if begin is None else begin
+        if begin is None:
+            begin = self._again + secrets.randbelow(_END - self._again)
+        self._phase = begin
 
     def send(self) -> None:
         """See callers.Caller."""

@@ -86,7 +86,7 @@ def _notes(ways: list[Way]) -> list[str]:
         f"Delays and CPU are compared with {NAMES[ways[0]]}.",
         "Milliseconds of CPU are a call's and a second's, with 50 packets of speech a second up and"
         " replies, after a turn's end, down.",
-        "With two CPUs what is in front shares one with the transceiver, in every way alike.",
+        "`apart` is how far another run on this system may be from this one (95 %).",
         "Calls a core, in the arithmetic of ports, are this run's CPU time divided into a second.",
     ]
     if {Way.SESSION, Way.SERVER, Way.TURN} & set(ways):
@@ -111,7 +111,7 @@ def approaches(
     seconds: Annotated[
         float, typer.Option(min=0.5, max=30, help="Of each measured piece of traffic.")
     ] = 2.0,
-    rounds: Annotated[int, typer.Option(min=1, max=10, help="Of traffic, each way in turn.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, max=10, help="Of traffic, each way in turn.")] = 2,
     delay_ms: Annotated[
         float, typer.Option(min=1, max=500, help="Each way, while calls are set up.")
     ] = 50.0,

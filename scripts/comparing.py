@@ -30,10 +30,10 @@ from doors import NAMES, Estate, Way
 from findings import Figures, Finding, Spread
 
 TURN_S = (callers.TURN_PACKETS + callers.PAUSE_PACKETS) * callers.FRAME_MS / 1000
-SETTLE_S = TURN_S + 0.5
-"""Until every caller has said a whole turn and is being answered: they begin anywhere in one."""
+SETTLE_S = 2.5
+"""Until every caller has said a brisk turn of two seconds and is being answered."""
 
-WINDOWS = 2
+WINDOWS = 3
 """Measured one after the other on the same calls: connecting them takes longer than measuring."""
 
 PIECES = 8
@@ -48,7 +48,7 @@ BEGUN_S = 0.4
 SET_UPS = 5
 KILLED_CALLS = 8
 FLEET_CALLS = 16
-WATCH_S, QUICK_WATCH_S = 5.0, 3.0
+WATCH_S, QUICK_WATCH_S = 5.0, 1.5
 """After a restart, for a call to be heard again: browsers' checks come every 2.5 s."""
 
 FLEET_S = 2.0
@@ -82,7 +82,8 @@ class Run:
         self.calls, self.seconds, self.rounds, self.delay_s = calls, seconds, rounds, delay_s
         self.set_ups = 1 if quick else SET_UPS
         self.watch_s = QUICK_WATCH_S if quick else WATCH_S
-        self.turns, self.settle_s = (Turns.SHORT, 1.2) if quick else (Turns.ENDLESS, SETTLE_S)
+        self.pieces = 2 if quick else PIECES
+        self.turns, self.settle_s = (Turns.SHORT, 1.2) if quick else (Turns.BRISK, SETTLE_S)
         self.turn, self.turn_s = (Turns.SHORT, 1.2) if quick else (Turns.ONE, TURN_S + BEGUN_S)
         self.few = min(calls, 2 if quick else KILLED_CALLS)
         self.fleet_calls = 6 if quick else FLEET_CALLS
@@ -202,7 +203,7 @@ class Run:
         each, ways = max(1, self.calls // len(self.estate.ways)), self.estate.ways
         trips: dict[Way, list[intervals.Array]] = {way: [] for way in ways}
         async with contextlib.AsyncExitStack() as stack:
-            with progress.bar(f"{each} calls on every way at once", PIECES) as moved:
+            with progress.bar(f"{each} calls on every way at once", self.pieces) as moved:
                 found = {
                     way: await stack.enter_async_context(self._calling(way, each, self.turns))
                     for way in ways
@@ -212,7 +213,7 @@ class Run:
                 await access.talk(everyone, self.settle_s)
                 probing = asyncio.create_task(access.probe(everyone, 1 / CHECKS_PER_S))
                 stack.callback(probing.cancel)
-                for piece in range(PIECES):
+                for piece in range(self.pieces):
                     await access.talk(everyone, self.seconds)
                     for way in ways:
                         trips[way].append(_trips_us(found[way]))
@@ -221,7 +222,8 @@ class Run:
         for way in ways:
             row: Figures = {"way": NAMES[way], "checks": sum(map(len, trips[way]))}
             for name, percent in PERCENTILES.items():
-                row |= _compared(name, percent, trips[way], trips[ways[0]])
+                there = trips[ways[0]] if way is not ways[0] else None
+                row |= _compared(name, percent, trips[way], there)
             table.append(row)
             values = np.concatenate(trips[way])[:SAMPLE].tolist()
             self.found.spreads.append(Spread("Round trip of a check", NAMES[way], "us", values))
@@ -404,20 +406,20 @@ def _trips_us(accesses: list[Access]) -> intervals.Array:
 
 
 def _compared(
-    name: str, percent: float, here: list[intervals.Array], there: list[intervals.Array]
+    name: str, percent: float, here: list[intervals.Array], there: list[intervals.Array] | None
 ) -> Figures:
     """A percentile of round trips, and what it is more than another way's, over all pieces."""
     whole = _percentile(np.concatenate(here), percent)
+    found: Figures = {f"trip_{name}_us": round(whole), f"added_{name}_us": 0}
+    if there is None:
+        return found
     more = whole - _percentile(np.concatenate(there), percent)
     each = [
         _percentile(one, percent) - _percentile(other, percent)
         for one, other in zip(here, there, strict=True)
     ]
-    return {
-        f"trip_{name}_us": round(whole),
-        f"added_{name}_us": round(more),
-        f"added_{name}_us_apart": _apart(more, each, 0),
-    }
+    apart = _apart(more, each, 0)
+    return found | {f"added_{name}_us": round(more), f"added_{name}_us_apart": apart}
 
 
 def _percentile(values: intervals.Array, percent: float) -> float:

@@ -9,9 +9,9 @@ What it owns: `Estate`, the processes of the ways that are asked for, on free po
 up at once so that what is compared is measured in turns; which of them is what; and how they are
 killed and started again. Callers go in by access.py.
 
-The servers share all CPUs but the last one, which is the callers'. With two CPUs, then, what is in
-front and the transceiver share one, in every way alike. Affinity belongs to a thread: programs are
-started by `on_server_cpus`, in a thread that has theirs.
+The callers' process keeps to the last CPU. The servers have all the others; with two CPUs they have
+both, since what is in front and the transceiver would wait for each other on one. Affinity belongs
+to a thread: programs are started by `on_server_cpus`, in a thread that has theirs.
 """
 
 import asyncio
@@ -63,9 +63,9 @@ lag_s_max = 100.0
 
 
 def server_cpus() -> set[int]:
-    """All that this process may use but the last one; that one where there is no other."""
+    """Of those that this process may use: all but the last one, or both where there are two."""
     cpus = sorted(os.sched_getaffinity(0))
-    return set(cpus[:-1] or cpus)
+    return set(cpus[:-1] if len(cpus) > 2 else cpus)
 
 
 class _Programs(dev.System):
