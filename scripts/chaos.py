@@ -290,6 +290,11 @@ class Run:
             f"silence upwards is {FRAME_MS:g} ms for each packet lost of the call that lost most; "
             "downwards it is measured. The stream goes there and back"
         )
+        if any(record.event == "restart" for record in records):
+            finding.notes.append(
+                "restarts go through a stand-in for systemd's descriptor store (rig.py); before a "
+                "handover the relay runs without a service manager, with which it refuses one"
+            )
         self._draw(finding, last)
 
     def _draw(self, finding: Finding, last: stream.Told) -> None:
