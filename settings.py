@@ -63,8 +63,9 @@ class RelayTable(Table, frozen=True):
     and of those for whom this relay is the second way in, for as long as their calls last. A
     stranger who has valid ufrags can fill these, never the rest. 0 is half of flows_max."""
     addresses_per_ufrag_max: Annotated[int, Meta(ge=1, le=1024)] = 16
-    """Client addresses that may hold a flow for one ufrag. A client with several interfaces, both
-    families and a changing network needs a handful; a replayed check could use thousands."""
+    """Client addresses that may hold a flow for one ufrag, at each worker. A client with several
+    interfaces, both families and a changing network needs a handful; a replayed check could use
+    thousands."""
     integrity_checks_per_s: Annotated[int, Meta(ge=1, le=1_000_000)] = 20_000
     """First packets whose integrity a worker checks in a second, about 20 us each."""
     flow_idle_s: Seconds = 60.0
