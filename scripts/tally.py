@@ -12,7 +12,7 @@ What it owns: the definitions of what is printed, each in one place.
     gap                 more than 40 ms in which something should have been heard and was not
 
 All set-up times are since the offer was posted. How far two runs may lie apart is intervals.py's,
-with the calls dealt out to ROUNDS groups.
+with the calls dealt out to up to ROUNDS_MAX groups.
 """
 
 import math
@@ -42,9 +42,10 @@ SET_UP = {
 }
 """What is printed, and the moment of a call that it is."""
 
-ROUNDS = 10
-ROUND_MIN = 5
-"""Values in a group: fewer have no median worth the name."""
+ROUNDS_MAX, ROUND_MIN = 30, 5
+"""Groups of calls, and calls in a group: fewer have no median worth the name."""
+
+Measure = Callable[[Call], list[float]]
 
 GAP_MS = 40.0
 ONSET_MS = 40
@@ -63,24 +64,12 @@ def finding(plan: "Plan", ringing: Ringing, beside: "Beside") -> Finding:
     figures = found.figures
     figures["target"] = plan.page
     figures["calls"] = _counts(made, ringing)
-    groups = _groups(made)
-    rows = {name: _moments(made, moment) for name, moment in SET_UP.items()}
-    figures["set_up_ms"] = [
-        _row(name, values, [_moments(group, SET_UP[name]) for group in groups], len(SET_UP))
-        for name, values in rows.items()
-    ]
-    talking: dict[str, Callable[[Sequence[Call]], list[float]]] = {
-        "reply": _replies,
-        "interruption": _interruptions,
-    }
-    figures["conversation_ms"] = [
-        _row(name, values(made), [values(group) for group in groups], len(talking))
-        for name, values in talking.items()
-    ]
-    gaps = [(call, gap) for call in made for gap in _gaps(call)]
+    figures["set_up_ms"] = [_row(name, made, of, len(SET_UP)) for name, of in _set_up()]
+    figures["conversation_ms"] = [_row(name, made, of, len(TALKING)) for name, of in TALKING]
+    gaps = [gap for call in made for gap in _gaps(call)]
     figures["turns"] = _turns(made, beside.ended_ns)
     figures["errors"] = _errors(made)
-    figures["audio"] = _audio(made, [gap for _, gap in gaps])
+    figures["audio"] = _audio(made, gaps)
     if plan.compare:
         figures["replies_compared"] = _compared(made)
     figures["tool"] = _tool(ringing, beside)
@@ -88,10 +77,10 @@ def finding(plan: "Plan", ringing: Ringing, beside: "Beside") -> Finding:
         figures["server_cpu_percent"] = {
             name: round(float(np.mean(values)), 1) for name, values in beside.server_cpu.items()
         }
-    for name, values in rows.items():
-        found.spreads.append(Spread("Set-up", name, "ms", values))
-    for name, of in talking.items():
-        found.spreads.append(Spread("Conversation", name, "ms", of(made)))
+    for plot, measures in (("Set-up", _set_up()), ("Conversation", TALKING)):
+        for name, of in measures:
+            values = [value for call in made for value in of(call)]
+            found.spreads.append(Spread(plot, name, "ms", values))
     found.series += _lines(made, beside)
     found.markers += _markers(made, beside)
     _judge(found, made)
@@ -116,12 +105,17 @@ def _counts(made: Sequence[Call], ringing: Ringing) -> Figures:
     }
 
 
-def _row(name: str, values: list[float], groups: list[list[float]], figures: int) -> Figures:
+def _row(name: str, made: Sequence[Call], of: Measure, figures: int) -> Figures:
     """A distribution as a row of a table."""
-    if not values:
+    each = [found for call in made if (found := of(call))]
+    if not each:
         return {"what": name, "count": 0}
-    p50, p90, p99, most = (float(each) for each in np.percentile(values, (50, 90, 99, 100)))
-    medians = [float(np.median(each)) for each in groups if len(each) >= ROUND_MIN]
+    values = [value for found in each for value in found]
+    p50, p90, p99, most = (float(at) for at in np.percentile(values, (50, 90, 99, 100)))
+    # Whole calls are dealt out, like cards: replies to one call are alike, and how many calls there
+    # are at once changes over a run, in the next one as well.
+    rounds = min(ROUNDS_MAX, len(each) // ROUND_MIN)
+    medians = [float(np.median(np.concatenate(each[at::rounds]))) for at in range(rounds)]
     apart = intervals.estimate(p50, medians, figures).apart
     return {
         "what": name,
@@ -134,8 +128,14 @@ def _row(name: str, values: list[float], groups: list[list[float]], figures: int
     }
 
 
-def _moments(made: Sequence[Call], moment: str) -> list[float]:
-    return [call.moments[moment] for call in made if moment in call.moments]
+def _set_up() -> Iterator[tuple[str, Measure]]:
+    """What is printed of the set-up, and how it is taken from a call."""
+    for name, moment in SET_UP.items():
+
+        def of(call: Call, moment: str = moment) -> list[float]:
+            return [call.moments[moment]] if moment in call.moments else []
+
+        yield name, of
 
 
 def _said(made: Sequence[Call]) -> Iterator[tuple[Call, Said]]:
@@ -144,20 +144,23 @@ def _said(made: Sequence[Call]) -> Iterator[tuple[Call, Said]]:
             yield call, said
 
 
-def _replies(made: Sequence[Call]) -> list[float]:
-    return [said.reply_ms for _, said in _said(made) if said.reply_ms is not None]
+def _replies(call: Call) -> list[float]:
+    return [said.reply_ms for said in call.turns if said.reply_ms is not None]
 
 
-def _interruptions(made: Sequence[Call]) -> list[float]:
+def _interruptions(call: Call) -> list[float]:
     """From the first packet sent into a reply to the last one heard of it."""
     found = []
-    for call, said in _said(made):
+    for said in call.turns:
         until_ns = said.reply_ns or said.ended_ns
         if said.interrupts and until_ns is not None:
             last_ns = call.heard.last_audible(said.begun_ns, until_ns)
             if last_ns is not None:
                 found.append((last_ns - said.begun_ns) / 1e6)
     return found
+
+
+TALKING: tuple[tuple[str, Measure], ...] = (("reply", _replies), ("interruption", _interruptions))
 
 
 def _gaps(call: Call) -> list[float]:
@@ -309,8 +312,7 @@ def _explain(found: Finding, plan: "Plan", ringing: Ringing) -> None:
     say = found.notes.append
     say(
         f"p50_apart: with {intervals.CONFIDENCE:.0%} confidence the medians of two runs like this "
-        f"differ by less, all of a table; it needs {ROUND_MIN} values in {intervals.ROUNDS_MIN} of "
-        f"{ROUNDS} groups of calls."
+        f"differ by less, all of a table; it takes {ROUND_MIN * intervals.ROUNDS_MIN} calls to say."
     )
     say(
         "reply: counted from the packet with the last of the speech, less the "
@@ -332,12 +334,6 @@ def _explain(found: Finding, plan: "Plan", ringing: Ringing) -> None:
             f"1 % of this tool's own packets left more than {LATE_MS:g} ms late: figures of "
             "milliseconds are partly its own. Give it a CPU, or fewer calls."
         )
-
-
-def _groups(made: Sequence[Call]) -> list[list[Call]]:
-    """The calls in ROUNDS groups, dealt like cards: how many calls there are at once changes over a
-    run, in the next one as well, and is no difference between the two."""
-    return [list(made[first::ROUNDS]) for first in range(ROUNDS)]
 
 
 def _most_at_once(made: Sequence[Call]) -> int:
