@@ -124,7 +124,7 @@ def _row(name: str, made: Sequence[Call], of: Measure, figures: int) -> Figures:
         "p90": round(p90, 1),
         "p99": round(p99, 1),
         "max": round(most, 1),
-        "p50_apart": None if math.isnan(apart) else round(apart, 1),
+        "p50_plus_minus": None if math.isnan(apart) else round(apart, 1),
     }
 
 
@@ -311,7 +311,7 @@ def _explain(found: Finding, plan: "Plan", ringing: Ringing) -> None:
     """What a reader needs beside the figures."""
     say = found.notes.append
     say(
-        f"p50_apart: with {intervals.CONFIDENCE:.0%} confidence the medians of two runs like this "
+        f"p50_plus_minus: with {intervals.CONFIDENCE:.0%} confidence the medians of two runs like this "
         f"differ by less, all of a table; it takes {ROUND_MIN * intervals.ROUNDS_MIN} calls to say."
     )
     say(
