@@ -60,9 +60,6 @@ ALONE_S = 2.0
 SAMPLE = 10_000
 """Round trips in a report, spread as all of them are."""
 
-OTHERS_PERCENT = 10.0
-"""Of one CPU, that other programs may use before it is said: a quiet machine's stay below three."""
-
 TRIAL_S = 2.0
 """Of one rate in a search."""
 
@@ -452,7 +449,7 @@ class _Run:
             "stamps_too_far_apart_us": instrument.error_us(own["clock"]),
             "machine": others,
         }
-        if (percent := sum(others.values())) > OTHERS_PERCENT:
+        if (percent := sum(others.values())) > instrument.OTHERS_PERCENT:
             self.finding.notes.append(
                 f"other programs had {percent:g} % of a CPU meanwhile: figures are of a machine "
                 "that is shared with them, and another run is as alike as they are"

@@ -39,6 +39,9 @@ READS = 100_000
 GOAL_PER_S = 100_000
 """Datagrams a second on one core that the tool is meant to reach with an echo."""
 
+OTHERS_PERCENT = 10.0
+"""Of one CPU, that other programs may use before it is said: a quiet machine's stay below three."""
+
 _SO_TIMESTAMPNS = 35  # and the name of what comes with a datagram; socket(7), asm-generic/socket.h
 _TIMESPEC = struct.Struct("@qq")
 _CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import options
 import typer
 from findings import Figures, Finding
+from instrument import OTHERS_PERCENT
 from intervals import Estimate
 
 SAME = "rate_per_s", "clients", "rounds", "round_s"
@@ -85,6 +86,7 @@ def compare(
         try:
             found.append(json.loads(path.read_text()))
             estimates(found[-1])
+            found[-1]["tool"]["machine"].values()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise typer.BadParameter(f"{path} is no run of `packets --json`: {error}") from error
     for name in SAME:
@@ -93,7 +95,17 @@ def compare(
 
     def measure() -> Finding:
         rows, counts = table([estimates(each) for each in found])
+        others = [sum(each["tool"]["machine"].values()) for each in found]
         finding = Finding(f"{len(found)} runs compared", counts | {"figures": rows})
+        finding.figures["others_percent_of_a_cpu"] = [round(each, 1) for each in others]
+        quiet = [one for one, busy in zip(found, others, strict=True) if busy <= OTHERS_PERCENT]
+        if len(quiet) < len(found):
+            finding.notes.append(
+                f"in {len(found) - len(quiet)} of the runs other programs had more than "
+                f"{OTHERS_PERCENT:g} % of a CPU: that is another system than a quiet machine"
+            )
+            if len(quiet) > 1:
+                _, finding.figures["of_quiet_runs"] = table([estimates(each) for each in quiet])
         finding.notes.append(
             "two figures agree if they differ by less than their plus_minus (of two different ones "
             "the root mean square)"

@@ -379,6 +379,7 @@ def run(p99=100.0, apart=5.0, **more):
     row |= {"from_leaving": 90.0, "plus_minus_leaving": None}
     found = {"rate_per_s": 1000.0, "clients": 10, "rounds": 20, "round_s": 1.5}
     loss = {"value": 0.0, "plus_minus": 0.001}
+    found |= {"tool": {"machine": {"others_percent": 1.0, "stolen_percent": 0.0}}}
     return found | {"round_trip_us": [row], "loss_percent": loss} | more
 
 
@@ -392,6 +393,19 @@ def test_runs_are_compared_figure_by_figure(scripts):
     assert rows[0]["furthest_apart"] == 12.0 and rows[0]["may_be_apart"] == 5.0
     expected = {"pairs": 3, "agree_in_all_figures": 1, "single_figures": 6, "agree": 4}
     assert counts == expected
+
+
+def test_runs_of_a_busy_machine_are_told_apart(tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    busy = {"tool": {"machine": {"others_percent": 40.0, "stolen_percent": 2.0}}}
+    for path, found in zip(paths, (run(), run(130.0, **busy), run(101.0)), strict=True):
+        path.write_text(json.dumps(found))
+    done = flood("compare", *paths, "--json", whole=True)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert (found["agree_in_all_figures"], found["pairs"]) == (1, 3)
+    assert (found["of_quiet_runs"]["agree"], found["of_quiet_runs"]["pairs"]) == (2, 1)
+    assert found["others_percent_of_a_cpu"] == [1.0, 42.0, 1.0]
 
 
 @pytest.mark.parametrize(
