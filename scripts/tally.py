@@ -311,8 +311,9 @@ def _explain(found: Finding, plan: "Plan", ringing: Ringing) -> None:
     """What a reader needs beside the figures."""
     say = found.notes.append
     say(
-        f"p50_plus_minus: with {intervals.CONFIDENCE:.0%} confidence the medians of two runs like this "
-        f"differ by less, all of a table; it takes {ROUND_MIN * intervals.ROUNDS_MIN} calls to say."
+        f"p50_plus_minus: with {intervals.CONFIDENCE:.0%} confidence the medians of two runs like "
+        "this one differ by less, all of a table; to say so takes "
+        f"{ROUND_MIN * intervals.ROUNDS_MIN} calls."
     )
     say(
         "reply: counted from the packet with the last of the speech, less the "
