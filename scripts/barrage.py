@@ -67,8 +67,8 @@ QUEUE_S = 0.05
 """What may be on its way in a search, in seconds of its rate: beyond it a queue is growing, which
 buffers hide from the loss for a while."""
 
-SHORT_OF_MAX = 5
-"""How often a highest rate is lowered that was held once, and not for all rounds."""
+SHORTER = 0.97, 0.94, 0.88, 0.76, 0.52
+"""By what a rate is lowered, again and again, that was held once and not for all rounds."""
 
 
 def packets(
@@ -408,11 +408,11 @@ class _Run:
                 told(number + 1, f"{rate:.0f} a second: {'held' if good else 'not held'}")
         self.finding.must(best > 0, "no rate was held at all")
         why = failed[-1] if failed else None
-        for _ in range(SHORT_OF_MAX):
+        for less in SHORTER:
             done = self._rounds(course, best or first, f"{best or first:.0f} a second, held")
             if rounds.together(done).loss() < LOSS_MAX or not best:
                 break
-            why, best = max(done, key=lambda each: each.part.loss()), best * 0.97
+            why, best = max(done, key=lambda each: each.part.loss()), best * less
         loss = rounds.together(done).loss()
         self.finding.must(loss < LOSS_MAX, f"{loss * 100:.3g} % were lost or late in all rounds")
         self.finding.figures |= {
