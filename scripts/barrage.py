@@ -67,6 +67,9 @@ QUEUE_S = 0.05
 """What may be on its way in a search, in seconds of its rate: beyond it a queue is growing, which
 buffers hide from the loss for a while."""
 
+BEFORE_S = 2.0
+"""Before a ramp loses anything, whatever limits it is at its limit for about so long."""
+
 SHORTER = 0.97, 0.94, 0.88, 0.76, 0.52
 """By what a rate is lowered, again and again, that was held once and not for all rounds."""
 
@@ -371,7 +374,9 @@ class _Run:
         figures: Figures = {"clients": self.wanted.clients, "processes": self.wanted.processes}
         figures["loss_over_0.1_percent_from_per_s"] = over
         if over is not None:
-            figures["limited_by"] = rounds.limit(done, self.alone, self.wanted.processes)
+            at = done.at_s + seconds * (over - first) / (last - first)
+            busy = course.busiest(at - BEFORE_S, at)
+            figures["limited_by"] = rounds.limit(done, self.alone, self.wanted.processes, busy)
         figures |= {
             "datagrams": rounds.datagrams([done], self.crew.plan.echoes),
             "ramp": table,

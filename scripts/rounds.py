@@ -124,6 +124,16 @@ class Course:
         part = self._crew.round(order, look)
         return Round(at, order, part, before, self._seen.now())
 
+    def busiest(self, since: float, until: float) -> dict[int, float]:
+        """The most that each process of the relay used of a CPU between two moments, in seconds
+        since the measurement began."""
+        found: dict[int, float] = {}
+        for at, percents in self.busy:
+            if since <= at <= until:
+                for pid, percent in percents.items():
+                    found[pid] = max(percent, found.get(pid, 0.0))
+        return found
+
     def _sample(self, seconds: float) -> None:
         now = self._seen.now()
         passed = now.at - self._last.at
@@ -298,8 +308,9 @@ def ramp_table(one: Round) -> tuple[list[Figures], int | None]:
     return rows, over
 
 
-def limit(one: Round, alone: Figures, processes: int) -> str:
-    """What kept a rate from being held, as far as it shows from here."""
+def limit(one: Round, alone: Figures, processes: int, busy: dict[int, float] | None = None) -> str:
+    """What kept a rate from being held, as far as it shows from here. `busy` is what each process
+    of the relay used of a CPU at the worst moment, if that is not the whole round."""
     part, order = one.part, one.order
     most = alone["datagrams_per_s_max"] * processes
     if part.lag_ms >= LATE_MS or (part.unsent and not part.stopped) or order.rate > most:
@@ -307,7 +318,8 @@ def limit(one: Round, alone: Figures, processes: int) -> str:
             f"the tool itself: it fell {part.lag_ms:.0f} ms behind its schedule (alone it makes "
             f"{alone['datagrams_per_s_max']} a second a process); give it more --processes"
         )
-    if full := {pid: used for pid, used in one.busy().items() if used >= BUSY_PERCENT}:
+    used_by = busy or one.busy()
+    if full := {pid: used for pid, used in used_by.items() if used >= BUSY_PERCENT}:
         each = ", ".join(f"process {pid} {used:.0f} %" for pid, used in full.items())
         return f"the relay's workers: of a CPU each they used {each}"
     if drops := dropped([one]):

@@ -42,7 +42,10 @@ def ends(text: str) -> tuple[float, float]:
     first, colon, last = text.partition(":")
     if not colon:
         raise ValueError(f"{text!r} has no two rates: --ramp 1000:100000 has")
-    return _rate(first, "--ramp 1000:100000"), _rate(last, "--ramp 1000:100000")
+    found = _rate(first, "--ramp 1000:100000"), _rate(last, "--ramp 1000:100000")
+    if found[0] == found[1]:
+        raise ValueError("a ramp from a rate to the same is none; of one rate there is --rate")
+    return found
 
 
 def _rate(text: str, example: str) -> float:

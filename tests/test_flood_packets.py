@@ -453,6 +453,7 @@ def refused(scripts, *words, command=None):
         (("--own", 1, "--steps", "5,many"), "'many' is no rate"),
         (("--own", 1, "--ramp", "5"), "has no two rates"),
         (("--own", 1, "--ramp", "0:5"), "not between 1 and"),
+        (("--own", 1, "--ramp", "5:5"), "from a rate to the same"),
         (("--own", 1, "--processes", 2, "--clients", 1), "more than 1 clients"),
         (("--own", 1, "--rate", 50_000, "--clients", 100, "--rounds", 1), "take more --rounds"),
         (("--own", 1, "--report", "/nowhere/page.html"), "lies in no folder"),
