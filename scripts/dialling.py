@@ -40,6 +40,9 @@ RATE_MAX = 100.0
 
 SECONDS_MAX, TALK_S_MAX = 3_600.0, 600.0
 
+CALL_SECONDS_MAX = 100_000
+"""Of all calls together, fifty for half an hour: what is kept of them has some 250 MB then."""
+
 ECHOES_MAX = 400
 """Replies that are kept and compared: 15 kB and some 10 ms of computing each, after the calls."""
 
@@ -200,6 +203,11 @@ def calls(
     """Complete WebRTC calls through signaling: set-up, replies, interruptions, gaps, failures."""
     if start == (page is not None):
         raise typer.BadParameter("say --page URL, or --start")
+    if rate * seconds * talk > CALL_SECONDS_MAX:
+        raise typer.BadParameter(
+            f"these are {rate * seconds * talk:,.0f} seconds of calls, and {CALL_SECONDS_MAX:,} are"
+            " what is kept: a lower --rate, less --seconds, or a shorter --talk"
+        )
     drawn = secrets.randbits(32) if seed is None else seed
     key = _key(key_file)
 

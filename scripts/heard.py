@@ -1,7 +1,7 @@
 """What one call heard: every packet of audio that came, and what that says of silence and loss.
 
-What it owns: `Heard`, a record of arrivals in arrays (32 octets a packet, so an hour of a call is
-6 MB), and the judgement of when something should have been heard and was not.
+What it owns: `Heard`, a record of arrivals in arrays (26 octets a packet, so an hour of a call is
+5 MB), and the judgement of when something should have been heard and was not.
 
 Rules that stay true:
 - A packet sounds for 20 ms. What passes from then until the next one is silence, less the pause

@@ -484,6 +484,7 @@ def test_calls_move_and_come_back(system, voice):
         (("--page", "ftp://127.0.0.1/"), "is no address of signaling"),
         (("--page", "http://8.8.8.8/"), "--i-own-this-target"),
         (("--page", "http://127.0.0.1/", "--key-file", "/dev/null"), "has not one key"),
+        (("--start", "--rate", "100", "--seconds", "600", "--talk", "60"), "3,600,000 seconds of"),
     ],
 )
 def test_what_cannot_be_called_is_said(words, sentence):
