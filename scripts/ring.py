@@ -225,6 +225,7 @@ class Call:
             unanswered = self.talk.unanswered(time.monotonic_ns())
             if self.state == "talking" and unanswered and "first_reply" not in self.moments:
                 self.fail("no audio", "no reply was heard")
+                await self._leave(politely)
         except Failed as failed:
             self.fail(failed.failure, failed.why)
             await self._leave(politely=True)

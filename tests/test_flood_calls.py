@@ -346,6 +346,7 @@ def test_a_call_that_is_not_answered_says_so(system, voice, monkeypatch):
         async with each:
             (call,) = await each.run(1, 1.5, 4, poisson=False)
             assert (call.failure, call.why) == ("no audio", "no reply was heard")
+            assert call.client is None
             assert call.heard.received(0, 1 << 62) >= 1  # what opens the line
 
     asyncio.run(scenario())
