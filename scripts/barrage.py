@@ -316,9 +316,8 @@ class _Run:
         }
         if "cpu_us" in found:
             figures["relay_cpu_us_a_datagram"] = rounds.pair(found["cpu_us"], 1, 3)
-            seconds = sum(each.order.seconds for each in done)
-            used = sum(each.cpu_s() for each in done) / seconds
-            figures["relay_cpu_percent"] = round(used * 100, 1)
+            busy = [sum(each.busy().values()) for each in done]
+            figures["relay_cpu_percent"] = round(sum(busy) / len(busy), 1)
         if table := rounds.workers_table(done, self.seen):
             figures["workers"] = table
         figures["dropped"] = rounds.dropped(done)

@@ -64,9 +64,10 @@ class Round:
         return int(self.part.sent.sum() * 2 - self.part.lost.sum())
 
     def busy(self) -> dict[int, float]:
-        """Per cent of a CPU that each process of the relay used."""
+        """Per cent of a CPU that each process of the relay used. What it did after the last
+        datagram had left, since a queue was there, counts too, up to all of a CPU."""
         spent = self.after.cpu_since(self.before)
-        return {pid: used / self.order.seconds * 100 for pid, used in spent.items()}
+        return {pid: min(used / self.order.seconds * 100, 100.0) for pid, used in spent.items()}
 
     def trips(self) -> Array:
         """Histogram of round trips from when datagrams were due."""
@@ -271,7 +272,8 @@ def workers_table(rounds: Sequence[Round], seen: Observed) -> list[Figures]:
     for number, pid in enumerate(pids):
         row: Figures = {"worker" if seen.tells_workers_apart() else "process": number}
         if pid:
-            row |= {"pid": pid, "cpu_percent": round(spent.get(pid, 0.0) / seconds * 100, 1)}
+            percent = min(spent.get(pid, 0.0) / seconds * 100, 100.0)  # as in Round.busy
+            row |= {"pid": pid, "cpu_percent": round(percent, 1)}
         if number < len(counts) and (seen.tells_workers_apart() or not seen.here):
             count = counts[number]
             row["datagrams"] = count
