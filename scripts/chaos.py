@@ -220,8 +220,11 @@ class Run:
         self._subject.managed = faults.managed_after(self._plan, planned.number)
         window = Window(scene, time.monotonic_ns() - BACK_NS, 0, scene.calls())
         doing = asyncio.create_task(_done(scene, KINDS[planned.kind]))
-        await _until(doing.done, lambda: told(seconds(), words))
-        await doing
+        try:
+            await _until(doing.done, lambda: told(seconds(), words))
+        finally:
+            doing.cancel()  # harmless for what is done
+            await doing
         await self._look_after(record)
         ends_s = max(begun_s + planned.room_s, seconds() + REPORT_S)
         await _until(
