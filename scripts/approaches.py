@@ -109,9 +109,12 @@ def approaches(
     ] = None,
     calls: Annotated[int, typer.Option(min=1, max=CALLS_MAX, help="That talk at once.")] = 20,
     seconds: Annotated[
-        float, typer.Option(min=0.5, max=30, help="Of each measured piece of traffic.")
-    ] = 2.0,
-    rounds: Annotated[int, typer.Option(min=1, max=10, help="Of traffic, each way in turn.")] = 2,
+        float,
+        typer.Option(
+            min=0.5, max=30, help="Of each measured piece of traffic; delays take twice that."
+        ),
+    ] = 1.0,
+    rounds: Annotated[int, typer.Option(min=1, max=20, help="Of traffic, each way in turn.")] = 6,
     delay_ms: Annotated[
         float, typer.Option(min=1, max=500, help="Each way, while calls are set up.")
     ] = 50.0,

@@ -33,11 +33,9 @@ TURN_S = (callers.TURN_PACKETS + callers.PAUSE_PACKETS) * callers.FRAME_MS / 100
 SETTLE_S = 2.5
 """Until every caller has said a brisk turn of two seconds and is being answered."""
 
-WINDOWS = 3
-"""Measured one after the other on the same calls: connecting them takes longer than measuring."""
-
-PIECES = 8
-"""Of the time in which delays are measured: each is a round of the interval (intervals.py)."""
+PIECES = 6
+"""Of the time in which delays are measured, each with new calls: a round of the interval
+(intervals.py). What chance gives to a call, such as a relay's worker, is drawn anew in each."""
 
 CHECKS_PER_S = 400.0
 """Timed ones, on all ways together."""
@@ -160,10 +158,9 @@ class Run:
                 for way in self.order(number):
                     async with self._calling(way, self.calls, self.turns) as accesses:
                         await access.talk(accesses, self.settle_s)
-                        for _ in range(WINDOWS):
-                            windows[way].append(await self._window(way, accesses))
+                        windows[way].append(await self._window(way, accesses))
                         ports[way] = self._ports(way, accesses)
-                    moved(sum(map(len, windows.values())) // WINDOWS, NAMES[way])
+                    moved(sum(map(len, windows.values())), NAMES[way])
         table = self.found.figures["traffic"] = []
         for way, each in windows.items():
             mean = {name: statistics.mean(row[name] for row in each) for name in each[0]}
@@ -202,22 +199,22 @@ class Run:
         """Calls on all ways at once, and checks that are timed, on one way after the other."""
         each, ways = max(1, self.calls // len(self.estate.ways)), self.estate.ways
         trips: dict[Way, list[intervals.Array]] = {way: [] for way in ways}
-        async with contextlib.AsyncExitStack() as stack:
-            with progress.bar(f"{each} calls on every way at once", self.pieces) as moved:
-                found = {
-                    way: await stack.enter_async_context(self._calling(way, each, self.turns))
-                    for way in ways
-                }
-                # Neighbours are of different ways.
-                everyone = [found[way][number] for number in range(each) for way in ways]
-                await access.talk(everyone, self.settle_s)
-                probing = asyncio.create_task(access.probe(everyone, 1 / CHECKS_PER_S))
-                stack.callback(probing.cancel)
-                for piece in range(self.pieces):
-                    await access.talk(everyone, self.seconds)
+        with progress.bar(f"{each} calls on every way at once", self.pieces) as moved:
+            for piece in range(self.pieces):
+                async with contextlib.AsyncExitStack() as stack:
+                    found = {
+                        way: await stack.enter_async_context(self._calling(way, each, self.turns))
+                        for way in self.order(piece)
+                    }
+                    # Neighbours are of different ways.
+                    everyone = [found[way][number] for number in range(each) for way in found]
+                    await access.talk(everyone, self.settle_s)
+                    probing = asyncio.create_task(access.probe(everyone, 1 / CHECKS_PER_S))
+                    stack.callback(probing.cancel)
+                    await access.talk(everyone, 2 * self.seconds)
                     for way in ways:
                         trips[way].append(_trips_us(found[way]))
-                    moved(piece + 1, "")
+                moved(piece + 1, "")
         table = self.found.figures["delay"] = []
         for way in ways:
             row: Figures = {"way": NAMES[way], "checks": sum(map(len, trips[way]))}
