@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+import ports
 import typer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,20 +164,10 @@ class System:
 
 def free_ports(count: int, kind: socket.SocketKind) -> list[int]:
     """Ports of 127.0.0.1 that nobody holds right now, the later ones following the first."""
-    for _ in range(50):
-        with contextlib.ExitStack() as held:
-            first = held.enter_context(socket.socket(socket.AF_INET, kind))
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                for offset in range(1, count):
-                    held.enter_context(socket.socket(socket.AF_INET, kind)).bind(
-                        ("127.0.0.1", port + offset)
-                    )
-            except (OSError, OverflowError):
-                continue
-            return [port + offset for offset in range(count)]
-    raise StartError("no free ports")
+    try:
+        return ports.free(count, kind)
+    except OSError as error:
+        raise StartError(str(error)) from error
 
 
 def redis_binary() -> str | None:
@@ -228,8 +219,7 @@ def bring_up(system: System, free: bool, advertise: str, websocket: bool) -> Abo
     if free:
         (relay_port,) = free_ports(1, socket.SOCK_DGRAM)
         internal = free_ports(2, socket.SOCK_DGRAM)[0]
-        # UDP and TCP on one number: the kernel hands out TCP's, UDP's is as good as surely free.
-        media = free_ports(2, socket.SOCK_STREAM)
+        media = ports.free(2)  # UDP and TCP on one number
         web_port, redis_port, model_port, *metrics_ports = free_ports(5, socket.SOCK_STREAM)
     else:
         relay_port, internal, media = 3478, 3500, [9000, 9001]

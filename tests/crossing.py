@@ -19,6 +19,7 @@ import stun
 import ufrag
 import worker
 
+from . import ports
 from .workbench import PATIENCE_S, bound
 
 KEYS = "0 " + "42" * 32 + "\n"
@@ -55,12 +56,6 @@ LOOPBACK = frame.packed_address(frame.name("127.0.0.1", 1, 2))
 """The address that entrances here send from."""
 
 MEDIA = b"\x80\x6f\0\1\0\0\0\2\0\0\0\x07 media"
-
-
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(bound()) for _ in range(count)]
-        return [sock.getsockname()[1] for sock in socks]
 
 
 class Node:
@@ -121,12 +116,12 @@ class Crossing:
         flag = str(tag if face_tag is None else face_tag).lower()
         self.faces, ways = [], []
         for number in range(faces):
-            public, internal, listen, inner = free_ports(4)
+            public, internal, listen, inner = ports.free(4)
             more = FACE.format(listen=listen, inner=inner, tag=flag)
             text = RELAY.format(public=public, internal=internal, more=more, **shape)
             self.faces.append(self._node(folder / f"face-{number}", text))
             ways.append(f"127.0.0.1:{listen}")
-        public, internal = free_ports(2)
+        public, internal = ports.free(2)
         more = f"transit = {ways}\n[transit]\ntag = {str(tag).lower()}\ntimeout_s = {timeout_s}"
         text = RELAY.format(public=public, internal=internal, more=more, **shape)
         self.entrance = self._node(folder / "entrance", text)

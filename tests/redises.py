@@ -1,6 +1,6 @@
 """Real Redis servers for the tests: one, a service that Sentinels watch, a Cluster; and a proxy.
 
-All are on ephemeral ports of loopback, keep nothing on disk but what they need to start again, and
+All are on free ports of loopback, keep nothing on disk but what they need to start again, and
 are stopped by the process id of each. `Proxy` stands before one of them and does what servers and
 networks do on bad days.
 """
@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
@@ -20,6 +19,8 @@ import pytest
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+
+from . import ports
 
 PATIENCE_S = 20
 """How long anything may take before the test has failed."""
@@ -75,15 +76,6 @@ def required(fleet=False):
     return path
 
 
-def free_ports(count):
-    """Ports that nobody has; none of them twice."""
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in socks]
-
-
 def until(condition, what):
     """Wait until it is so."""
     deadline = time.monotonic() + PATIENCE_S
@@ -99,7 +91,7 @@ class Server:
     """One redis-server; it can be killed, stopped in its tracks and started again, empty."""
 
     def __init__(self, folder, *options, port=0, config=None):
-        self.port = port or free_ports(1)[0]
+        self.port = port or ports.free(1)[0]
         folder.mkdir(parents=True, exist_ok=True)
         self._words = [
             *(required(), *([config] if config else [])),
@@ -216,7 +208,7 @@ class Service(Single):
         for each in self.servers[1:]:
             until(lambda each=each: each.info("master_link_status") == "up", "no replica")
         self.sentinels = []
-        for port in free_ports(3):
+        for port in ports.free(3):
             config = folder / f"sentinel-{port}.conf"
             config.write_text(
                 f"sentinel monitor {self.name} 127.0.0.1 {first.port} 2\n"
@@ -267,10 +259,10 @@ class Cluster(Single):
     def __init__(self, folder, stack):
         required(fleet=True)
         self._folder, self._stack = folder, stack
-        ports = free_ports(4 * self.SHARDS)
+        found = ports.free(4 * self.SHARDS)
         self.servers = []
         for number in range(2 * self.SHARDS):
-            port, bus = ports[2 * number : 2 * number + 2]
+            port, bus = found[2 * number : 2 * number + 2]
             options = (
                 *("--cluster-enabled", "yes", "--cluster-port", str(bus)),
                 *("--cluster-config-file", f"nodes-{port}.conf"),
@@ -284,7 +276,7 @@ class Cluster(Single):
             first, last = (16384 * n // self.SHARDS for n in (number, number + 1))
             each.do("CLUSTER", "ADDSLOTSRANGE", str(first), str(last - 1))
         for number, each in enumerate(self.servers[1:], 1):
-            bus = ports[2 * number + 1]
+            bus = found[2 * number + 1]
             self.servers[0].do("CLUSTER", "MEET", "127.0.0.1", str(each.port), str(bus))
         until(self._met, "the nodes do not meet")
         for number, each in enumerate(self.servers[self.SHARDS :]):
@@ -422,7 +414,7 @@ class Beside:
     """A proxy in a process of its own, for tests without an event loop."""
 
     def __init__(self, port):
-        (self.port,) = free_ports(1)
+        (self.port,) = ports.free(1)
         reader, self._orders = os.pipe()
         ready, writer = os.pipe()
         self._pid = os.fork()

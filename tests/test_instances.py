@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import pipecat
 import presence
 import whip
 
-from . import redises
+from . import ports, redises
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -72,20 +71,6 @@ _where = importlib.util.spec_from_file_location("callers", ROOT / "scripts" / "c
 callers = importlib.util.module_from_spec(_where)
 sys.modules["callers"] = callers
 _where.loader.exec_module(callers)
-
-
-def free_ports(count):
-    """Ports that nobody has, of UDP and TCP both."""
-    with contextlib.ExitStack() as held:
-        found = []
-        while len(found) < count:
-            udp = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-            tcp = held.enter_context(socket.socket())
-            udp.bind(("127.0.0.1", 0))
-            with contextlib.suppress(OSError):
-                tcp.bind(udp.getsockname())
-                found.append(udp.getsockname()[1])
-        return found
 
 
 class Program:
@@ -145,19 +130,19 @@ class Town:
         keys.touch(mode=0o600)
         keys.write_text("0 " + bytes(range(32)).hex())
         self.redis = redises.Single(folder / "redis", stack)
-        public, internal, *ports = free_ports(6)
+        public, internal, *found = ports.free(6)
         self.relay = self._program(folder, "relay", "", public=public, internal=internal)
         self.transceivers = [
             self._program(folder, "transceiver", f"-{n}", port=port, limits=limits)
-            for n, port in enumerate(ports[:2])
+            for n, port in enumerate(found[:2])
         ]
         self.signaling = [
             self._program(folder, "signaling", f"-{n}", port=port, public=public)
-            for n, port in enumerate(ports[2:])
+            for n, port in enumerate(found[2:])
         ]
-        self.names = [f"127.0.0.1:{port}" for port in ports[:2]]
+        self.names = [f"127.0.0.1:{port}" for port in found[:2]]
         self.control = [f"http://{name}/v1" for name in self.names]
-        self.urls = [f"http://127.0.0.1:{port}" for port in ports[2:]]
+        self.urls = [f"http://127.0.0.1:{port}" for port in found[2:]]
         programs = *self.transceivers, self.relay, *self.signaling
         for program in programs:
             stack.callback(program.stop)

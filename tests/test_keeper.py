@@ -27,6 +27,7 @@ import registry
 import settings
 import supervisor
 
+from . import ports
 from .alone import REASON, child, joined, unshare
 
 PATIENCE_S = 20
@@ -72,19 +73,11 @@ def ufrag(number):
     return b"%023d" % number
 
 
-def free_ports():
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.socket(type=socket.SOCK_DGRAM)) for _ in range(2)]
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in socks]
-
-
 class Relay:
     """What a supervisor makes, workers without their loop, and a keeper as a child process."""
 
     def __init__(self, folder, stack, more="", port=0):
-        public, internal = free_ports()
+        public, internal = ports.free(2)
         path = folder / "relay.toml"
         path.write_text(CONFIG.format(public=public, internal=internal, metrics=port, more=more))
         self.found = settings.load(path, settings.Relay)

@@ -14,7 +14,7 @@ import redisclient
 import registry
 import settings
 
-from . import redises
+from . import ports, redises
 from .redises import PATIENCE_S, SLOW_S
 from .redises import until_true as until
 
@@ -412,7 +412,7 @@ def test_a_socket_of_the_machine_and_a_database(single, tmp_path):
     "scheme", ["redis://{at}", "redis+sentinel://{at}/flows", "redis+cluster://{at}"]
 )
 def test_down_at_start(scheme):
-    (port,) = redises.free_ports(1)
+    (port,) = ports.free(1)
 
     async def story():
         async with opened(scheme.format(at=f"127.0.0.1:{port}")) as (found, lines):
@@ -426,7 +426,7 @@ def test_down_at_start(scheme):
 
 def test_one_that_comes_later_is_used(tmp_path):
     with contextlib.ExitStack() as stack:
-        (port,) = redises.free_ports(1)
+        (port,) = ports.free(1)
         server = redises.Server(tmp_path, port=port)
         stack.callback(server.close)
 

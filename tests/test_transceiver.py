@@ -32,7 +32,7 @@ import ufrag
 from metrics import Transceiver as Count
 from session import State
 
-from . import shim
+from . import ports, shim
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = Path(sys.executable).with_name("transceiver")
@@ -53,14 +53,8 @@ ports = [1, 65535]
 
 def free_port() -> int:
     """A port of 127.0.0.1 that is free for TCP and for UDP, as a transceiver needs it."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = int(server.getsockname()[1])
-            try:
-                shim.udp_socket(port=port).close()
-            except OSError:
-                continue
-            return port
+    found: list[int] = ports.free(1)
+    return found[0]
 
 
 def configure(
