@@ -52,7 +52,9 @@ GROWTH_MAX = 1.05
 class Passer(Caller):
     """A caller that leaves."""
 
-    _gone = False
+    def __init__(self, line: Line, number: int) -> None:
+        super().__init__(line, number)
+        self._others, self._gone = line.callers, False
 
     async def leave(self, politely: bool) -> None:
         """End the call, with a goodbye or without."""
@@ -61,7 +63,7 @@ class Passer(Caller):
             await self._sctp.stop()
         await self._dtls.stop()
         self.end()
-        self._line.callers.remove(self)
+        self._others.remove(self)
 
     async def _send(self, datagram: bytes) -> None:
         if not self._gone:
