@@ -25,6 +25,8 @@ import settings
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 PATIENCE_S = 120
+WIDE = {"COLUMNS": "1000"}
+"""A terminal in which no path is cut into two lines."""
 NAMES = (
     "barrage",
     "dev",
@@ -95,7 +97,12 @@ def argv(*words, whole=False):
 
 def flood(*words, whole=False):
     done = subprocess.run(
-        argv(*words, whole=whole), capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        argv(*words, whole=whole),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        env=os.environ | WIDE,
     )
     print(done.stderr)
     return done
@@ -432,7 +439,7 @@ def refused(scripts, *words, command=None):
     cli = typer.Typer(add_completion=False)
     cli.command()(command or scripts.barrage.packets)
     try:
-        done = typer.testing.CliRunner().invoke(cli, list(map(str, words)))
+        done = typer.testing.CliRunner(env=WIDE).invoke(cli, list(map(str, words)))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
