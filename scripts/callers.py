@@ -258,7 +258,10 @@ class Caller:
                 return
             _, _, sequence, timestamp, _ = _RTP.unpack_from(payload)
             if self._last_sequence >= 0:
-                self.lost += max(0, (sequence - self._last_sequence - 1 & 0xFFFF))
+                ahead = sequence - self._last_sequence & 0xFFFF
+                if ahead >= 0x8000:  # overtaken, or a copy
+                    ahead, sequence = 1, self._last_sequence
+                self.lost += max(0, ahead - 1)
             self._last_sequence = sequence
             self.arrivals.extend((at_ns, timestamp))
         elif first >= 20:

@@ -222,7 +222,8 @@ class Run:
                 there = trips[ways[0]] if way is not ways[0] else None
                 row |= _compared(name, percent, trips[way], there)
             table.append(row)
-            values = np.concatenate(trips[way])[:SAMPLE].tolist()
+            every = np.concatenate(trips[way])
+            values = every[:: max(1, -(-len(every) // SAMPLE))].tolist()
             self.found.spreads.append(Spread("Round trip of a check", NAMES[way], "us", values))
 
     def _ports(self, way: Way, accesses: list[Access]) -> Figures:

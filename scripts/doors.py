@@ -28,6 +28,7 @@ from typing import TypeVar
 
 import dev
 import firsts
+import ports
 import rig
 import turning
 
@@ -131,8 +132,7 @@ class Estate:
 
     def _transceiver(self, name: str, argv: list[str | Path], *more: str) -> None:
         """Start a transceiver, the product's or a bare one, on a free port."""
-        # UDP and TCP on one number: the kernel hands out TCP's, UDP's is as good as surely free.
-        (port,) = dev.free_ports(1, socket.SOCK_STREAM)
+        (port,) = ports.free(1)  # UDP and TCP on one number
         text = dev.TRANSCEIVER.format(listen=f"127.0.0.1:{port}")
         text = text.replace("\n[backend]", OPEN_DOORS + "\n[backend]")
         path = self.system.state_dir / f"{name}.toml"

@@ -9,12 +9,13 @@
     flood.py echo         a transceiver for the packets of a load elsewhere
     flood.py first        first datagrams of clients in a file, for other tools
 
-Each has --help, --json, and --report FILE: a page with plots.
+Each has --help; the first five have --json, and --report FILE: a page with plots.
 
 Rules that stay true:
 - Load is sent only to addresses that were named. Public ones need --i-own-this-target.
 - Everything stops by itself, and Ctrl-C ends all that was started.
-- What the tool costs itself, and how exact its clock is, stands beside the figures.
+- What the tool costs itself stands beside the figures; and where microseconds are measured
+  (packets), how exact its clock is and how much it makes with an echo in place of the relay.
 - The schedule is the clock's: what leaves late is late from the moment it was meant to leave.
 """
 

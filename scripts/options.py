@@ -6,12 +6,15 @@ Rules that stay true:
 - Figures go to standard output, everything else to standard error.
 - What was measured is printed before the report is written: a full disk does not lose it.
 - What is wrong with options is said before anything is measured, in one line.
-- SIGTERM and Ctrl-C are one KeyboardInterrupt, which unwinds what measures; `finally` ends it all.
+- SIGTERM, a terminal that is gone (SIGHUP) and Ctrl-C are one KeyboardInterrupt, which unwinds what
+  measures; `finally` ends it all.
+- How long it took, and the CPU time that this process used for it, stand beside the figures.
 """
 
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +35,9 @@ Owned = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Of everything random (default: drawn, printed).")]
 
+ENDINGS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+"""What asks the tool to end."""
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 and SIGINT."""
 
@@ -42,13 +48,16 @@ def deliver(
     """Measure, print, write the report. Ends the program: 0, 1 if something did not hold or could
     not be started or written, 2 for a target that may not be loaded or a report that cannot be
     written, 130 after Ctrl-C. `more` (a seed, say) stands among what the figures are about."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDINGS:
         signal.signal(number, _interrupted)
     if to is not None and (why := _unwritable(to)):
         raise typer.BadParameter(f"{to} {why}", param_hint="--report")
     try:
+        began = time.monotonic()
         found = measure()
-        about = findings.about("scripts/flood.py") | more
+        spent = {"took_s": time.monotonic() - began, "own_cpu_s": time.process_time()}
+        spent = {name: round(seconds, 1) for name, seconds in spent.items()}
+        about = findings.about("scripts/flood.py") | more | spent
         typer.echo(findings.text(findings.whole(found, about), as_json))
         if to is not None:
             report.write(to, found, about)
@@ -76,7 +85,7 @@ def _unwritable(path: Path) -> str | None:
 
 def _interrupted(number: int, _: object) -> None:
     """On its way up the exception ends all that was started. A second Ctrl-C must not interrupt
-    that: whoever cannot wait has Ctrl-\\ (SIGQUIT)."""
-    for each in (signal.SIGTERM, signal.SIGINT):
+    that."""
+    for each in ENDINGS:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt

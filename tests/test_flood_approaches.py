@@ -267,7 +267,7 @@ def test_what_holds_holds(scripts):
 @pytest.mark.parametrize(
     ("table", "way", "change", "claim"),
     [
-        ("traffic", WAYS[0], {"front_cpu_ms": 1.0}, "a direct path"),
+        ("delay", WAYS[3], {"added_p50_us": -1}, "a direct path"),
         ("ports", WAYS[0], {"sent_to": 3}, "one public UDP port for each"),
         ("ports", WAYS[1], {"sent_to": 20}, "a much smaller"),
         ("two_servers_behind_one_address", WAYS[1], {"connected": 16}, "wrong instance"),
@@ -287,6 +287,20 @@ def test_what_does_not_hold_does_not(scripts, table, way, change, claim):
             row.update(change)
     fails = {name for name, verdict in verdicts(scripts, found).items() if verdict != "holds"}
     assert any(claim in name for name in fails), fails
+
+
+def test_what_noise_may_have_added_is_not_judged(scripts):
+    found = figures()
+    for row in found["delay"]:
+        row["added_p50_us_apart"] = 400.0
+    unclear = {
+        name
+        for name, each in verdicts(scripts, found).items()
+        if each == "not to be told from noise"
+    }
+    assert len(unclear) == 2
+    found["delay"] = found["delay"][1:]  # nothing to add to
+    assert list(verdicts(scripts, found).values()).count("not measured") == 2
 
 
 def test_what_was_not_measured_is_not_judged(scripts):
