@@ -176,7 +176,8 @@ def measure(wanted: Wanted) -> Finding:
     with contextlib.ExitStack() as stack:
         try:
             place = stack.enter_context(placing.placed(wanted, finding, cpus))
-            seen = observed.Observed(place.table, place.at, wanted.pid, wanted.metrics)
+            page = placing.metrics(wanted)
+            seen = observed.Observed(place.table, place.at, wanted.pid, page)
             plan = placing.plan(wanted, place, seen, cpus)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
@@ -212,7 +213,16 @@ class _Run:
     crew: Crew
     seen: observed.Observed
     finding: Finding
-    alone: Figures = field(default_factory=dict)
+    granted: int = 0
+    """Octets of the smallest receive buffer of the tool's sockets."""
+    own: Figures = field(default_factory=dict)
+    """What the tool costs itself: `alone` and `clock` of loaders.py."""
+
+    @property
+    def alone(self) -> Figures:
+        """What the tool makes with an echo in place of the relay."""
+        found: Figures = self.own["alone"]
+        return found
 
     def measure(self) -> None:
         """Open the clients, measure the tool alone, then what was asked for."""
@@ -221,8 +231,7 @@ class _Run:
         self._open()
         drift = instrument.Drift()
         with progress.bar("the tool alone", 1.0):
-            own = self.crew.alone(max([rate, *wanted.steps]), min(ALONE_S, wanted.seconds / 4))
-        self.alone = own["alone"]
+            self.own = self.crew.alone(max(wanted.steps or wanted.ramp or [rate]), self._alone_s())
         course = Course(self.crew, self.seen, self.place.table.flows_max)
         others = instrument.Others(lambda: self.crew.cpu_s() + sum(self.seen.now().cpu_s.values()))
         if wanted.ramp:
@@ -233,7 +242,7 @@ class _Run:
             done = self._find(course, rate)
         else:
             done = self._constant(course, rate)
-        self._about_tool(own, drift, others.figures())
+        self._about_tool(drift, others.figures())
         names = dict(zip(self.seen.workers(), self._names(), strict=False))
         finding.series = rounds.series(done, course, names)
         for name, of in (
@@ -243,13 +252,16 @@ class _Run:
             values = intervals.sample(np.sum([of(each) for each in done], 0), SAMPLE)
             finding.spreads.append(Spread("Round trips", name, "us", values))
         self._law(done)
-        finding.notes += [
+        finding.notes.append(
             f"round trips are of what came back; back after more than {LATE_MS:g} ms is late, and "
-            "counts as lost; from_due begins when a datagram was to leave, whatever held it up",
-            "plus_minus: of two runs on the same system, 95 of 100 pairs differ by less in all "
-            f"these figures at once (Student's t over rounds, intervals.py; clients were opened "
-            f"{course.opened} times)",
-        ]
+            "counts as lost; from_due begins when a datagram was to leave, whatever held it up"
+        )
+        if not wanted.ramp:  # its figures have no interval
+            finding.notes.append(
+                "plus_minus: of two runs on the same system, 95 of 100 pairs differ by less in all "
+                "these figures at once (Student's t over rounds, intervals.py; clients were opened "
+                f"{course.opened} times)"
+            )
 
     def _names(self) -> list[str]:
         kind = "worker" if self.seen.tells_workers_apart() else "process"
@@ -259,9 +271,12 @@ class _Run:
         """The first clients. Raises TimeoutError with what may be wrong."""
         before = self.seen.now()
         try:
-            self.crew.open()
+            self.granted = self.crew.open()
         except TimeoutError as error:
             raise TimeoutError(self._why_silent(str(error), before)) from error
+
+    def _alone_s(self) -> float:
+        return min(ALONE_S, self.wanted.seconds / 4)
 
     def _why_silent(self, error: str, before: observed.Snapshot) -> str:
         plan = self.crew.plan
@@ -325,7 +340,11 @@ class _Run:
 
     def _limit(self, done: list[Round]) -> str:
         worst = max(done, key=lambda each: each.part.loss())
-        return rounds.limit(worst, self.alone, self.wanted.processes)
+        return self._limit_of(worst)
+
+    def _limit_of(self, one: Round, busy: dict[int, float] | None = None) -> str:
+        echoes = self.crew.plan.echoes
+        return rounds.limit(one, self.alone, self.wanted.processes, echoes, busy)
 
     def _row(self, done: list[Round]) -> Figures:
         """The figures of one rate in a line of a table."""
@@ -375,7 +394,7 @@ class _Run:
         if over is not None:
             at = done.at_s + seconds * (over - first) / (last - first)
             busy = course.busiest(at - BEFORE_S, at)
-            figures["limited_by"] = rounds.limit(done, self.alone, self.wanted.processes, busy)
+            figures["limited_by"] = self._limit_of(done, busy)
         figures |= {
             "datagrams": rounds.datagrams([done], self.crew.plan.echoes),
             "ramp": table,
@@ -387,46 +406,55 @@ class _Run:
 
     def _find(self, course: Course, first: float) -> list[Round]:
         """Search, then hold what was found for all rounds, a little less if it does not last."""
-        failed: list[Round] = []
+        tried: list[Round] = []
 
         def held(rate: float) -> bool:
             seconds = min(TRIAL_S, self.wanted.seconds)
             one = course.round(Order(rate, seconds, queue_s=QUEUE_S))
+            tried[:] = [one]
             kept = not one.part.stopped and one.part.lag_ms < LATE_MS
-            good = kept and one.part.loss() < LOSS_MAX
-            failed[:] = failed if good else [one]
-            return good
+            return kept and one.part.loss() < LOSS_MAX
 
         table, best = list[Figures](), 0.0
+        why: Round | None = None
+        most, bound = placing.most(self.wanted, TRIAL_S)
         with progress.bar("the highest rate", steps.TRIALS_MAX) as told:
-            for number, (rate, good) in enumerate(
-                steps.search(first, held, self.wanted.most or steps.RATE_MAX)
-            ):
+            for number, (rate, good) in enumerate(steps.search(first, held, most)):
+                words = "held" if good else "not held"
                 table.append({"rate_per_s": round(rate), "held": good})
                 self.finding.markers.append(
-                    Marker(
-                        round(course.seconds(), 2), f"{rate:.0f}: {'held' if good else 'not held'}"
-                    )
+                    Marker(round(course.seconds(), 2), f"{rate:.0f}: {words}")
                 )
-                best = rate if good else best
-                told(number + 1, f"{rate:.0f} a second: {'held' if good else 'not held'}")
+                best, why = (rate, why) if good else (best, tried[0])
+                told(number + 1, f"{rate:.0f} a second: {words}")
         self.finding.must(best > 0, "no rate was held at all")
-        why = failed[-1] if failed else None
-        for less in SHORTER:
-            done = self._rounds(course, best or first, f"{best or first:.0f} a second, held")
-            if rounds.together(done).loss() < LOSS_MAX or not best:
-                break
-            why, best = max(done, key=lambda each: each.part.loss()), best * less
+        done, better = self._lasting(course, best or min(first, most), best > 0)
+        why = better or why
         loss = rounds.together(done).loss()
         self.finding.must(loss < LOSS_MAX, f"{loss * 100:.3g} % were lost or late in all rounds")
+        # At the rate of the figures, and not at that which the search began with.
+        self.own["alone"] = self.crew.alone(done[0].order.rate, self._alone_s())["alone"]
         self.finding.figures |= {
-            "highest_per_s": round(done[0].order.rate),
-            "limited_by": rounds.limit(why, self.alone, self.wanted.processes)
-            if why
-            else "--at-most, and nothing else",
+            "highest_per_s": round(done[0].order.rate) if best and loss < LOSS_MAX else None,
+            "limited_by": self._limit_of(why) if why else f"{bound}, and nothing else",
             "search": table,
         } | self._figures(done)
         return done
+
+    def _lasting(
+        self, course: Course, rate: float, lower: bool
+    ) -> tuple[list[Round], Round | None]:
+        """All rounds at a rate, and at lower ones while they are not held, if there is `lower`; the
+        worst round of the lowest rate that was not held, if there is one."""
+        why: Round | None = None
+        for less in (*SHORTER, 0.0):
+            done = self._rounds(course, rate, f"{rate:.0f} a second, held")
+            if rounds.together(done).loss() < LOSS_MAX or not lower:
+                break
+            why, rate = max(done, key=lambda each: each.part.loss()), rate * less
+            if not less:
+                break
+        return done, why
 
     # --- what has to be said besides ---
 
@@ -437,13 +465,10 @@ class _Run:
             ("came changed, or to another client", whole.foreign),
         ):
             self.finding.must(not found, f"{found} datagrams {name}")
-        if whole.unsent:
-            self.finding.notes.append(
-                f"{whole.unsent} datagrams were due and never left: the tool was too slow for this"
-            )
+        self.finding.notes += rounds.own_faults(whole, self.granted) + self.seen.later()
 
-    def _about_tool(self, own: Figures, drift: instrument.Drift, others: Figures) -> None:
-        alone, plan = own["alone"], self.crew.plan
+    def _about_tool(self, drift: instrument.Drift, others: Figures) -> None:
+        own, alone, plan = self.own, self.alone, self.crew.plan
         most, goal = alone["datagrams_per_s_max"], instrument.GOAL_PER_S
         self.finding.figures["tool"] = {
             "cpus": list(plan.cpus),

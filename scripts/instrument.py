@@ -25,7 +25,7 @@ from pathlib import Path
 
 import intervals
 import numpy as np
-from load import TICK_S, Figures, Load
+from load import TICK_S, Account, Figures, Load
 
 CLIENTS = 1_000
 FAST_S, FAST_PER_S = 0.4, 1_000_000.0
@@ -53,13 +53,11 @@ def alone(rate: float, seconds: float, spin: bool) -> Figures:
     with Load(CLIENTS, spin=True) as load:
         load.towards("127.0.0.1", load.port)
         load.begin(FAST_PER_S, FAST_S + 0.1)
-        start = time.monotonic()
         load.run(FAST_S)
-        returned = load.settle().returned
-        most = returned / (time.monotonic() - start)
+        most = per_s(load.settle())
     with Load(CLIENTS, spin=spin) as load:
         load.towards("127.0.0.1", load.port)
-        at = min(rate, most * 0.8)
+        at = max(min(rate, most * 0.8), 1.0)
         load.begin(at, seconds + 0.1)
         load.run(seconds)
         account = load.settle()
@@ -74,6 +72,14 @@ def alone(rate: float, seconds: float, spin: bool) -> Figures:
         "behind_ms_max": round(account.lag_ms, 2),
         "lost": account.lost,
     }
+
+
+def per_s(account: Account) -> float:
+    """What came back in a second, from the first that left to the last that came: not while waiting
+    for what is lost."""
+    if not account.returned:
+        return 0.0
+    return account.returned * 1e9 / max(int(account.back_at.max() - account.sent_at.min()), 1)
 
 
 def clock() -> Figures:

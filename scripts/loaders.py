@@ -36,7 +36,7 @@ import instrument
 import intervals
 import numpy as np
 import rig
-from load import BATCH, LATE_MS, Account, Array, Figures, Load
+from load import BATCH, LATE_MS, LOOPBACK, Account, Array, Figures, Load
 
 import host
 
@@ -72,6 +72,8 @@ class Plan:
     """False: the transceiver is an echo elsewhere (one port for all)."""
     patience_s: float = 5.0
     """How long clients may wait for their first answer."""
+    frames_from: str = LOOPBACK
+    """The prefix of addresses that the relay's frames come from."""
 
     def share(self, number: int) -> int:
         """How many of the clients are a process's."""
@@ -119,12 +121,19 @@ class Part:
     """Processes that stopped since a queue grew."""
     lag_ms: float
     """How far the slowest process was behind the clock at worst."""
+    ran_s: float
+    """How long the longest process sent: less than was ordered, if all stopped."""
+    own_drops: int = 0
+    """Datagrams that the tool's own sockets had no room for, by the kernel's count."""
+    strangers: int = 0
+    """Datagrams at the transceiver that were not the relay's."""
 
     def __add__(self, other: "Part") -> "Part":
         """Both together."""
         mine, theirs = vars(self), vars(other)
         both = {each.name: mine[each.name] + theirs[each.name] for each in fields(self)}
-        return Part(**both | {"lag_ms": max(self.lag_ms, other.lag_ms)})
+        highest = {name: max(mine[name], theirs[name]) for name in ("lag_ms", "ran_s")}
+        return Part(**both | highest)
 
     def loss(self) -> float:
         """The share that was lost or late."""
@@ -177,11 +186,13 @@ class Crew:
         self._tell(self._pipes[:1], "alone", (rate / len(self._pids), seconds))
         return dict(self._answers(self._pipes[:1], ANSWER_S)[0])
 
-    def open(self) -> None:
-        """New clients from new ports, every one with a flow that is assured. Raises TimeoutError
+    def open(self) -> int:
+        """New clients from new ports, every one with a flow that is assured. Returns the octets of
+        the smallest receive buffer that the kernel granted a socket. Raises TimeoutError
         if some are not answered, and OSError for an address that cannot be taken."""
         self._tell(self._pipes, "open", None)
-        self._answers(self._pipes, self.plan.patience_s + ANSWER_S)
+        granted: list[int] = self._answers(self._pipes, self.plan.patience_s + ANSWER_S)
+        return min(granted)
 
     def round(self, order: Order, look: Callable[[float], None] | None = None) -> Part:
         """Carry out an order. `look` is called now and then with the seconds since it began."""
@@ -251,6 +262,7 @@ class _Loader:
     def __init__(self, plan: Plan, number: int) -> None:
         self._plan, self._number = plan, number
         self._load: Load | None = None
+        self._own_drops = self._strangers = 0
 
     def serve(self, pipe: Connection) -> None:
         """Do what is asked, until nobody asks any more."""
@@ -274,7 +286,7 @@ class _Loader:
         found = instrument.alone(*words, self._plan.spin)
         return {"alone": found, "clock": instrument.clock()}
 
-    def _open(self, _: None) -> None:
+    def _open(self, _: None) -> int:
         plan, number = self._plan, self._number
         if self._load:
             self._load.__exit__()
@@ -286,13 +298,15 @@ class _Loader:
         kind = Load if plan.spin else _Ready
         try:
             self._load = load = kind(
-                mine, port, plan.spin, at, plan.sources + before, echoes=plan.echoes
+                mine, port, plan.spin, at, plan.sources + before, plan.echoes, plan.frames_from
             )
         except OSError as error:
             why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be had: {error}"
             raise OSError(f"the transceiver's address {at}:{port} {why}") from error
         load.towards(*plan.relay)
         load.open([plan.mint(port) for _ in range(mine)], plan.patience_s)
+        self._own_drops, self._strangers = rig.kernel_drops(load.ports), load.strangers
+        return load.buffer_octets()
 
     def _round(self, order: Order) -> Part:
         load, plan = self._load, self._plan
@@ -305,11 +319,17 @@ class _Loader:
         end = started + int(order.seconds * 1e9)
         queue = rate * order.queue_s + BATCH if order.queue_s else float("inf")
         stopped = load.run((end - time.monotonic_ns()) * 1e-9, lambda: load.outstanding > queue)
-        total, patience = load.due(2 * end), end + int(LATE_MS * 1e6)
+        ran_s = min((time.monotonic_ns() - started) * 1e-9, order.seconds)
+        total, patience = load.scheduled, end + int(LATE_MS * 1e6)
         while not stopped and load.count < total and time.monotonic_ns() < patience:
             load.burst(min(BATCH, total - load.count))  # came due while the tool was late
         unsent = max(0, total - load.count)
-        return part(load.settle(), order.seconds, order.slices, started, unsent, stopped)
+        done = part(load.settle(), order.seconds, order.slices, started, unsent, stopped)
+        drops, strangers = rig.kernel_drops(load.ports), load.strangers
+        done.own_drops, done.strangers = drops - self._own_drops, strangers - self._strangers
+        self._own_drops, self._strangers = drops, strangers
+        done.ran_s = ran_s
+        return done
 
 
 def part(
@@ -341,4 +361,5 @@ def part(
         unsent=unsent,
         stopped=int(stopped),
         lag_ms=account.lag_ms,
+        ran_s=seconds,
     )

@@ -14,6 +14,7 @@ has a new process id, which is read anew each time, and the CPU time of the old 
 proc(5) https://man7.org/linux/man-pages/man5/proc.5.html
 """
 
+import http.client
 import os
 import re
 import socket
@@ -31,6 +32,9 @@ import settings
 
 METRICS_PATIENCE_S = 2.0
 """A relay answers its monitoring in milliseconds."""
+
+METRICS_OCTETS_MAX = 4 << 20
+"""A relay of 256 workers says it in less."""
 
 _SAMPLE = re.compile(
     r'^earshot_relay_(inbound|outbound)_(received|dropped_\w+?)_total\{worker="(\d+)"\} (\S+)', re.M
@@ -94,6 +98,13 @@ def holders(port: int) -> list[int]:
     return found
 
 
+class _Straight(urllib.request.HTTPRedirectHandler):
+    """Follows nobody: only the address that was named is asked."""
+
+    def redirect_request(self, *_: object) -> None:
+        """What urllib asks about each redirect; it then raises HTTPError, an OSError."""
+
+
 class Observed:
     """A relay that load is sent to."""
 
@@ -108,6 +119,8 @@ class Observed:
         and for a /metrics that does not answer."""
         self.here, self.notes, self._metrics = is_here(at[0]), list[str](), metrics
         self._memories: list[host.Memory] = []
+        self._counted: Snapshot | None = None
+        self._unanswered = 0
         self._pids: list[int] = []
         self._ports = {at[1]}
         public = table.public
@@ -155,7 +168,8 @@ class Observed:
         return found
 
     def now(self) -> Snapshot:
-        """How it stands. Raises ValueError if its /metrics do not answer."""
+        """How it stands. Raises ValueError if its /metrics do not answer for the first time; later
+        the counters stand still where they do not, and `later` says so."""
         shot = Snapshot(time.monotonic())
         for pid in self.workers():
             try:
@@ -170,15 +184,35 @@ class Observed:
             for each in ways:
                 shot.drops.update(each.drops())
         if self._metrics and not self._memories:
-            self._ask(self._metrics, shot)
+            self._count(self._metrics, shot)
         return shot
 
+    def later(self) -> list[str]:
+        """What has to be said once it is over."""
+        if not self._unanswered:
+            return []
+        return [
+            f"{self._unanswered} times the relay's /metrics did not answer within "
+            f"{METRICS_PATIENCE_S:g} s: what it counted before shows only at the next answer"
+        ]
+
+    def _count(self, url: str, shot: Snapshot) -> None:
+        try:
+            self._ask(url, shot)
+        except ValueError:
+            if self._counted is None:
+                raise
+            self._unanswered += 1
+            shot.received, shot.drops = self._counted.received, self._counted.drops
+        else:
+            self._counted = shot
+
     def _ask(self, url: str, shot: Snapshot) -> None:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Straight())
         try:
             with opener.open(url, timeout=METRICS_PATIENCE_S) as answer:
-                text = answer.read().decode()
-        except (OSError, ValueError) as error:
+                text = answer.read(METRICS_OCTETS_MAX).decode()
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValueError(f"{url} does not answer: {error}") from error
         found = [(kind, int(worker), float(n)) for _, kind, worker, n in _SAMPLE.findall(text)]
         if not found:

@@ -25,7 +25,7 @@ import rig
 import steps
 import target
 from findings import Finding
-from load import CLIENTS_AT
+from load import CLIENTS_AT, LOOPBACK
 from loaders import Plan
 
 import handover
@@ -89,6 +89,24 @@ def check(wanted: Wanted) -> None:
         raise ValueError(f"{wanted.config} is not there: --config is the running relay's file")
 
 
+def most(wanted: Wanted, trial_s: float) -> tuple[float, str]:
+    """The highest rate that a search may try, with trials of so many seconds, and what bounds it:
+    an account of more datagrams would take more memory than ROUND_DATAGRAMS_MAX stands for."""
+    length = max(min(trial_s, wanted.seconds), wanted.seconds / wanted.rounds)
+    room = min(ROUND_DATAGRAMS_MAX * wanted.processes / length, steps.RATE_MAX)
+    if wanted.most and wanted.most <= room:
+        return wanted.most, "--at-most"
+    return room, f"what {wanted.processes} processes keep of a round (more --processes)"
+
+
+def metrics(wanted: Wanted) -> str | None:
+    """The page that `--metrics` names, if it may be asked. Raises target.TargetError."""
+    try:
+        return wanted.metrics and target.page(wanted.metrics, wanted.owned)
+    except target.TargetError as error:
+        raise target.TargetError(f"--metrics: {error}") from error
+
+
 @dataclass(frozen=True)
 class Place:
     """A relay, and what has to be known of it."""
@@ -97,6 +115,17 @@ class Place:
     table: settings.RelayTable
     keyring: ufrag.Keyring
     clusters: tuple[ufrag.Cluster, ...]
+    passed_on: bool = False
+    """Other relays pass frames on to transceivers, so that they come from those."""
+
+
+def frames_from(place: Place, at: tuple[str, int]) -> str:
+    """The prefix that frames for a transceiver come from: the relay's internal address. Where that
+    is any, or another relay's, loopback has them from loopback, and others from wherever."""
+    internal = place.table.internal.address
+    if internal.version == 4 and not internal.is_unspecified and not place.passed_on:
+        return f"{internal}/32"
+    return LOOPBACK if ipaddress.ip_address(at[0]).is_loopback else "0.0.0.0/0"
 
 
 def home(place: Place, at: tuple[str, int], ports: int) -> ufrag.Cluster:
@@ -149,7 +178,8 @@ def placed(wanted: Wanted, finding: Finding, cpus: list[int]) -> Iterator[Place]
         if ipaddress.ip_address(at[0]).version != 4:
             raise ValueError(f"{at[0]} is IPv6: this load is IPv4")
         clusters = tuple(settings.clusters(found.cluster).values())
-        yield Place(at, found.relay, found.keys.load(), clusters)
+        passed_on = any(each.transit for each in found.cluster)
+        yield Place(at, found.relay, found.keys.load(), clusters, passed_on)
         return
     with tempfile.TemporaryDirectory(prefix="earshot-flood-") as folder:
         firsts.make_keys(Path(folder) / "keys")
@@ -208,4 +238,5 @@ def plan(wanted: Wanted, place: Place, seen: observed.Observed, cpus: list[int])
         spin=enough if wanted.spin is None else wanted.spin,
         echoes=not wanted.elsewhere,
         patience_s=wanted.patience_s,
+        frames_from=frames_from(place, at),
     )

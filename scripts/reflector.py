@@ -52,9 +52,12 @@ class Reflector:
 
     def serve(self, seconds: float) -> None:
         """Answer what comes for at most so long."""
+        end = time.monotonic() + seconds
         ready, _, _ = select.select([self._fd], (), (), seconds)
         while ready and (n := self._in.receive(self._fd)):
             self._answer(n)
+            if time.monotonic() > end:  # more comes all the time
+                return
 
     def _answer(self, n: int) -> None:
         self._out.to_send[:n] = self._in.received[:n]

@@ -22,7 +22,7 @@ import options
 import typer
 from findings import Figures, Finding
 from instrument import OTHERS_PERCENT
-from intervals import Estimate
+from intervals import ROUNDS_MIN, Estimate
 
 SAME = "rate_per_s", "clients", "rounds", "round_s"
 """What makes runs the same load."""
@@ -45,9 +45,14 @@ def estimates(found: Figures) -> dict[str, Estimate]:
     }
 
 
+def common(runs: list[dict[str, Estimate]]) -> list[str]:
+    """Figures that have an interval in all runs."""
+    return [name for name in runs[0] if all(name in run for run in runs)]
+
+
 def table(runs: list[dict[str, Estimate]]) -> tuple[list[Figures], Figures]:
     """A row a figure that all runs have, and how many pairs kept to their intervals."""
-    names = [name for name in runs[0] if all(name in run for run in runs)]
+    names = common(runs)
     pairs = list(itertools.combinations(runs, 2))
     rows: list[Figures] = []
     for name in names:
@@ -85,16 +90,24 @@ def compare(
     for path in files:
         try:
             found.append(json.loads(path.read_text()))
-            estimates(found[-1])
+            comparable = estimates(found[-1])
             found[-1]["tool"]["machine"].values()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise typer.BadParameter(f"{path} is no run of `packets --json`: {error}") from error
+        if not comparable:
+            raise typer.BadParameter(
+                f"{path} has no plus_minus of any figure, so that nothing can be compared: more "
+                f"--rounds give one ({ROUNDS_MIN} at the least)"
+            )
     for name in SAME:
         if len(kinds := {each[name] for each in found}) > 1:
             raise typer.BadParameter(f"these are different loads: {name} is {sorted(kinds)}")
+    if not common([estimates(each) for each in found]):
+        raise typer.BadParameter("no figure has a plus_minus in all of these runs")
 
     def measure() -> Finding:
-        rows, counts = table([estimates(each) for each in found])
+        runs = [estimates(each) for each in found]
+        rows, counts = table(runs)
         others = [sum(each["tool"]["machine"].values()) for each in found]
         finding = Finding(f"{len(found)} runs compared", counts | {"figures": rows})
         finding.figures["others_percent_of_a_cpu"] = [round(each, 1) for each in others]
@@ -106,6 +119,8 @@ def compare(
             )
             if len(quiet) > 1:
                 _, finding.figures["of_quiet_runs"] = table([estimates(each) for each in quiet])
+        if left := sorted(set(itertools.chain(*runs)) - set(common(runs))):
+            finding.notes.append(f"not compared, since not all runs have them: {', '.join(left)}")
         finding.notes.append(
             "two figures agree if they differ by less than their plus_minus (of two different ones "
             "the root mean square)"

@@ -23,7 +23,7 @@ import intervals
 import numpy as np
 from findings import Series
 from intervals import Estimate
-from load import LATE_MS, Array, Figures
+from load import BUFFER_OCTETS, LATE_MS, Array, Figures
 from loaders import Crew, Order, Part
 from observed import Observed, Snapshot
 
@@ -64,10 +64,12 @@ class Round:
         return int(self.part.sent.sum() * 2 - self.part.lost.sum())
 
     def busy(self) -> dict[int, float]:
-        """Per cent of a CPU that each process of the relay used. What it did after the last
-        datagram had left, since a queue was there, counts too, up to all of a CPU."""
+        """Per cent of a CPU that each process of the relay used while the tool sent, also where it
+        stopped early. What it did after the last datagram had left, since a queue was there, counts
+        too, up to all of a CPU."""
         spent = self.after.cpu_since(self.before)
-        return {pid: min(used / self.order.seconds * 100, 100.0) for pid, used in spent.items()}
+        ran_s = self.part.ran_s or self.order.seconds
+        return {pid: min(used / ran_s * 100, 100.0) for pid, used in spent.items()}
 
     def trips(self) -> Array:
         """Histogram of round trips from when datagrams were due."""
@@ -254,8 +256,32 @@ def datagrams(rounds: Sequence[Round], echoes: bool) -> Figures:
         "reordered": whole.reordered,
         "foreign": whole.foreign,
         "unsent": whole.unsent,
+        "dropped_at_the_tools_sockets": whole.own_drops,
+        "not_answered": whole.strangers,
         "tool_behind_ms_max": round(whole.lag_ms, 2),
     }
+
+
+def own_faults(whole: Part, buffer_octets: int) -> list[str]:
+    """What the tool itself did to the figures, in sentences. `buffer_octets` is what the kernel
+    granted each of its sockets at the least."""
+    told = []
+    if buffer_octets < BUFFER_OCTETS:
+        told.append(
+            f"the kernel granted the tool's sockets {buffer_octets} octets, not {BUFFER_OCTETS} "
+            "(net.core.rmem_max, CAP_NET_ADMIN): what they have no room for is not lost at the "
+            "relay (dropped_at_the_tools_sockets)"
+        )
+    if whole.own_drops:
+        told.append(
+            f"{whole.own_drops} datagrams are lost since the tool's own sockets were full, by the "
+            "kernel's count"
+        )
+    if whole.unsent:
+        told.append(
+            f"{whole.unsent} datagrams were due and never left: the tool was too slow for this"
+        )
+    return told
 
 
 def workers_table(rounds: Sequence[Round], seen: Observed) -> list[Figures]:
@@ -310,9 +336,16 @@ def ramp_table(one: Round) -> tuple[list[Figures], int | None]:
     return rows, over
 
 
-def limit(one: Round, alone: Figures, processes: int, busy: dict[int, float] | None = None) -> str:
-    """What kept a rate from being held, as far as it shows from here. `busy` is what each process
-    of the relay used of a CPU at the worst moment, if that is not the whole round."""
+def limit(
+    one: Round,
+    alone: Figures,
+    processes: int,
+    echoes: bool,
+    busy: dict[int, float] | None = None,
+) -> str:
+    """What kept a rate from being held, as far as it shows from here. Ways are told apart if the
+    tool `echoes`. `busy` is what each process of the relay used of a CPU at the worst moment, if
+    that is not the whole round."""
     part, order = one.part, one.order
     most = alone["datagrams_per_s_max"] * processes
     if part.lag_ms >= LATE_MS or (part.unsent and not part.stopped) or order.rate > most:
@@ -320,15 +353,21 @@ def limit(one: Round, alone: Figures, processes: int, busy: dict[int, float] | N
             f"the tool itself: it fell {part.lag_ms:.0f} ms behind its schedule (alone it makes "
             f"{alone['datagrams_per_s_max']} a second a process); give it more --processes"
         )
+    if part.own_drops * 2 > int(part.lost.sum()):
+        return (
+            f"the tool itself: its own sockets had no room for {part.own_drops} datagrams; give it "
+            "more --processes, or more of net.core.rmem_max"
+        )
     used_by = busy or one.busy()
     if full := {pid: used for pid, used in used_by.items() if used >= BUSY_PERCENT}:
         each = ", ".join(f"process {pid} {used:.0f} %" for pid, used in full.items())
         return f"the relay's workers: of a CPU each they used {each}"
     if drops := dropped([one]):
         return f"the relay dropped {', '.join(f'{n} ({why})' for why, n in drops.items())}"
+    lost, late = int(part.lost.sum()), int(part.late.sum())
     lost_in = int(part.sent.sum()) - part.crossed
-    lost_out = int(part.lost.sum()) - lost_in
-    where = f"{lost_in} lost on the way in, {lost_out} on the way back, {int(part.late.sum())} late"
+    ways = f"{lost_in} lost on the way in, {lost - lost_in} on the way back"
+    where = f"{ways if echoes else f'{lost} lost'}, {late} late"
     queue = "; a queue grew all the time" if part.stopped else ""
     return f"nothing that shows from here: {where}{queue}"
 

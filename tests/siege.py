@@ -13,6 +13,7 @@ import re
 import select
 import signal
 import socket
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -52,9 +53,14 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def _script(name):
+    """A script's module, which finds the other ones that it imports."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(SCRIPTS))
     return module
 
 

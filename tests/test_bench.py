@@ -64,9 +64,14 @@ def bench(*words):
 
 @pytest.fixture(scope="module")
 def load():
+    """The module, which finds the other ones that it imports."""
     spec = importlib.util.spec_from_file_location("load", SCRIPTS / "load.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(SCRIPTS))
     return module
 
 

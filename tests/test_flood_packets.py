@@ -5,6 +5,7 @@ lines takes its place. No figure of time is judged.
 """
 
 import contextlib
+import http.server
 import importlib
 import json
 import os
@@ -13,14 +14,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import typer
 import typer.testing
 
+import endpoints
 import settings
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -31,6 +35,7 @@ NAMES = (
     "barrage",
     "dev",
     "firsts",
+    "instrument",
     "load",
     "loaders",
     "observed",
@@ -38,6 +43,7 @@ NAMES = (
     "reflector",
     "repeats",
     "rig",
+    "rounds",
     "steps",
 )
 
@@ -81,6 +87,7 @@ while True:
 # Two commands without the others: what those import takes longer than a load does.
 ALONE = """
 import sys
+import threading
 sys.path.insert(0, {scripts!r})
 import barrage, reflector, typer
 cli = typer.Typer()
@@ -319,6 +326,81 @@ def wait_for(holds):
         time.sleep(0.01)
 
 
+def test_a_load_answers_its_relay_alone(scripts):
+    """Frames, from where the relay is: a stranger would get as many datagrams back as it sends."""
+    framed = scripts.load.frame.header("127.1.0.1", 5) + b"media"
+    with (
+        scripts.load.Load(3, frames_from="127.0.0.5/32") as under_test,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger,
+    ):
+        relay.bind(("127.0.0.5", 0))
+        relay.settimeout(PATIENCE_S)
+        stranger.bind(("127.0.0.6", 0))
+        stranger.setblocking(False)
+        under_test.towards(*relay.getsockname())
+        for sock, datagram in (
+            (stranger, framed), (relay, framed + b" 1"), (relay, b"no frame"),
+            (relay, framed[:10]), (relay, framed + b" 2"),
+        ):  # fmt: skip
+            sock.sendto(datagram, ("127.0.0.1", under_test.port))
+        wait_for(lambda: under_test._echo() or under_test.strangers == 3)
+        assert [relay.recv(256) for _ in range(2)] == [framed + b" 1", framed + b" 2"]
+        with pytest.raises(BlockingIOError):
+            stranger.recv(256)
+        with pytest.raises(TimeoutError, match=r"\(3 datagrams to the transceiver were not"):
+            under_test.open([b"\0"] * 3, patience_s=0)
+
+
+def test_where_frames_come_from(scripts):
+    def found(internal, at, **more):
+        table = SimpleNamespace(internal=endpoints.Endpoint(internal))
+        place = scripts.placing.Place(("127.0.0.1", 1), table, None, (), **more)
+        return scripts.placing.frames_from(place, (at, 9000))
+
+    assert found("10.4.0.1:3500", "10.4.0.9") == "10.4.0.1/32"
+    assert found("0.0.0.0:3500", "127.0.0.1") == found("[::]:1", "127.0.0.1") == "127.0.0.0/8"
+    assert found("0.0.0.0:3500", "10.4.0.9") == "0.0.0.0/0"
+    assert found("10.4.0.1:3500", "10.4.0.9", passed_on=True) == "0.0.0.0/0"
+
+
+def test_an_echo_ends_while_more_comes(scripts):
+    with (
+        scripts.reflector.Reflector(("127.0.0.1", 0), "127.0.0.5") as reflector,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay,
+    ):
+        relay.sendto(b"1", reflector._sock.getsockname())
+        answered = []
+        reflector._in = SimpleNamespace(receive=lambda _: 1)  # there is always one more
+        reflector._answer = lambda _: answered.append(1) or len(answered) < 100_000 or 1 / 0
+        reflector.serve(0)
+    assert answered
+
+
+# --- how flows are opened -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lossy", [1, 4, 5])
+def test_what_opens_a_flow_may_be_lost_and_not_for_ever(scripts, lossy):
+    class Lossy(scripts.load.Load):
+        def settle(self):
+            found = super().settle()
+            if self._run <= lossy:  # all of the first client's
+                lost = np.arange(found.sent) % self.clients == 0
+                found.returned -= int((found.back_at[lost] > 0).sum())
+                found.back_at[lost] = 0
+            return found
+
+    with Lossy(3) as under_test:
+        under_test.towards("127.0.0.1", under_test.port)
+        if lossy < scripts.load.OPEN_TRIES:
+            under_test.open([b"\0"] * 3)
+            assert under_test._run == lossy + 1
+        else:
+            with pytest.raises(TimeoutError, match="1 of 3 clients' first datagrams of media"):
+                under_test.open([b"\0"] * 3)
+
+
 # --- rates ----------------------------------------------------------------------------------------
 
 
@@ -378,6 +460,98 @@ def test_slices_hold_what_was_due_in_them(scripts):
     assert both.lag_ms == found.lag_ms == pytest.approx(151)
 
 
+def account(scripts, sent, back):
+    """Datagrams that left at these moments and came back at those, or never (0)."""
+    sent, back = np.array(sent), np.array(back)
+    return scripts.load.Account(
+        len(sent), len(sent), int((back > 0).sum()), 0, 0, 0, 0, sent, sent, back
+    )
+
+
+def test_waiting_for_what_is_lost_is_no_time_of_the_tools(scripts):
+    second = 1_000_000_000
+    found = account(scripts, [second, 2 * second, 3 * second], [2 * second, 5 * second, 0])
+    assert scripts.instrument.per_s(found) == 0.5
+    assert scripts.instrument.per_s(account(scripts, [1, 2], [0, 0])) == 0
+
+
+def test_what_a_falling_ramp_did_not_send_is_told(scripts):
+    plan = scripts.loaders.Plan(3, ("127.0.0.1", 1), ("127.0.0.1", 1), 0, None, [0])
+    loader = scripts.loaders._Loader(plan, 0)
+    over = time.monotonic_ns() - 10_000_000_000
+    with scripts.load.Load(3) as loader._load:
+        loader._load.towards("127.0.0.1", loader._load.port)
+        order = scripts.loaders.Order(3_000.0, 2.0, 500.0, started=over)
+        found = loader._round(order)
+    assert (found.unsent, int(found.sent.sum()), found.own_drops) == (3_500, 0, 0)
+
+
+def test_an_account_of_a_search_has_a_limit(scripts):
+    def most(**more):
+        given = {"seconds": 30.0, "rounds": 3, "processes": 2, "most": None} | more
+        return scripts.placing.most(SimpleNamespace(**given), 2.0)
+
+    room = scripts.placing.ROUND_DATAGRAMS_MAX
+    assert most()[0] == room * 2 / 10
+    assert most(rounds=30)[0] == room * 2 / 2 and "more --processes" in most()[1]
+    assert most(most=500.0) == (500.0, "--at-most")
+    assert most(most=1e7)[0] == room * 2 / 10
+    assert most(rounds=1000, seconds=0.5)[0] == scripts.steps.RATE_MAX
+
+
+def a_round(scripts, rate=1_000.0, seconds=2.0, spent=0.1, **more):
+    """One of a relay with one process that used so many seconds of a CPU."""
+    sent = int(rate * seconds)
+    part = scripts.loaders.part(account(scripts, [0] * sent, [1] * sent), seconds, 1, 0, 0, False)
+    for name, value in more.items():
+        setattr(part, name, value)
+    shots = [scripts.observed.Snapshot(at, {7: at * spent / seconds}) for at in (0.0, seconds)]
+    order = scripts.loaders.Order(rate, seconds)
+    return scripts.rounds.Round(0.0, order, part, *shots)
+
+
+def test_what_limited_a_rate_is_named(scripts):
+    alone = {"datagrams_per_s_max": 1e6}
+
+    def limit(echoes=True, **more):
+        return scripts.rounds.limit(a_round(scripts, **more), alone, 1, echoes)
+
+    lost = {"lost": np.array([12]), "crossed": 1_990}
+    assert "10 lost on the way in, 2 on the way back, 0 late" in limit(**lost)
+    assert limit(False, **lost).endswith(": 12 lost, 0 late")
+    assert "its own sockets had no room for 11" in limit(**lost, own_drops=11)
+    assert "sockets" not in limit(**lost, own_drops=2)
+    stopped = {"stopped": 1, "spent": 0.5}
+    assert "a queue grew" in limit(**stopped)
+    assert limit(**stopped, ran_s=0.5).endswith("of a CPU each they used process 7 100 %")
+
+
+def test_the_last_of_lower_rates_is_tried_as_well(scripts):
+    run, tried = scripts.barrage._Run(None, None, None, None, None), []
+
+    def lossy(_, rate, __):
+        tried.append(rate)
+        return [a_round(scripts, lost=np.array([12]))]
+
+    run._rounds = lossy
+    _, why = run._lasting(None, 1_000.0, True)
+    assert len(tried) == 1 + len(scripts.barrage.SHORTER) and why
+    assert tried[-1] == pytest.approx(1_000 * np.prod(scripts.barrage.SHORTER))
+    tried.clear()
+    assert run._lasting(None, 1_000.0, False)[1] is None and tried == [1_000.0]
+    run._rounds = lambda *_: [a_round(scripts)]
+    assert run._lasting(None, 1_000.0, True)[1] is None
+
+
+def test_what_the_tool_did_to_its_figures_is_told(scripts):
+    part, enough = a_round(scripts).part, scripts.rounds.BUFFER_OCTETS
+    assert scripts.rounds.own_faults(part, enough) == []
+    part.own_drops, part.unsent = 3, 5
+    granted, dropped, unsent = scripts.rounds.own_faults(part, 212_992)
+    assert "granted the tool's sockets 212992 octets" in granted
+    assert dropped.startswith("3 datagrams are lost") and unsent.startswith("5 datagrams were due")
+
+
 # --- runs beside one another ----------------------------------------------------------------------
 
 
@@ -421,6 +595,8 @@ def test_runs_of_a_busy_machine_are_told_apart(tmp_path):
         ([run()], "nothing to be compared with"),
         ([run(), run(clients=11)], "different loads: clients is [10, 11]"),
         ([run(), {}], "is no run of `packets --json`"),
+        ([run(), run(apart=None, loss_percent=None)], "1 has no plus_minus of any figure"),
+        ([run(apart=None), run(loss_percent=None)], "no figure has a plus_minus in all of these"),
     ],
 )
 def test_what_is_no_run_is_not_compared(scripts, tmp_path, runs, reason):
@@ -483,6 +659,7 @@ def test_what_contradicts_itself_is_refused(scripts, words, reason):
         (("--sources", "198.51.100.0/24"), "none of this machine's addresses"),
         (("--sources", "127.9.9.0/30"), "60 clients are more than 2 addresses"),
         (("--pid", 2**22), "there is no process"),
+        (("--metrics", "http://8.8.8.8/metrics"), "--metrics: 8.8.8.8 is a public address"),
     ],
 )
 def test_what_leads_nowhere_is_refused(scripts, relay, words, reason):
@@ -554,6 +731,62 @@ def test_counters_over_http(scripts, relay):
     wait_for(lambda: far.now().received == here.now().received)
     with pytest.raises(ValueError, match="does not answer"):
         scripts.observed.Observed(table, ("127.0.0.1", 1), metrics="http://127.0.0.1:9/metrics")
+
+
+@contextlib.contextmanager
+def answering(answers):
+    """A server of this process that says each of these in turn: a page, an address to go to, or
+    nothing at all."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer = answers.pop(0)
+            if answer is None:
+                return
+            self.send_response(302 if answer.startswith("http") else 200)
+            self.send_header("Location", answer if answer.startswith("http") else "/")
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *_):
+            """Nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/metrics"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+COUNTED = """
+earshot_relay_inbound_received_total{{worker="0"}} {}
+earshot_relay_inbound_dropped_integrity_total{{worker="0"}} 3
+"""
+
+
+def test_metrics_may_be_silent_once_it_runs(scripts, relay):
+    table = relay.table()
+    with answering([COUNTED.format(5), None, COUNTED.format(9)]) as url:
+        far = scripts.observed.Observed(table, ("127.0.0.1", 1), metrics=url)
+        assert far.later() == []
+        stood = far.now()
+        assert (stood.received, stood.drops["integrity"]) == ([5], 3)
+        assert far.now().received == [9]
+    assert "1 times the relay's /metrics did not answer" in far.later()[0]
+    with answering([None]) as url, pytest.raises(ValueError, match="does not answer"):
+        scripts.observed.Observed(table, ("127.0.0.1", 1), metrics=url)
+
+
+def test_metrics_are_asked_where_they_were_named_and_nowhere_else(scripts, relay):
+    with (
+        answering([COUNTED.format(5)]) as there,
+        answering([there]) as url,
+        pytest.raises(ValueError, match="does not answer: HTTP Error 302"),
+    ):
+        scripts.observed.Observed(relay.table(), ("127.0.0.1", 1), metrics=url)
 
 
 # --- nothing stays behind -------------------------------------------------------------------------
