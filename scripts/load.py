@@ -413,8 +413,8 @@ class Load:
 
     def _known(self, n: int) -> int:
         """How many of n arrivals are to be echoed; they come first then. Others, were they answered
-        too, would make this a reflector for whoever forges a source. It takes some 4 us a batch: 2 %
-        of a full one."""
+        too, would make this a reflector for whoever forges a source. It takes some 4 us a batch,
+        2 % of a full one."""
         lengths = self._echo_in.received[:n]
         bad = (self._echo_from[:n] & self._mask) != self._network
         if self._framed:
