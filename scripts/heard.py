@@ -11,6 +11,8 @@ Rules that stay true:
   then: `sounding`, what its events said last, decides whether a usual pause is taken off.
 - Between two connections of one call there are no common timestamps: all of it is silence, up to
   the packet with which the new one opens.
+- A packet that never came is lost in the time in which it was due, so that it counts once. Where
+  nothing has come since, the silence says how many those are.
 
 Sans-IO; times are nanoseconds of one clock. RFC 3550 section 5.1.
 """
@@ -39,6 +41,9 @@ PAUSE_MS_MAX = 1_000.0
 
 MARGIN = 1_000
 """Packets before and after a time that are looked at, too, for what came late and what is usual."""
+
+GONE_MS = 500.0
+"""A silence that has lasted for so long, and goes on, is no stall: nothing comes any more."""
 
 AFTER = 10
 """Packets after a time that are looked at: one of them is in order."""
@@ -114,9 +119,7 @@ class Heard:
         at, sequence, timestamp = self._in_order(since_ns, until_ns)
         if self.audible_ns is None or not len(at) or self.audible_ns >= until_ns:
             return _NONE  # nothing was to be heard yet
-        same = (sequence[1:] >> _CONNECTION) == (sequence[:-1] >> _CONNECTION)
-        moved = np.diff(timestamp) / _CLOCK_MS
-        pauses = np.where(same, np.maximum(0.0, moved - FRAME_MS * np.diff(sequence)), 0.0)
+        pauses = _pauses_ms(sequence, timestamp)
         if at[-1] < until_ns:
             at, pauses = np.append(at, until_ns), np.append(pauses, self._expected_ms(pauses))
         silent = np.diff(at) / 1e6 - FRAME_MS - pauses
@@ -129,24 +132,33 @@ class Heard:
         found = self.silences_ms(since_ns, until_ns)
         return float(found.max()) if len(found) else 0.0
 
+    def silent_ms(self, since_ns: int, at_ns: int) -> float:
+        """For how much of that time there had been silence at its end, `at_ns`, without a break."""
+        found = self.silences_ms(since_ns, at_ns)
+        return float(found[-1]) if len(found) else 0.0
+
     def lost(self, since_ns: int, until_ns: int) -> int:
-        """Packets missing, by their sequence numbers, among those that came in that time."""
-        if not self.at_ns:
+        """Packets that should have come in that time and never did, by sequence numbers.
+
+        One that is missing was due 20 ms before the next, so that each belongs to one time only.
+        Behind the last packet there are no numbers: what has not come until `until_ns`, and not
+        since, is as many packets as the silence has room for.
+        """
+        if not self.at_ns or until_ns <= since_ns:
             return 0
         begin, end = self._index(since_ns), self._index(until_ns)
-        first = max(0, begin - MARGIN)
-        sequence = np.frombuffer(self.sequence, np.int64)[first : end + MARGIN].copy()
-        begin, end, missing = begin - first, end - first, 0
-        connections = sequence >> _CONNECTION
-        for connection in np.unique(connections[begin:end]):
-            own = connections == connection
-            inside = sequence[begin:end][own[begin:end]]
-            earlier = sequence[:begin][own[:begin]]
-            low = int(earlier.max()) + 1 if len(earlier) else int(inside.min())
-            # What fills a hole only afterwards is late, and not lost.
-            came = np.unique(sequence[own & (sequence >= low) & (sequence <= inside.max())])
-            missing += max(0, int(inside.max()) - low + 1 - len(came))
-        return missing
+        part = slice(max(0, begin - MARGIN), end + MARGIN)
+        # What fills a hole only afterwards is late, and not lost.
+        sequence, first = np.unique(np.frombuffer(self.sequence, np.int64)[part], return_index=True)
+        at = np.frombuffer(self.at_ns, np.int64)[part][first]
+        same = (sequence[1:] >> _CONNECTION) == (sequence[:-1] >> _CONNECTION)
+        holes = np.where(same, np.diff(sequence) - 1, 0)
+        which = np.repeat(np.arange(len(holes)), holes)
+        # The last of a hole's packets is one before the packet behind it.
+        before = np.cumsum(holes)[which] - np.arange(len(which))
+        due = np.maximum(at[1:][which] - before * round(FRAME_MS * 1e6), at[:-1][which])
+        missing = int(((due >= since_ns) & (due < until_ns)).sum())
+        return missing + self._not_come(since_ns, until_ns)
 
     def lost_up(self, since_ns: int, until_ns: int) -> int | None:
         """Packets of ours that the other side lacks, by its reports: of the last one before
@@ -171,6 +183,16 @@ class Heard:
             if self.octets[index] > SILENT_OCTETS_MAX:
                 return self.at_ns[index]
         return None
+
+    def _not_come(self, since_ns: int, until_ns: int) -> int:
+        """Packets that a silence has room for which has not ended since."""
+        last_ns = self.at_ns[-1]
+        if last_ns >= until_ns or self.audible_ns is None:
+            return 0
+        _, sequence, timestamp = self._in_order(since_ns, until_ns)
+        expected_ms = self._expected_ms(_pauses_ms(sequence, timestamp))
+        silent_ms = (until_ns - last_ns) / 1e6 - FRAME_MS - expected_ms
+        return int(max(0.0, min(silent_ms, (until_ns - since_ns) / 1e6)) / FRAME_MS)
 
     def _expected_ms(self, pauses: Milliseconds) -> float:
         """The pause that may be going on, if nothing comes now."""
@@ -200,3 +222,12 @@ class Heard:
         highest = np.maximum.accumulate(sequence)
         on = np.append(True, highest[1:] > highest[:-1])[: len(sequence)]
         return at[on], sequence[on], timestamp[on]
+
+
+def _pauses_ms(sequence: Integers, timestamp: Integers) -> Milliseconds:
+    """The pause before each packet but the first, as timestamps explain it; 0 where a connection
+    begins."""
+    same = (sequence[1:] >> _CONNECTION) == (sequence[:-1] >> _CONNECTION)
+    moved = np.diff(timestamp) / _CLOCK_MS
+    found: Milliseconds = np.where(same, np.maximum(0.0, moved - FRAME_MS * np.diff(sequence)), 0.0)
+    return found

@@ -162,14 +162,21 @@ class Call:
         """
         return self.heard.silence_ms(since_ns, until_ns)
 
+    def silent_ms(self, since_ns: int, at_ns: int) -> float:
+        """How much of that time had been silence at its end, without a break: 0 if it was heard
+        then, or has ended before."""
+        if self.ended_ns is not None and self.ended_ns < at_ns:
+            return 0.0
+        return self.heard.silent_ms(since_ns, at_ns)
+
     def gaps_ms(self, since_ns: int, until_ns: int, over_ms: float = 40.0) -> list[float]:
         """All such silences of more than `over_ms`."""
         found = self.heard.silences_ms(since_ns, until_ns)
         return [float(each) for each in found[found > over_ms]]
 
     def lost_down(self, since_ns: int, until_ns: int) -> int:
-        """Packets missing by their sequence numbers among those that came in that time."""
-        return self.heard.lost(since_ns, until_ns)
+        """Packets that should have come in that time, up to the end of the call, and never did."""
+        return self.heard.lost(since_ns, min(until_ns, self.ended_ns or until_ns))
 
     def received(self, since_ns: int, until_ns: int) -> int:
         """Packets of RTP that came in that time."""

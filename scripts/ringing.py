@@ -280,6 +280,8 @@ def interruptible(main: Coroutine[Any, Any, T]) -> T:
     are hung up in order; then raises KeyboardInterrupt.
 
     An exception out of a signal handler would hit whatever task happens to run, and leave it torn.
+    Only the first signal does it: a second one must not interrupt what ends the calls, nor, ignored
+    from then on, what ends everything else (options.deliver).
     """
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
@@ -289,9 +291,9 @@ def interruptible(main: Coroutine[Any, Any, T]) -> T:
 
         def stop() -> None:
             nonlocal stopped
-            stopped = True
-            if task is not None:
+            if task is not None and not stopped:
                 task.cancel()
+            stopped = True
 
         for number in numbers:
             loop.add_signal_handler(number, stop)
@@ -301,9 +303,11 @@ def interruptible(main: Coroutine[Any, Any, T]) -> T:
             if stopped:
                 raise KeyboardInterrupt from None
             raise
+        finally:
+            # Here, and not behind asyncio.run: its loop leaves the defaults, under which a signal
+            # ends this process without more ado.
+            for number, handler in zip(numbers, before, strict=True):
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN if stopped else handler)
 
-    try:
-        return asyncio.run(guarded())
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+    return asyncio.run(guarded())

@@ -56,6 +56,10 @@ LATE_MS = 5.0
 
 MARKERS_MAX = 40
 
+WHOLE_S = 7.0
+"""A call that talks for so long and interrupts nobody has heard a whole reply: 3.2 s until that
+begins, 3 s of it, and some more for a machine that is busy."""
+
 
 def finding(plan: "Plan", ringing: Ringing, beside: "Beside") -> Finding:
     """All there is to say."""
@@ -83,7 +87,7 @@ def finding(plan: "Plan", ringing: Ringing, beside: "Beside") -> Finding:
             found.spreads.append(Spread(plot, name, "ms", values))
     found.series += _lines(made, beside)
     found.markers += _markers(made, beside)
-    _judge(found, made)
+    _judge(found, plan, made)
     _explain(found, plan, ringing)
     return found
 
@@ -196,7 +200,9 @@ def _errors(made: Sequence[Call]) -> Figures:
 def _audio(made: Sequence[Call], gaps: list[float]) -> Figures:
     connected = [call for call in made if "connected" in call.moments]
     came = sum(len(call.heard.at_ns) for call in connected)
-    lost = sum(call.lost_down(0, 1 << 62) for call in connected)
+    # What had not come when the call ended was not missed any more.
+    heard = [call for call in connected if call.heard.at_ns]
+    lost = sum(call.lost_down(0, call.heard.at_ns[-1] + 1) for call in heard)
     ups = [call.lost_up(0, 1 << 62) for call in connected]
     return {
         "packets_sent": sum(call.sent for call in connected),
@@ -219,10 +225,20 @@ def _compared(made: Sequence[Call]) -> Figures:
     right = sum(value > CORRELATION_MIN for value in found)
     return {
         "compared": len(found),
+        "not_whole": sum(_missed_a_whole_one(call) for call in made),
         "right_percent": round(100 * right / len(found), 1) if found else None,
         "correlation_p50": round(float(np.median(found)), 3) if found else None,
         "correlation_least": round(min(found), 3) if found else None,
     }
+
+
+def _missed_a_whole_one(call: Call) -> bool:
+    """Whether it talked long enough for a whole reply, was to keep one, and has none."""
+    if not call.checked or call.interrupts or call.failure or "connected" not in call.moments:
+        return False
+    began_ns = call.offered_ns + call.moments["connected"] * 1e6
+    long_enough = ((call.ended_ns or 0) - began_ns) / 1e9 >= WHOLE_S
+    return long_enough and (call.echo is None or not call.echo.whole)
 
 
 def _tool(ringing: Ringing, beside: "Beside") -> Figures:
@@ -296,7 +312,7 @@ def _markers(made: Sequence[Call], beside: "Beside") -> Iterator[Marker]:
 # --- what must hold, and what must be known -------------------------------------------------------
 
 
-def _judge(found: Finding, made: Sequence[Call]) -> None:
+def _judge(found: Finding, plan: "Plan", made: Sequence[Call]) -> None:
     failed = [call for call in made if call.failure]
     found.must(bool(made), "no call was made: none was due in that time")
     for failure, count in Counter(call.failure for call in failed).most_common():
@@ -305,6 +321,12 @@ def _judge(found: Finding, made: Sequence[Call]) -> None:
         found.must(False, f"{sentence} ({why})" if why else sentence)
     unanswered = found.figures["turns"]["unanswered"]
     found.must(not unanswered, f"{unanswered} turns were not answered")
+    if plan.compare:
+        compared = found.figures["replies_compared"]
+        found.must(
+            compared["compared"] > 0 or not compared["not_whole"],
+            f"no reply was whole, though {compared['not_whole']} calls talked long enough for one",
+        )
 
 
 def _explain(found: Finding, plan: "Plan", ringing: Ringing) -> None:
@@ -327,7 +349,7 @@ def _explain(found: Finding, plan: "Plan", ringing: Ringing) -> None:
             "20 ms before the next one would have."
         )
     if plan.compare and not found.figures["replies_compared"]["compared"]:
-        say("No reply was compared: calls that talk for less than 7 s hear no whole one.")
+        say(f"No reply was compared: calls of less than {WHOLE_S:g} s hear no whole one.")
     if ringing.refused:
         say(f"{ringing.refused} calls were due while {plan.at_once} were under way: not made.")
     if found.figures["tool"]["late_p99_ms"] > LATE_MS:

@@ -6,12 +6,14 @@ One system of two transceivers serves all tests; the command under test starts i
 import asyncio
 import importlib
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -31,8 +33,9 @@ def _script(name):
         sys.path.remove(str(SCRIPTS))
 
 
-callers, dev, heard, ring, ringing, saying, speaking = map(
-    _script, ("callers", "dev", "heard", "ring", "ringing", "saying", "speaking")
+callers, dev, findings, heard, ring, ringing, saying, speaking, tally = map(
+    _script,
+    ("callers", "dev", "findings", "heard", "ring", "ringing", "saying", "speaking", "tally"),
 )
 MS = 1_000_000
 
@@ -160,6 +163,57 @@ def test_another_connection_begins_anew_and_the_time_between_is_silence():
     assert stream.silence_ms() == 500
 
 
+def test_a_packet_is_lost_in_the_time_in_which_it_was_due():
+    stream = Stream()
+    for _ in range(10):
+        stream.send()
+    for _ in range(10):
+        stream.send(lost=True)
+    middle = stream.now_ns
+    for _ in range(5):
+        stream.send(lost=True)
+    stream.send()
+    assert stream.heard.lost(middle - 200 * MS, middle) == 10
+    assert stream.heard.lost(middle, stream.now_ns) == 5
+    assert stream.heard.lost(middle - 60 * MS, middle + 40 * MS) == 5  # and none came in it
+    assert stream.heard.lost(0, stream.now_ns) == 15
+    assert stream.heard.lost(stream.now_ns, stream.now_ns) == 0
+
+
+def test_what_has_not_come_and_will_not_is_lost():
+    stream = Stream()
+    for _ in range(3):
+        stream.send()
+        stream.send()
+        stream.pause(200)
+    begun = stream.now_ns
+    stream.pause(1_000)  # a usual pause of 200 ms is granted, once
+    assert stream.heard.lost(0, stream.now_ns) == 50
+    assert stream.heard.lost(stream.now_ns - 500 * MS, stream.now_ns) == 25
+    assert round(stream.heard.silent_ms(begun, stream.now_ns)) == 1_000
+    stream.heard.flowing = False
+    assert stream.heard.lost(0, stream.now_ns) == 0
+    stream.heard.flowing = True
+    silent_until = stream.now_ns
+    stream.send()  # the timestamp says that all of it was a pause
+    assert stream.heard.lost(0, stream.now_ns) == 0
+    assert stream.heard.silent_ms(begun, silent_until) == 0
+
+
+def test_a_call_that_has_ended_loses_nothing_more(voice):
+    call = ring.Call(SimpleNamespace(voice=voice), 0, {})
+    call.heard = (stream := Stream()).heard
+    for _ in range(5):
+        stream.send()
+    ended = stream.now_ns
+    stream.pause(1_000)
+    assert call.lost_down(0, stream.now_ns) == 50
+    assert call.silent_ms(0, stream.now_ns) == 1_000
+    call.ended_ns = ended
+    assert call.lost_down(0, stream.now_ns) == 0
+    assert call.silent_ms(0, stream.now_ns) == 0
+
+
 def test_reports_say_what_was_lost_on_the_way_up():
     found = heard.Heard()
     found.connected()
@@ -208,6 +262,33 @@ def test_a_reply_without_a_pause_before_it_is_found_by_its_event(voice):
     talk.started(first.ended_ns + 20 * MS)
     assert talk.unanswered(first.ended_ns + 10**10) == 0
     assert round(first.reply_ms) == 20 - speaking.SILENCE_MS
+
+
+def compared(wanted, *calls):
+    """What is said of calls whose replies were to be compared: the figures and the failures."""
+    finding = findings.Finding("calls")
+    finding.figures = {"turns": {"unanswered": 0}, "replies_compared": tally._compared(calls)}
+    tally._judge(finding, SimpleNamespace(compare=wanted), calls)
+    return finding.figures["replies_compared"]["not_whole"], finding.failures
+
+
+def test_replies_that_never_are_whole_are_a_failure(voice):
+    turn = voice.turn(0, 16_000)
+    short = speaking.Echo(turn, [(n, b"") for n in range(20)])
+    right = speaking.Echo(turn, [(n, b"") for n in range(150)], correlation=0.99)
+
+    def call(echo, seconds=8, **more):
+        moments = {"connected": 50.0}
+        whole = {"checked": True, "interrupts": False, "failure": None, "moments": moments}
+        ended_ns = round((seconds + 0.05) * 1e9)
+        return SimpleNamespace(echo=echo, offered_ns=0, ended_ns=ended_ns, **whole | more)
+
+    assert compared(True, call(right), call(short), call(None)) == (2, [])
+    missed, (failure,) = compared(True, call(short), call(None))
+    assert missed == 2 and failure.startswith("no reply was whole, though 2 calls")
+    assert compared(False, call(short)) == (1, [])
+    for other in ({"seconds": 6}, {"interrupts": True}, {"checked": False}):
+        assert compared(True, call(None, **other)) == (0, [])
 
 
 def test_a_reply_that_begins_too_soon_is_of_the_turn_before(voice):
@@ -384,6 +465,47 @@ def test_the_command_makes_complete_calls(whole):
     # A machine that is busy may answer a turn too late; nothing else may be wrong.
     assert all("turns were not answered" in each for each in found["failures"])
     assert whole.returncode == bool(found["failures"])
+
+
+@pytest.fixture
+def handlers():
+    """Of signals, as they were."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_a_second_signal_does_not_interrupt_the_end_of_calls(handlers):
+    ended = []
+
+    async def main():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+                for _ in range(10):  # the loop hears of it in one of these
+                    await asyncio.sleep(0)
+            ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        ringing.interruptible(main())
+    assert ended
+    for number in (signal.SIGINT, signal.SIGTERM):
+        assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_without_a_signal_all_is_as_it_was(handlers):
+    def mine(*_):
+        pass
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, mine)
+    assert ringing.interruptible(asyncio.sleep(0, 7)) == 7
+    assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is mine
 
 
 async def sessions(address):
