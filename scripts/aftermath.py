@@ -52,6 +52,11 @@ class Account:
         self.every += [phase for each in rounds for phase in (each.attack, each.quiet[1])]
         for phase in self.every:
             phase.felt = phases.felt(live, phase.since_ns, phase.until_ns)
+        before = self.every[0]
+        finding.must(
+            before.newcomer_ms is not None,
+            f"a new call did not connect before anything was attacked: {before.newcomer_why}",
+        )
         for each in rounds:
             each.judge(finding, len(live))
 

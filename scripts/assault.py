@@ -11,7 +11,8 @@ machine (eavesdropper.py); a thief has the relay's keys (`--config`). What canno
 left out, and a note says why.
 
 Rules that stay true:
-- Nothing is sent but to the relay that was named, and a public one needs its owner's word.
+- Nothing is sent but to the page, relay and metrics that were named, and a public one needs its
+  owner's word: redirects are not followed, and of a Location nothing but the id is taken.
 - Addresses are forged on this machine alone, and never on a network.
 - Rates, times and calls are bounded; the attackers end with this program, however that ends.
 
@@ -25,13 +26,12 @@ import ipaddress
 import random
 import re
 import secrets
-import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import aftermath
 import aiohttp
@@ -39,6 +39,7 @@ import attackers
 import attacks
 import dev
 import eavesdropper
+import observed
 import onlooker
 import options
 import phases
@@ -69,6 +70,9 @@ LISTEN_S = 6.0
 NEWCOMER_AT = 0.2
 """When somebody new calls, as a part of the phase."""
 
+ANSWER_S_MAX = 10.0
+"""For any answer of signaling's."""
+
 SAMPLE_S = 0.5
 
 
@@ -92,16 +96,6 @@ class Plan:
     """What a thief has."""
     programs: dict[str, list[int]] = field(default_factory=dict)
     """Processes on this machine, by what they are."""
-
-    @property
-    def here(self) -> bool:
-        """True if the relay's address is one of this machine's."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            try:
-                sock.bind((self.relay[0], 0))
-            except OSError:
-                return False
-        return True
 
 
 class Assault:
@@ -181,7 +175,8 @@ class Assault:
                 f" {attackers.PORTS_AWAY} ports, and no other address is forged on a network."
             )
         overheard = {attacks.Needs.CHECKS, attacks.Needs.SSRCS, attacks.Needs.LIVE}
-        if plan.here and any(overheard & set(each.needs) for each in plan.attacks):
+        wanted = any(overheard & set(each.needs) for each in plan.attacks)
+        if wanted and observed.is_here(plan.relay[0]):
             try:
                 heard = await asyncio.to_thread(
                     eavesdropper.overhear, *plan.relay, set(material.hints), LISTEN_S
@@ -233,7 +228,7 @@ class Assault:
         finally:
             self.material.own = []
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with self._http.delete(where, headers=_authorization(self.plan)):
+                async with self._http.delete(where, **_asking(self.plan)):
                     pass
 
     # --- phases -----------------------------------------------------------------------------------
@@ -319,8 +314,14 @@ class Assault:
 # --- a session of the attackers' own --------------------------------------------------------------
 
 
-def _authorization(plan: Plan) -> dict[str, str]:
-    return {"Authorization": f"Bearer {plan.key}"} if plan.key else {}
+_SDP = "application/sdp"
+
+
+def _asking(plan: Plan, **more: str) -> dict[str, Any]:
+    """How signaling is asked: with its key, for so long, and never whom it redirects to."""
+    key = {"Authorization": f"Bearer {plan.key}"} if plan.key else {}
+    limit = aiohttp.ClientTimeout(total=ANSWER_S_MAX)
+    return {"headers": key | more, "timeout": limit, "allow_redirects": False}
 
 
 async def place(
@@ -332,10 +333,9 @@ async def place(
     for name, bits in (("ufrag", 32), ("pwd", 96)):
         made = f"{chance.getrandbits(bits):0{bits // 4}x}"
         text = re.sub(rf"(?m)^a=ice-{name}:[^\r]*", f"a=ice-{name}:{made}", text)
-    headers = {"Content-Type": "application/sdp", **_authorization(plan)}
-    url = f"{plan.page}/v1/realtime/calls"
+    url, asking = f"{plan.page}/v1/realtime/calls", _asking(plan, **{"Content-Type": _SDP})
     try:
-        async with http.post(url, data=text.encode(), headers=headers) as response:
+        async with http.post(url, data=text.encode(), **asking) as response:
             answer, where = await response.text(), response.headers.get("Location", "")
             status = response.status
     except (aiohttp.ClientError, TimeoutError) as error:
@@ -344,9 +344,11 @@ async def place(
     hint, password = found["ufrag"], found["pwd"]
     if status != 201 or hint is None or password is None:
         raise OSError(f"signaling refuses a call of the attackers' own: {status} {answer[:200]}")
-    # A Location is a path, or a whole address of the page's host.
-    where = where if where.startswith(plan.page) else plan.page + where
-    return where, attacks.Own(hint[1], password[1].encode())
+    # Of a Location nothing but the call's id: whatever host it names, the page is what was named.
+    call_id = where.rstrip("/").rpartition("/")[2]
+    if not re.fullmatch(r"[\w~-][\w.~-]*", call_id, re.ASCII):
+        raise OSError(f"signaling names no call of the attackers' own: {where[:200]!r}")
+    return f"{url}/{call_id}", attacks.Own(hint[1], password[1].encode())
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -370,6 +372,19 @@ def _keys(
         return None, None
     found = settings.load(config, settings.Relay)
     return found, settings.load_keys(keys or found.keys.file, found.keys.mint_id)
+
+
+def _metrics(named: str | None, found: settings.Relay | None, owned: bool) -> str | None:
+    """The relay's page, as it was named or is configured. Raises target.TargetError."""
+    if named is None and found is not None:
+        at = found.relay.metrics
+        # Where it is served at all addresses of this machine, loopback is one.
+        host = "127.0.0.1" if at.address.is_unspecified else str(at).rpartition(":")[0]
+        named = f"http://{host}:{at.port}/metrics"
+    try:
+        return None if named is None else target.page(named, owned)
+    except target.TargetError as error:
+        raise target.TargetError(f"--metrics: {error}") from error
 
 
 def _own_system(plan: Plan) -> Finding:
@@ -459,8 +474,8 @@ def attack(
         found, keyring = _keys(config, keys)
         if found is not None and keyring is not None:
             plan.relay_keys = keyring, settings.clusters(found.cluster)
-        plan.metrics = metrics or (found and f"http://{found.relay.metrics}/metrics") or None
-        pid = onlooker.holder(plan.relay[1]) if plan.here else None
+        plan.metrics = _metrics(metrics, found, owned)
+        pid = onlooker.holder(plan.relay[1]) if observed.is_here(plan.relay[0]) else None
         plan.programs = {} if pid is None else {"relay": [pid]}
         return asyncio.run(_run(plan))
 

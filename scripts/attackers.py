@@ -82,7 +82,7 @@ class Band:
         self._octets = np.zeros((0, 0), np.uint8)
         self._lengths = np.zeros(0, np.uint64)
         self._names: Sequence[tuple[str, int]] = ()
-        self._sent = self._refused = 0
+        self._due = self._refused = 0
         self._by_sock: list[int] = []
 
     def load(
@@ -113,16 +113,16 @@ class Band:
         self._lengths = np.array([len(each) for each in datagrams], np.uint64)
         self._out = np.zeros((load.BATCH, width), np.uint8)
         self._batch, self._from = _batch(self._out, self._at, self.local and not live)
-        self._sent = 0
+        self._due = 0
 
     def run(self, rate: float, seconds: float) -> Iterator[Figures]:
         """Send so many a second; yields how much was sent, and at last the whole account."""
         began, used = time.monotonic(), time.process_time()
         end, tell_at, skipped, octets = began + seconds, began + TELL_S, 0, 0
-        self._sent = self._refused = 0
+        self._due = self._refused = 0
         self._by_sock = [0] * len(self._socks)
         while (now := time.monotonic()) < end:
-            due = int((now - began) * rate) - self._sent - skipped
+            due = int((now - began) * rate) - self._due - skipped
             if due > rate * BEHIND_S + load.BATCH:
                 skipped += due - int(rate * BEHIND_S)
                 due = int(rate * BEHIND_S)
@@ -138,6 +138,7 @@ class Band:
         yield {
             "sent": self._sent,
             "octets": octets - (_HEADERS * self._sent if self._names else 0),
+            "forged": bool(self._names),
             "octets_of_one": self._octets_of_one(),
             "skipped": skipped,
             "refused": self._refused,
@@ -146,29 +147,38 @@ class Band:
             "done": True,
         }
 
+    @property
+    def _sent(self) -> int:
+        """What has left of what was due."""
+        return self._due - self._refused
+
     def _send(self, n: int) -> int:
-        numbers = self._sent + np.arange(n)
+        """Send the next n; the octets that have left, all their headers that are made here, too."""
+        numbers = self._due + np.arange(n)
         rows = numbers % len(self._lengths)
         self._out[:n] = self._octets[rows]
         self._batch.to_send[:n] = self._lengths[rows]
         if self._from is not None:
             self._from[:n] = FIRST + numbers % SOURCES
-        which = self._sent // load.BATCH % len(self._socks)
+        which = self._due // load.BATCH % len(self._socks)
         sock = self._raw if self._names else self._socks[which]
         assert sock is not None  # load() has opened it
         total = int(self._lengths[rows].sum())
-        self._by_sock[which] += total
+        self._due += n
         try:
             self._batch.send(sock.fileno(), n)
-        except OSError:  # a firewall of this host, or no route: the rest of the batch stays here
+        except OSError:
+            # A firewall of this host, or no route. All of the batch counts as refused, though the
+            # first of it may have left: no more is said to have been sent than was.
             self._refused += n
-        self._sent += n
+            return 0
+        self._by_sock[which] += total
         return total
 
     def _octets_of_one(self) -> int:
         """What the busiest attacker has sent, at the most."""
         if self.local:
-            return int(self._lengths.max()) * -(-self._sent // SOURCES)
+            return int(self._lengths.max()) * -(-self._due // SOURCES)
         return max(self._by_sock)
 
     def listen(self) -> None:

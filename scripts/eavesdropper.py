@@ -57,6 +57,8 @@ def overhear(host: str, port: int, hints: Collection[str], seconds: float) -> Ov
                 break
             octets = ear.recv(2048)
             at = (octets[0] & 0x0F) * 4  # the length of the IP header, in words
+            if len(octets) < at + _UDP_OCTETS:
+                continue  # a raw socket hears what is no whole header, too
             source_port, target_port = _PORTS.unpack_from(octets, at)
             if target_port == port and octets[16:20] == here:
                 source = socket.inet_ntoa(octets[12:16]), source_port

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
+import observed
 from rig import cpu_s, tree
 
 Counted = Counter[str]
@@ -73,7 +74,7 @@ class Page:
         """What it says now. Raises OSError."""
         try:
             limit = aiohttp.ClientTimeout(total=PAGE_S_MAX)
-            async with self._http.get(self.url, timeout=limit) as response:
+            async with self._http.get(self.url, timeout=limit, allow_redirects=False) as response:
                 text = await response.text()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise OSError(f"no metrics at {self.url}: {error or type(error).__name__}") from error
@@ -149,21 +150,4 @@ def idle_s() -> float:
 def holder(port: int) -> int | None:
     """The process that holds a UDP port of this machine, the eldest of those that share it; None if
     nobody does, or its owner is not to be seen."""
-    inodes = set()
-    for family in ("udp", "udp6"):
-        for line in Path(f"/proc/net/{family}").read_text().splitlines()[1:]:
-            columns = line.split()
-            if int(columns[1].rpartition(":")[2], 16) == port:
-                inodes.add(f"socket:[{columns[9]}]")
-    return min((pid for pid in map(int, _pids()) if _holds(pid, inodes)), default=None)
-
-
-def _pids() -> list[str]:
-    return [name for name in os.listdir("/proc") if name.isdigit()]
-
-
-def _holds(pid: int, inodes: set[str]) -> bool:
-    try:
-        return any(os.readlink(link) in inodes for link in Path(f"/proc/{pid}/fd").iterdir())
-    except OSError:  # it has ended, or is somebody else's
-        return False
+    return min(observed.holders(port), default=None)

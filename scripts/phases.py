@@ -9,6 +9,8 @@ The rule by which a loss is judged: live flows come first (ARCHITECTURE.md "Rule
 while a relay has CPU left an attack costs calls nothing. Calls may lose as much as in the worse of
 the two quiet phases, and `LOSS_MAX` of their packets more. What the kernel dropped stands beside
 it: where the relay's sockets overflow, there was no CPU left.
+A call to which nothing comes any more at the end of a phase is a failure whatever was lost; a new
+call that does not connect, in whatever phase, is one, too.
 """
 
 import os
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import onlooker
 from findings import Figures, Finding
+from heard import GONE_MS
 from ring import Call
 
 SETTLE_S = 1.3
@@ -57,6 +60,8 @@ class Felt:
     """The longest, of all calls."""
     gap_p99_ms: float
     """Of all calls' gaps: how much later than due a packet came."""
+    silent: list[str]
+    """Calls to which nothing came any more when it ended."""
     ended: list[str]
     """Calls that ended in it or right behind it, and why: none was told to."""
 
@@ -76,12 +81,16 @@ def felt(calls: Sequence[Call], since_ns: int, until_ns: int) -> Felt:
         for call in calls
         if call.ended_ns is not None and since_ns <= call.ended_ns < until_ns + SETTLE_S * 1e9
     ]
+    silent_ms = {call.number: call.silent_ms(since_ns, until_ns) for call in calls}
     return Felt(
         received=sum(call.received(since_ns, until_ns) for call in calls),
         lost_down=sum(call.lost_down(since_ns, until_ns) for call in calls),
         lost_up=sum(known) if known else None,
         silence_ms=max((call.silence_ms(since_ns, until_ns) for call in calls), default=0.0),
         gap_p99_ms=float(np.percentile(gaps, 99)) if gaps else 0.0,
+        silent=[
+            f"call {number}, for {ms:.0f} ms" for number, ms in silent_ms.items() if ms > GONE_MS
+        ],
         ended=ended,
     )
 
@@ -142,6 +151,7 @@ class Phase:
             "lost_up": felt.lost_up,
             "silence_ms_max": round(felt.silence_ms, 1),
             "gap_ms_p99": round(felt.gap_p99_ms, 1),
+            "silent_at_its_end": len(felt.silent),
             "ended": len(felt.ended),
             "new_call_ms": self.newcomer_ms and round(self.newcomer_ms),
             "own_late_ms_p99": round(float(np.percentile(self.late_ms, 99)), 1)
@@ -168,18 +178,25 @@ class Round:
     why: str = ""
     """Why they may."""
 
+    @property
+    def forged(self) -> bool:
+        """It was sent in the name of live calls, who get what comes back: what that was is not
+        known."""
+        return bool(self.attack.sent.get("forged"))
+
     def sent(self) -> Figures:
-        """Row: what the attackers sent, and what they got."""
+        """Row: what the attackers sent, and what they got, None where that is not known."""
         sent, back = self.attack.sent, self.attack.back
+        share = round(back["octets"] / max(1, sent["octets"]), 6)
         return {
             "attack": self.attack.name,
             "sent": sent["sent"],
             "per_s": round(sent["sent"] / sent["seconds"]),
             "octets": sent["octets"],
             "left_out": sent["skipped"] + sent["refused"],
-            "back": back["datagrams"],
-            "back_octets": back["octets"],
-            "amplification": round(back["octets"] / max(1, sent["octets"]), 6),
+            "back": None if self.forged else back["datagrams"],
+            "back_octets": None if self.forged else back["octets"],
+            "amplification": None if self.forged else share,
             "attackers_cpu_percent": round(100 * sent["cpu_s"] / sent["seconds"], 1),
         }
 
@@ -212,15 +229,9 @@ class Round:
     def judge(self, finding: Finding, calls: int) -> None:
         """Note what had to hold and did not."""
         self._judge_calls(finding, calls)
-        name, back, sent = self.attack.name, self.attack.back, self.attack.sent
-        more = {kind: n for kind, n in back["kinds"].items() if kind not in self.answers}
-        finding.must(not more, f"{name}: the attackers were sent {more}")
-        if back["datagrams"] and not more:
-            finding.notes.append(f"{name}: attackers were answered, as {self.why}.")
-        finding.must(
-            back["octets"] <= sent["octets"],
-            f"{name}: {back['octets']} octets went back for {sent['octets']} that were sent",
-        )
+        self._judge_newcomers(finding)
+        self._judge_answers(finding)
+        name, sent = self.attack.name, self.attack.sent
         arrived = self.attack.counted("inbound_received") + self.attack.counted(
             "socket_public_dropped"
         )
@@ -234,6 +245,32 @@ class Round:
             f"{name}: the law does not hold: {self.attack.off} datagrams are in no counter",
         )
 
+    def _judge_answers(self, finding: Finding) -> None:
+        name, back, sent = self.attack.name, self.attack.back, self.attack.sent
+        if self.forged:
+            finding.notes.append(
+                f"{name}: what was answered went to the live calls, in whose name it was sent: how"
+                " much that was is not known, and not judged."
+            )
+            return
+        more = {kind: n for kind, n in back["kinds"].items() if kind not in self.answers}
+        finding.must(not more, f"{name}: the attackers were sent {more}")
+        if back["datagrams"] and not more:
+            finding.notes.append(f"{name}: attackers were answered, as {self.why}.")
+        finding.must(
+            back["octets"] <= sent["octets"],
+            f"{name}: {back['octets']} octets went back for {sent['octets']} that were sent",
+        )
+
+    def _judge_newcomers(self, finding: Finding) -> None:
+        name, (before, behind) = self.attack.name, self.quiet
+        for phase, when in ((self.attack, "during the attack"), (behind, "in the quiet behind it")):
+            finding.must(
+                phase.newcomer_ms is not None,
+                f"{name}: a new call did not connect {when}: {phase.newcomer_why}"
+                + ("; nor did one in the quiet before it" if before.newcomer_ms is None else ""),
+            )
+
     def _judge_calls(self, finding: Finding, calls: int) -> None:
         name, felt = self.attack.name, self.attack.felt
         quiet = [phase.felt.lost for phase in self.quiet if phase.felt is not None]
@@ -242,6 +279,9 @@ class Round:
             for each in phase.felt.ended if phase.felt else ():
                 when = "" if phase is self.attack else " in the quiet behind it"
                 finding.must(False, f"{name}: a live call ended{when}: {each}")
+            for each in phase.felt.silent if phase.felt else ():
+                when = "it" if phase is self.attack else "the quiet behind it"
+                finding.must(False, f"{name}: a live call was silent as {when} ended: {each}")
         packets = 2 * calls * PACKETS_PER_S * self.attack.seconds
         allowed = max(quiet, default=0) + LOSS_MAX * packets
         dropped = self.attack.counted("socket_public_dropped")
@@ -257,10 +297,6 @@ class Round:
                 " the quiet beside it. `own_late_ms_p99` and `machine_idle_percent` say whether"
                 " this machine had the CPU for its calls."
             )
-        finding.must(
-            self.attack.newcomer_ms is not None or self.quiet[0].newcomer_ms is None,
-            f"{name}: a new call did not connect during the attack: {self.attack.newcomer_why}",
-        )
 
 
 def _mib(octets: int) -> Any:

@@ -29,7 +29,10 @@ import ufrag
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 PATIENCE_S = 90
-NAMES = "assault", "attacks", "attackers", "eavesdropper", "onlooker", "phases", "findings", "dev"
+NAMES = (
+    *("aftermath", "assault", "attacks", "attackers", "dev", "eavesdropper", "findings"),
+    *("onlooker", "phases", "target"),
+)
 HOME = ufrag.Cluster(1, ipaddress.ip_network("127.0.0.0/8"), 1024, 65535)
 PORT = 9000
 
@@ -209,6 +212,25 @@ def relay_has_more(sock):
     return bool(select.select([sock], [], [], 0)[0])
 
 
+def test_what_was_refused_was_not_sent(band, relay, monkeypatch):
+    band.load("flood", [b"1234567"])
+    sending, batches = band._batch.send, []
+
+    def send(fd, n):
+        batches.append(n)
+        if len(batches) % 2:
+            raise PermissionError
+        sending(fd, n)
+
+    monkeypatch.setattr(band._batch, "send", send)
+    *_, account = band.run(1_000, 0.1)
+    assert account["sent"] == sum(batches[1::2]) > 0
+    assert account["refused"] == sum(batches[::2])
+    assert account["octets"] == 7 * account["sent"]
+    assert len(taken(relay, account["sent"])) == account["sent"]
+    assert not relay_has_more(relay)
+
+
 def test_what_attackers_are_sent_is_counted(band, relay):
     band.load("flood", [b"\x01"])
     assert band.account()["flood"]["datagrams"] == 0
@@ -285,6 +307,24 @@ def test_an_eavesdropper_keeps_those_that_were_named(scripts, keyring, material)
 
 
 @raw
+def test_an_eavesdropper_survives_what_is_no_whole_header(scripts, relay):
+    host, port = relay.getsockname()
+
+    async def story():
+        hears = asyncio.create_task(
+            asyncio.to_thread(scripts.eavesdropper.overhear, host, port, {"nobody"}, 0.2)
+        )
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP) as stranger:
+            while not hears.done():
+                stranger.sendto(b"", (host, 0))
+                stranger.sendto(b"\0\1", (host, 0))
+                await asyncio.sleep(0.01)
+        return await hears
+
+    assert asyncio.run(story()).checks == {}
+
+
+@raw
 def test_an_eavesdropper_hears_what_arrives_here(scripts, relay, material):
     host, port = relay.getsockname()
     media = b"\x80\x6f" + bytes(6) + b"\0\0\0\x07" + bytes(20)
@@ -357,12 +397,16 @@ class Call:
     ended_ns: int | None = None
     down: dict = field(default_factory=dict)
     up: dict = field(default_factory=dict)
+    silent: dict = field(default_factory=dict)
 
     def lost_down(self, since, until):
         return self.down.get(since, 0)
 
     def lost_up(self, since, until):
         return self.up.get(since)
+
+    def silent_ms(self, since, until):
+        return self.silent.get(since, 0.0)
 
     def received(self, since, until):
         return 50
@@ -381,16 +425,17 @@ SECOND = 10**9
 def judge(scripts):
     """Judges a round of three phases of 10 s; `changes` goes into the attack's phase."""
 
-    def judging(calls, answers=(), back=None, off=0, newcomer_ms=20.0, after=None):
+    def judging(calls, answers=(), back=None, off=0, newcomer_ms=20.0, after=None, **more):
         found = []
         for number, name in enumerate(("quiet", "flood", "quiet")):
             since = number * 12 * SECOND
             phase = scripts.phases.Phase(name, since, since + 10 * SECOND, newcomer_ms=20.0)
-            phase.sent = {"sent": 100, "octets": 1_000}
+            phase.sent = {"sent": 100, "octets": 1_000, "forged": more.get("forged", False)}
             phase.back = {"datagrams": 0, "octets": 0, "kinds": {}}
             phase.felt = scripts.phases.felt(calls, phase.since_ns, phase.until_ns)
             found.append(phase)
         found[1].off, found[1].newcomer_ms = off, newcomer_ms
+        found[2].newcomer_ms = more.get("behind_ms", 20.0)
         found[1].after.update(after or {})
         found[1].back |= back or {}
         finding = scripts.findings.Finding("judged")
@@ -427,6 +472,25 @@ def test_a_call_that_ends_is_a_failure(judge):
     assert behind == "flood: a live call ended in the quiet behind it: call 4, lost: nothing came"
 
 
+def test_a_call_that_falls_silent_is_a_failure(judge):
+    assert judge([Call(silent={AT: 400.0})]) == []
+    (during,) = judge([Call(4, silent={AT: 900.0})])
+    (behind,) = judge([Call(4, silent={2 * AT: 900.0})])
+    assert during == "flood: a live call was silent as it ended: call 4, for 900 ms"
+    assert "silent as the quiet behind it ended" in behind
+
+
+def test_what_went_to_others_is_not_judged(judge, scripts):
+    back = {"datagrams": 2, "octets": 2_000, "kinds": {"dtls": 2}}
+    assert len(judge([Call()], back=back)) == 2
+    assert judge([Call()], back=back, forged=True) == []
+    phase = scripts.phases.Phase("spoofed", back=back)
+    phase.sent = {"sent": 5, "octets": 50, "seconds": 1.0, "skipped": 0, "refused": 0, "cpu_s": 0.1}
+    phase.sent["forged"] = True
+    row = scripts.phases.Round(phase, (phase, phase), frozenset()).sent()
+    assert (row["back"], row["back_octets"], row["amplification"]) == (None, None, None)
+
+
 def test_what_goes_back_is_a_failure_unless_it_is_an_answer(judge):
     back = {"datagrams": 2, "octets": 200, "kinds": {"stun success": 2}}
     (said,) = judge([Call()], back=back)
@@ -439,11 +503,109 @@ def test_what_goes_back_is_a_failure_unless_it_is_an_answer(judge):
 def test_a_counter_that_is_missing_and_a_call_that_cannot_begin_are_failures(judge):
     (law,) = judge([Call()], off=3)
     (newcomer,) = judge([Call()], newcomer_ms=None)
+    (behind,) = judge([Call()], behind_ms=None)
     assert judge([Call()], after={"inbound_received": 50}) == []
     (another,) = judge([Call()], after={"inbound_received": 40, "socket_public_dropped": 9})
     assert "of 100 datagrams 49 arrived" in another
     assert "3 datagrams are in no counter" in law
-    assert "a new call did not connect" in newcomer
+    assert "a new call did not connect during the attack" in newcomer
+    assert "a new call did not connect in the quiet behind it" in behind
+
+
+def test_a_new_call_must_connect_before_anything_is_attacked(scripts):
+    quiet, attack, behind = (scripts.phases.Phase(name) for name in ("quiet", "flood", "quiet"))
+    attack.newcomer_ms = behind.newcomer_ms = 20.0
+    attack.sent = {"sent": 1, "octets": 1}
+    attack.back = {"datagrams": 0, "octets": 0, "kinds": {}}
+    round_ = scripts.phases.Round(attack, (quiet, behind), frozenset())
+    finding = scripts.findings.Finding("judged")
+    scripts.aftermath.Account(finding, [Call()], [round_], [], 0)
+    assert finding.failures == ["a new call did not connect before anything was attacked: "]
+
+
+# --- whom it speaks to ----------------------------------------------------------------------------
+
+
+class Answer:
+    """Of signaling: where the call is, it says."""
+
+    def __init__(self, where, status=201):
+        self.status, self.headers = status, {"Location": where}
+
+    async def text(self):
+        return "a=ice-ufrag:hint\r\na=ice-pwd:password\r\n"
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
+
+
+class Http:
+    """Answers all requests alike, and keeps them."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def post(self, url, **options):
+        self.asked.append((url, options))
+        return self.answer
+
+    get = post
+
+
+PAGE = "http://127.0.0.1:8080"
+
+
+def place(scripts, http):
+    plan = scripts.assault.Plan(PAGE, ("127.0.0.1", 1), (), 1, 1, 1, 1, key="secret")
+    return asyncio.run(scripts.assault.place(http, plan, random.Random(1)))
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "/v1/realtime/calls/rtc_1",
+        f"{PAGE}/v1/realtime/calls/rtc_1/",
+        "@evil.org/rtc_1",
+        f"{PAGE}.evil.org/rtc_1",
+        f"{PAGE}@evil.org/rtc_1",
+    ],
+)
+def test_a_call_is_hung_up_at_the_page_wherever_it_is_said_to_be(scripts, where):
+    http = Http(Answer(where))
+    found, own = place(scripts, http)
+    assert found == f"{PAGE}/v1/realtime/calls/rtc_1"
+    assert own == scripts.attacks.Own("hint", b"password")
+    ((_, options),) = http.asked
+    assert options["allow_redirects"] is False and options["timeout"].total > 0
+    assert options["headers"]["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("where", ["", "/", "/calls/..", "/calls/a?b", "/calls/a@b"])
+def test_a_call_without_an_id_is_refused(scripts, where):
+    with pytest.raises(OSError, match="names no call"):
+        place(scripts, Http(Answer(where)))
+
+
+def test_a_page_of_metrics_is_a_target(scripts):
+    with pytest.raises(scripts.target.TargetError, match=r"--metrics.*public address"):
+        scripts.assault._metrics("http://8.8.8.8/metrics", None, False)
+    assert scripts.assault._metrics(None, None, False) is None
+    for at, url in (("0.0.0.0:9", "127.0.0.1:9"), ("[::1]:9", "[::1]:9")):
+        table = settings.RelayTable(
+            public="127.0.0.1:1", internal="127.0.0.1:2", metrics=settings.Endpoint(at)
+        )
+        configured = type("Configured", (), {"relay": table})
+        assert scripts.assault._metrics(None, configured, False) == f"http://{url}/metrics"
+
+
+def test_a_page_of_metrics_sends_nobody_on(scripts):
+    http = Http(Answer("http://127.0.0.2/", status=302))
+    with pytest.raises(OSError, match="no relay's page"):
+        asyncio.run(scripts.onlooker.Page(http, f"{PAGE}/metrics").read())
+    assert http.asked[0][1]["allow_redirects"] is False
 
 
 # --- the command ----------------------------------------------------------------------------------
