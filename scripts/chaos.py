@@ -40,8 +40,9 @@ import stream
 import typer
 from faults import KINDS, Planned, Scene
 from findings import Figures, Finding, Marker, Series, Spread
+from heard import GONE_MS
 from promises import Record, Verdict
-from ringing import Call, Ringing
+from ringing import Call, Return, Ringing
 from subject import LateError, Subject, World
 
 CALLS_MAX = 60
@@ -61,8 +62,9 @@ REPORT_S = 1.3
 BACK_NS = 20_000_000
 """What was on its way when something happened belongs to it."""
 
-OVERRUN_S_MAX = 120.0
-"""How much longer than its schedule a run may take, all waits in it included."""
+OVERRUN_S_MAX, EVENT_S_MAX = 180.0, 90.0
+"""How much longer than its schedule a run may take, and how long an event may, all its waits in it.
+Without room for another one a run ends with what there is: so it goes where a part never comes."""
 
 SLICE_S = 0.1
 """Of the lines in plots."""
@@ -175,13 +177,18 @@ class Run:
             most_s = plan[-1].at_s + plan[-1].room_s + OVERRUN_S_MAX
             self._begin_stream(world, most_s + HOLD_S_MAX)
             await self._hold(calls)
+            finding.figures["calls"] = calls
             self._began = time.monotonic_ns()
             with progress.bar("chaos", plan[-1].at_s + plan[-1].room_s) as told:
                 for planned in plan:
+                    if self._seconds() > most_s - EVENT_S_MAX:
+                        break
                     await self._happens(planned, world, told)
+            self._judge_end(finding)
+            speech = sum(call.sent for call in self._ringing.calls)
             last = self._beside.end()
         await self._settle(world)
-        self._note(finding, last, world, calls)
+        self._note(finding, last, world, speech)
 
     def _begin_stream(self, world: World, most_s: float) -> None:
         host, _, port = self._about["relay"].rpartition(":")
@@ -209,9 +216,7 @@ class Run:
         """One event, its recovery, and time for the reports about it."""
         words = KINDS[planned.kind].words
 
-        def seconds() -> float:
-            return (time.monotonic_ns() - self._began) / 1e9
-
+        seconds = self._seconds
         await _until(lambda: seconds() >= planned.at_s, lambda: told(seconds(), "calm"))
         begun_s = seconds()
         record = Record(planned.kind, at_s=begun_s)
@@ -234,6 +239,10 @@ class Run:
         self._windows.append(window)
         await _until(lambda: seconds() >= ends_s, lambda: told(seconds(), "reports"))
 
+    def _seconds(self) -> float:
+        """Since the first event was waited for."""
+        return (time.monotonic_ns() - self._began) / 1e9
+
     async def _look_after(self, record: Record) -> None:
         """What has ended by itself is noted, and started again, as systemd would."""
         for name, process in list(self._subject.running.items()):
@@ -252,15 +261,26 @@ class Run:
 
     # --- what was found ---------------------------------------------------------------------------
 
-    def _note(self, finding: Finding, last: stream.Told, world: World, calls: int) -> None:
+    def _judge_end(self, finding: Finding) -> None:
+        """All has happened, and every held call talks but those that an event has ended."""
+        left = [planned.kind for planned in self._plan[len(self._windows) :]]
+        finding.must(
+            not left,
+            f"the run was far behind its schedule and was ended: without {', '.join(left)}",
+        )
+        ended = [call for window in self._windows for call in window.scene.ended]
+        held = [call for call in self._ringing.calls if call not in self._wanted + ended]
+        gone = [f"call {each.number} is {each.state}" for each in held if each.state != "talking"]
+        finding.must(not gone, f"at the end not all calls talk: {', '.join(gone)}")
+
+    def _note(self, finding: Finding, last: stream.Told, world: World, speech: int) -> None:
         records = [felt(window, last, self._still) for window in self._windows]
         law, account = world.relay.law(), last.account
         ports = last.ports | {world.relay.public, world.relay.internal}
         law["kernel_drops"] = rig.kernel_drops(set(ports)) + world.relay.kernel_drops()
         crashed = any(record.event == "crash" for record in records)
-        rows = [*promises.judged(records), *lawful(law, last, crashed)]
+        rows = [*promises.judged(records), *lawful(law, last, speech, crashed)]
         finding.figures |= {
-            "calls": calls,
             "calls_made": len(self._ringing.calls),
             "stream": {"clients": CLIENTS, "rate_per_s": RATE_PER_S} | account.figures(),
             "law": law,
@@ -358,7 +378,9 @@ def felt(window: Window, last: stream.Told, still: list[tuple[int, float]]) -> R
     record.stood_still_ms = max([float(late_ms), *own_still])
     others = [call for call in window.calls if call not in scene.own + scene.ended]
     record.calls, record.own = len(others), len(scene.own)
-    up = [call.lost_up(since, until) or 0 for call in others]
+    reported = [call.lost_up(since, until) for call in others]
+    up = [each for each in reported if each is not None]
+    record.unknown = len(reported) - len(up)
     record.lost_up, record.silence_up_ms = sum(up), FRAME_MS * max(up, default=0)
     record.lost_down = sum(call.lost_down(since, until) for call in others)
     record.silence_ms = max((call.silence_ms(since, until) for call in others), default=0.0)
@@ -366,14 +388,19 @@ def felt(window: Window, last: stream.Told, still: list[tuple[int, float]]) -> R
         record.ended += _ends(call, since, until)
         if _returns(call, since, until):
             record.ended.append(f"call {call.number} had to come back")
+        elif call.silent_ms(since, until) > GONE_MS:
+            record.ended.append(f"call {call.number} hears nothing any more")
     for call in scene.own:
         record.own_ended += _ends(call, since, until)
         record.own_lost_up += call.lost_up(since, until) or 0
         record.own_lost_down += call.lost_down(since, until)
         record.own_silence_ms = max(record.own_silence_ms, call.silence_ms(since, until))
-        back_ms = _returns(call, since, until)
+        back = _returns(call, since, until)
+        back_ms = [(at - each.heard_ns) / 1e6 for each in back if (at := each.connected_ns)]
         record.came_back += bool(back_ms)
         record.back_ms += back_ms
+        if len(back_ms) < len(back) and not call.failure:
+            record.own_ended.append(f"call {call.number} has not come back")
     return record
 
 
@@ -383,24 +410,23 @@ def _ends(call: Call, since: int, until: int) -> list[str]:
     return [f"call {call.number} {call.failure or 'ended'}: {call.why}".rstrip(": ")]
 
 
-def _returns(call: Call, since: int, until: int) -> list[float]:
-    """How long each return took in that time, in milliseconds."""
-    return [
-        (each.connected_ns - each.heard_ns) / 1e6
-        for each in call.returns
-        if since <= each.noticed_ns <= until and each.connected_ns is not None
-    ]
+def _returns(call: Call, since: int, until: int) -> list[Return]:
+    """Its returns that began in that time, those that came to nothing, too."""
+    return [each for each in call.returns if since <= each.noticed_ns <= until]
 
 
-def lawful(law: Figures, last: stream.Told, crashed: bool) -> list[Figures]:
-    """The promise about the relay's counters, of the whole run."""
+def lawful(law: Figures, last: stream.Told, speech: int, crashed: bool) -> list[Figures]:
+    """The promise about the relay's counters, of the whole run, in which the stream and so many
+    packets of speech were sent."""
     account, missing = last.account, law["missing"]
-    # A relay that has crashed has counted for itself alone.
-    counted = crashed or law["received"] >= last.datagrams
+    # What the kernel dropped never came. A relay that has crashed has counted for itself alone.
+    sent, came = last.datagrams + speech, law["received"] + law["kernel_drops"]
+    counted = crashed or came >= sent
     verdict = Verdict(
         not missing and counted and not account.duplicated and not account.foreign,
-        f"{law['received']} received, {missing} in no counter; of the stream's {last.datagrams} "
-        f"{account.duplicated} came twice, {account.foreign} changed or misdirected",
+        f"{law['received']} received of {sent} and more, {missing} in no counter; of the "
+        f"stream's {last.datagrams} {account.duplicated} came twice, {account.foreign} changed or "
+        "misdirected",
     )
     bound = "no datagram is in no counter; none comes twice or changed"
     return [promises.row("whole run", None, bound, promises.LAW, verdict)]

@@ -67,19 +67,21 @@ class Record:
     lost_up: int = 0
     lost_down: int = 0
     """Packets of those calls, by the transceiver's reports and by sequence numbers."""
+    unknown: int = 0
+    """Those of whom no transceiver reported what it lacks."""
     silence_up_ms: float = 0.0
     """Of the call that lost most: a packet lost is 20 ms."""
     silence_ms: float = 0.0
     """Of the call that heard nothing for longest."""
     ended: list[str] = field(default_factory=list)
-    """Those of them that ended or failed, and why."""
+    """Those of them that ended, failed, had to come back or fell silent, and why."""
     own: int = 0
     """Calls that the event was about: the one that moved, those of a killed transceiver."""
     own_lost_up: int = 0
     own_lost_down: int = 0
     own_silence_ms: float = 0.0
     own_ended: list[str] = field(default_factory=list)
-    """Those that ended for good."""
+    """Those that ended for good, or have not come back."""
     came_back: int = 0
     """Of them, with another connection, wanted or not."""
     back_ms: list[float] = field(default_factory=list)
@@ -113,6 +115,7 @@ class Record:
             "event": self.event,
             "calls": self.calls,
             "lost_up": self.lost_up,
+            "up_not_known": self.unknown,
             "lost_down": self.lost_down,
             "silent_up_ms": _whole(self.silence_up_ms),
             "silent_down_ms": _whole(self.silence_ms),
@@ -163,12 +166,15 @@ def _whole(value: float | None) -> int | None:
 
 def _nothing(record: Record) -> Verdict:
     """No datagram and no packet is lost, and no call ends."""
-    kept = not (record.lost or record.lost_up or record.lost_down or record.ended)
+    kept: bool | None = not (record.lost or record.lost_up or record.lost_down or record.ended)
+    unknown = [f"up not known of {record.unknown}"] if record.unknown else []
+    if kept and (unknown or not record.sent):
+        kept = None
     evidence = (
         f"stream {record.lost} of {record.sent}; {record.calls} calls: up {record.lost_up}, "
         f"down {record.lost_down}, ended {len(record.ended)}"
     )
-    return Verdict(kept, "; ".join([evidence, *record.ended]))
+    return Verdict(kept, "; ".join([evidence, *unknown, *record.ended]))
 
 
 def _within(record: Record, what: str, value_ms: float | None, most_ms: float) -> Verdict:

@@ -34,7 +34,7 @@ def scripts():
     """The scripts import one another by name."""
     sys.path.insert(0, str(SCRIPTS))
     try:
-        names = "chaos", "faults", "promises", "stream", "load"
+        names = "chaos", "faults", "findings", "promises", "stream", "load"
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     finally:
         sys.path.remove(str(SCRIPTS))
@@ -216,9 +216,11 @@ class Call:
     def __init__(self, number, up=0, down=0, silence=5.0, ended_ns=None, failure=None, back=()):
         self.number, self.failure, self.why, self.ended_ns = number, failure, "why", ended_ns
         self.returns = [
-            SimpleNamespace(heard_ns=at, noticed_ns=at, connected_ns=at + took) for at, took in back
+            SimpleNamespace(heard_ns=at, noticed_ns=at, connected_ns=took and at + took)
+            for at, took in back
         ]
-        self._up, self._down, self._silence = up, down, silence
+        self.state, self.sent = "talking", 0
+        self._up, self._down, self._silence, self.silent = up, down, silence, 0.0
 
     def lost_up(self, since_ns, until_ns):
         return self._up
@@ -228,6 +230,9 @@ class Call:
 
     def silence_ms(self, since_ns, until_ns):
         return self._silence
+
+    def silent_ms(self, since_ns, at_ns):
+        return self.silent
 
 
 def account(scripts, back_at, every_ms=10):
@@ -282,6 +287,48 @@ def test_calls_are_the_events_own_or_others_or_ended_by_it(scripts):
     assert (record.came_back, record.back_ms, record.own_ended) == (1, [600.0], [])
 
 
+def test_a_return_that_was_begun_and_a_line_that_is_dead_are_found(scripts):
+    told = account(scripts, [10 * n + 2 for n in range(100)])
+    begun = Call(0, back=[(500 * MS, None)])
+    silent = Call(1)
+    silent.silent = 600.0
+    record = felt(scripts, told, 400, 900, [begun, silent])
+    assert record.ended == ["call 0 had to come back", "call 1 hears nothing any more"]
+    record = felt(scripts, told, 400, 900, [begun], own=[begun])
+    assert record.own_ended == ["call 0 has not come back"]
+    assert (record.came_back, record.ended) == (0, [])
+
+
+def test_what_nobody_reported_is_not_judged(scripts):
+    told = account(scripts, [10 * n + 2 for n in range(100)])
+    record = felt(scripts, told, 400, 900, [Call(0, up=None), Call(1, up=0)])
+    assert (record.calls, record.unknown, record.lost_up) == (2, 1, 0)
+    (row,) = scripts.promises.judged([record])
+    assert row["verdict"] == "not judged" and "up not known of 1" in row["evidence"]
+    record.lost = 1
+    assert scripts.promises.judged([record])[0]["verdict"] == "BROKEN"
+
+
+def test_at_the_end_all_calls_talk_but_those_that_an_event_ended(scripts):
+    calls = [Call(0), Call(1), Call(2), Call(3)]
+    plan = [scripts.faults.Planned(0, "worker", 0.0, 1.0), scripts.faults.Planned(1, "port", 2, 1)]
+    run = scripts.chaos.Run(None, {}, None, 1, plan)
+    run._ringing, run._wanted = SimpleNamespace(calls=calls), [calls[1]]
+    for call in calls[1:]:
+        call.state = "returning"
+    scene = SimpleNamespace(ended=[calls[2]])
+    run._windows = [scripts.chaos.Window(scene, 0, 1, calls)] * 2
+    finding = scripts.findings.Finding("judged")
+    run._judge_end(finding)
+    assert finding.failures == ["at the end not all calls talk: call 3 is returning"]
+    calls[3].state = "talking"
+    run._windows.pop()
+    finding = scripts.findings.Finding("judged")
+    run._judge_end(finding)
+    (late,) = finding.failures
+    assert late.endswith("was ended: without port")
+
+
 def test_how_long_this_tool_stood_still_is_known(scripts):
     told = account(scripts, [10 * n + 2 for n in range(100)])
     still = [(300, 70.0), (500, 40.0)]
@@ -294,7 +341,8 @@ def test_how_long_this_tool_stood_still_is_known(scripts):
     [
         ({}, {}, "kept"),
         ({"missing": 1}, {}, "BROKEN"),
-        ({"received": 99}, {}, "BROKEN"),
+        ({"received": 139}, {}, "BROKEN"),
+        ({"received": 139, "kernel_drops": 1}, {}, "kept"),
         ({}, {"duplicated": 1}, "BROKEN"),
         ({}, {"foreign": 1}, "BROKEN"),
     ],
@@ -303,8 +351,8 @@ def test_the_law_of_the_counters(scripts, law, more, verdict):
     told = account(scripts, [10 * n + 2 for n in range(100)])
     for name, value in more.items():
         setattr(told.account, name, value)
-    counted = {"received": 120, "missing": 0, "drops": {}} | law
-    (row,) = scripts.chaos.lawful(counted, told, crashed=False)
+    counted = {"received": 150, "missing": 0, "drops": {}, "kernel_drops": 0} | law
+    (row,) = scripts.chaos.lawful(counted, told, 40, crashed=False)
     assert row["verdict"] == verdict, row
 
 
