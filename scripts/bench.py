@@ -35,6 +35,7 @@ import costs
 import dev
 import findings
 import firsts
+import instrument
 import losses
 import offers
 import passage
@@ -76,10 +77,8 @@ def limit(seconds: float) -> int:
     with Load(1_000, spin=True) as load:
         load.towards("127.0.0.1", load.port)
         load.begin(2e6, seconds)
-        start = time.monotonic()
         load.run(seconds)
-        account = load.settle()
-        return int(account.returned / (time.monotonic() - start))
+        return int(instrument.per_s(load.settle()))
 
 
 cli = typer.Typer(

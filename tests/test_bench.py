@@ -13,43 +13,10 @@ import pytest
 
 import frame
 
+from . import mistreatment
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 PATIENCE_S = 120
-
-# A relay for one transceiver and any client that mistreats datagrams by their number: every 7th is
-# lost on its way in, every 11th on its way out, every 13th comes twice, every 17th is changed.
-MISTREATING = """
-import select, socket, sys
-sys.path[:0] = [{root!r}]
-import frame
-public, inner = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
-for sock in (public, inner):
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
-    sock.bind(("127.0.0.1", 0))
-print(public.getsockname()[1], flush=True)
-target = "127.0.0.1", int(sys.argv[1])
-
-def number(payload):
-    if payload[0] != 0x80 or payload[4] != {run}:
-        return 1
-    return int.from_bytes(payload[8:16], "little")
-
-while True:
-    for sock in select.select([public, inner], [], [])[0]:
-        datagram, source = sock.recvfrom(2048)
-        if sock is public:
-            if number(datagram) % 7:
-                inner.sendto(frame.header(*source) + datagram, target)
-            continue
-        client, datagram = frame.client(datagram), datagram[frame.HEADER_OCTETS:]
-        n = number(datagram)
-        if not n % 17:
-            datagram = datagram[:16] + bytes(8) + datagram[24:]
-        if n % 11:
-            public.sendto(datagram, client)
-        if not n % 13:
-            public.sendto(datagram, client)
-"""
 
 
 def bench(*words):
@@ -98,7 +65,7 @@ def test_the_load_alone_loses_nothing(load):
 
 def test_every_mistreated_datagram_is_accounted_for(load, tmp_path):
     """The control: an instrument that says 0 must be able to say something else."""
-    program = MISTREATING.format(root=str(SCRIPTS.parent), run=2)  # the first run opens the flows
+    program = mistreatment.PROGRAM.format(root=str(SCRIPTS.parent))  # the first run opens the flows
     with load.Load(50) as under_test:
         relay = subprocess.Popen(
             [sys.executable, "-c", program, str(under_test.port)], stdout=subprocess.PIPE

@@ -27,6 +27,8 @@ import typer.testing
 import endpoints
 import settings
 
+from . import mistreatment
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 PATIENCE_S = 120
 WIDE = {"COLUMNS": "1000"}
@@ -46,43 +48,6 @@ NAMES = (
     "rounds",
     "steps",
 )
-
-# A relay for any client that mistreats datagrams by their number, but those that open flows (run
-# 1): every 7th is lost on its way in, every 11th on its way out, every 13th comes twice, every 17th
-# is changed.
-MISTREATING = """
-import select, socket, sys
-sys.path[:0] = [{root!r}]
-import frame
-public, inner = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
-for sock in (public, inner):
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
-    sock.bind(("127.0.0.1", 0))
-print(public.getsockname()[1], flush=True)
-target = "127.0.0.1", int(sys.argv[1])
-
-def number(payload):
-    if payload[0] != 0x80 or payload[4] == 1:
-        return 1
-    return int.from_bytes(payload[8:16], "little")
-
-while True:
-    for sock in select.select([public, inner], [], [])[0]:
-        datagram, source = sock.recvfrom(2048)
-        if sock is public:
-            if number(datagram) % 7:
-                inner.sendto(frame.header(*source) + datagram, target)
-            continue
-        client, datagram = frame.client(datagram), datagram[frame.HEADER_OCTETS:]
-        n = number(datagram)
-        if not n % 17:
-            datagram = datagram[:16] + bytes(8) + datagram[24:]
-        if n % 11:
-            public.sendto(datagram, client)
-        if not n % 13:
-            public.sendto(datagram, client)
-"""
-
 
 # Two commands without the others: what those import takes longer than a load does.
 ALONE = """
@@ -193,7 +158,7 @@ def test_a_relay_of_its_own_and_a_report(tmp_path):
 def test_every_mistreated_datagram_is_found(scripts, relay):
     """The control: an instrument that says 0 must be able to say something else."""
     port = scripts.dev.free_ports(1, socket.SOCK_DGRAM)[0]
-    program = MISTREATING.format(root=str(SCRIPTS.parent))
+    program = mistreatment.PROGRAM.format(root=str(SCRIPTS.parent))
     with mistreating(program, port) as public:
         done = flood(
             "packets", "--clients", 40, "--rate", 25, "--seconds", 1, "--rounds", 2, "--json",
