@@ -13,6 +13,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -184,6 +185,12 @@ def test_a_whole_conversation_in_the_parrot_s_own_order(options: list[str], rate
         asyncio.run(run(served.url))
 
 
+def _connections(port: int | None) -> list[object]:
+    """This process's own, either end, of the server at this port."""
+    found = psutil.Process().net_connections("tcp")
+    return [each for each in found if each.raddr and port in (each.laddr.port, each.raddr.port)]
+
+
 def test_closing_at_any_moment_leaves_nothing_behind() -> None:
     async def answer(line: servers.Line) -> None:
         if line.number % 3:
@@ -191,9 +198,8 @@ def test_closing_at_any_moment_leaves_nothing_behind() -> None:
         await line.listen()
 
     async def run() -> None:
-        process = psutil.Process()
         async with servers.scripted(answer) as server:
-            table = realtime_at(server.url)
+            table, port = realtime_at(server.url), urlsplit(server.url).port
             counters = ledger.Counters(Count)
             backends = backend.Backends(table, (), counters, time.monotonic)
             before = None
@@ -210,9 +216,10 @@ def test_closing_at_any_moment_leaves_nothing_behind() -> None:
             assert before is not None
             assert before() is None
             assert not [task for task in asyncio.all_tasks() if "Uplink" in repr(task.get_coro())]
-            async with asyncio.timeout(PATIENCE_S):
-                while any(c.raddr for c in process.net_connections("tcp")):
-                    await asyncio.sleep(0.01)
+            deadline = time.monotonic() + PATIENCE_S
+            while (left := _connections(port)) and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            assert not left
 
     asyncio.run(run())
 
