@@ -25,7 +25,6 @@ for seconds then. How far two runs may lie apart stands beside the figures that 
 What it owns: the command, and what a reader has to know. comparing.py measures.
 """
 
-import asyncio
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -73,7 +72,7 @@ def measure(
                 found.notes.append("The relay had no Redis: there is no redis-server.")
 
         try:
-            asyncio.run(run())
+            options.interruptible(run())
         finally:
             estate.system.stop()
     found.figures["claims"] = claims.answers(found.figures)

@@ -400,7 +400,7 @@ def _own_system(plan: Plan) -> Finding:
         plan.programs["transceivers"] = [
             process.pid for name, process in system.running.items() if "transceiver" in name
         ]
-        return asyncio.run(_run(plan))
+        return options.interruptible(_run(plan))
 
 
 def attack(
@@ -477,6 +477,6 @@ def attack(
         plan.metrics = _metrics(metrics, found, owned)
         pid = onlooker.holder(plan.relay[1]) if observed.is_here(plan.relay[0]) else None
         plan.programs = {} if pid is None else {"relay": [pid]}
-        return asyncio.run(_run(plan))
+        return options.interruptible(_run(plan))
 
     options.deliver(measure, as_json, report, seed=drawn)

@@ -126,7 +126,7 @@ def measure(calls: int, seconds: float, seed: int, kinds: list[str]) -> Finding:
         dev.running(None, True, "127.0.0.1", False, begins) as (system, about),
     ):
         assert isinstance(system, Subject)  # as asked for
-        asyncio.run(Run(system, about, beside, seed, plan).through(calls, finding))
+        options.interruptible(Run(system, about, beside, seed, plan).through(calls, finding))
     return finding
 
 

@@ -33,7 +33,7 @@ import target
 import typer
 from findings import Finding
 from rig import cpu_s, tree
-from ringing import AT_ONCE_MAX, Ringing, interruptible
+from ringing import AT_ONCE_MAX, Ringing
 
 RATE_MAX = 100.0
 """A handshake is 5 ms of this process: at 100 a second it would do nothing else by half."""
@@ -219,7 +219,7 @@ def calls(
                 url, key, rate, seconds, talk, at_once, drawn,
                 even, interrupting, vanishing, compare, owned,
             )  # fmt: skip
-            return interruptible(run(plan, programs))
+            return options.interruptible(run(plan, programs))
 
     options.deliver(measure, as_json, report, seed=drawn)
 

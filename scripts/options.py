@@ -7,23 +7,26 @@ Rules that stay true:
 - What was measured is printed before the report is written: a full disk does not lose it.
 - What is wrong with options is said before anything is measured, in one line.
 - SIGTERM, a terminal that is gone (SIGHUP) and Ctrl-C are one KeyboardInterrupt, which unwinds what
-  measures; `finally` ends it all.
+  measures; `finally` ends it all. A loop is entered by `interruptible`.
 - How long it took, and the CPU time that this process used for it, stand beside the figures.
 """
 
+import asyncio
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import dev
 import findings
 import report
 import target
 import typer
+
+T = TypeVar("T")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Figures as JSON on standard output.")]
 Report = Annotated[
@@ -71,6 +74,43 @@ def deliver(
         print("flood: interrupted; what was started has ended", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(1 if found.failures else 0)
+
+
+def interruptible(main: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run, but that Ctrl-C (any of ENDINGS) cancels `main` between two steps of it, so that
+    it ends in order; then raises KeyboardInterrupt.
+
+    An exception out of a signal handler would hit whatever task happens to run, and leave it torn.
+    Only the first signal does it: a second one must not interrupt what ends calls, nor, ignored
+    from then on, what ends everything else (`deliver`).
+    """
+    before = [signal.getsignal(number) for number in ENDINGS]
+
+    async def guarded() -> T:
+        task, loop, stopped = asyncio.current_task(), asyncio.get_running_loop(), False
+
+        def stop() -> None:
+            nonlocal stopped
+            if task is not None and not stopped:
+                task.cancel()
+            stopped = True
+
+        for number in ENDINGS:
+            loop.add_signal_handler(number, stop)
+        try:
+            return await main
+        except BaseException:  # cancelled, or what came of that on the way out
+            if stopped:
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            # Here, and not behind asyncio.run: its loop leaves the defaults, under which a signal
+            # ends this process without more ado.
+            for number, handler in zip(ENDINGS, before, strict=True):
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN if stopped else handler)
+
+    return asyncio.run(guarded())
 
 
 def _unwritable(path: Path) -> str | None:

@@ -26,12 +26,11 @@ import asyncio
 import itertools
 import random
 import secrets
-import signal
 import time
 from array import array
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 import speaking
@@ -41,9 +40,7 @@ from ring import FAILURES, Call, Return
 import dtls
 import opus
 
-__all__ = ["FAILURES", "Call", "Return", "Ringing", "interruptible"]
-
-T = TypeVar("T")
+__all__ = ["FAILURES", "Call", "Return", "Ringing"]
 
 AT_ONCE_MAX = 500
 """Calls of one process: beyond some hundred a core is full, and the figures are of this tool."""
@@ -273,41 +270,3 @@ class Ringing:
 
 def _settled(call: Call) -> bool:
     return call.state in ("ended", "failed") or "first_reply" in call.moments
-
-
-def interruptible(main: Coroutine[Any, Any, T]) -> T:
-    """asyncio.run, but that Ctrl-C and SIGTERM cancel `main` between two steps of it, so that calls
-    are hung up in order; then raises KeyboardInterrupt.
-
-    An exception out of a signal handler would hit whatever task happens to run, and leave it torn.
-    Only the first signal does it: a second one must not interrupt what ends the calls, nor, ignored
-    from then on, what ends everything else (options.deliver).
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
-
-    async def guarded() -> T:
-        task, loop, stopped = asyncio.current_task(), asyncio.get_running_loop(), False
-
-        def stop() -> None:
-            nonlocal stopped
-            if task is not None and not stopped:
-                task.cancel()
-            stopped = True
-
-        for number in numbers:
-            loop.add_signal_handler(number, stop)
-        try:
-            return await main
-        except asyncio.CancelledError:
-            if stopped:
-                raise KeyboardInterrupt from None
-            raise
-        finally:
-            # Here, and not behind asyncio.run: its loop leaves the defaults, under which a signal
-            # ends this process without more ado.
-            for number, handler in zip(numbers, before, strict=True):
-                loop.remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN if stopped else handler)
-
-    return asyncio.run(guarded())

@@ -33,9 +33,8 @@ def _script(name):
         sys.path.remove(str(SCRIPTS))
 
 
-callers, dev, findings, heard, ring, ringing, saying, speaking, tally = map(
-    _script,
-    ("callers", "dev", "findings", "heard", "ring", "ringing", "saying", "speaking", "tally"),
+callers, dev, findings, heard, options, ring, ringing, saying, speaking, tally = map(
+    _script, "callers dev findings heard options ring ringing saying speaking tally".split()
 )
 MS = 1_000_000
 
@@ -470,10 +469,9 @@ def test_the_command_makes_complete_calls(whole):
 @pytest.fixture
 def handlers():
     """Of signals, as they were."""
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = [signal.getsignal(number) for number in numbers]
+    before = [signal.getsignal(number) for number in options.ENDINGS]
     yield
-    for number, handler in zip(numbers, before, strict=True):
+    for number, handler in zip(options.ENDINGS, before, strict=True):
         signal.signal(number, handler)
 
 
@@ -485,16 +483,16 @@ def test_a_second_signal_does_not_interrupt_the_end_of_calls(handlers):
             os.kill(os.getpid(), signal.SIGINT)
             await asyncio.Event().wait()
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in options.ENDINGS:
                 os.kill(os.getpid(), number)
                 for _ in range(10):  # the loop hears of it in one of these
                     await asyncio.sleep(0)
             ended.append(True)
 
     with pytest.raises(KeyboardInterrupt):
-        ringing.interruptible(main())
+        options.interruptible(main())
     assert ended
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in options.ENDINGS:
         assert signal.getsignal(number) is signal.SIG_IGN
 
 
@@ -502,10 +500,10 @@ def test_without_a_signal_all_is_as_it_was(handlers):
     def mine(*_):
         pass
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in options.ENDINGS:
         signal.signal(number, mine)
-    assert ringing.interruptible(asyncio.sleep(0, 7)) == 7
-    assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is mine
+    assert options.interruptible(asyncio.sleep(0, 7)) == 7
+    assert {signal.getsignal(number) for number in options.ENDINGS} == {mine}
 
 
 async def sessions(address):
