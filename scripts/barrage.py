@@ -1,8 +1,8 @@
 """`flood.py packets`: thousands of clients' datagrams through a relay, as media has them.
 
 What it owns: the command, what is refused before anything is sent, and the finding. How load is
-made stands in load.py (one process) and loaders.py (several), what is said of it in rounds.py, how
-far runs may differ in intervals.py, what the tool costs in instrument.py.
+made stands in load.py (one process) and loaders.py (several), how often in course.py, what is said
+of it in rounds.py, how far runs may differ in intervals.py, what the tool costs in instrument.py.
 
     clients, each with an address of its own         the tool is the transceiver, too
     hint, first check, then 50 datagrams a second    and sends every frame back
@@ -38,11 +38,12 @@ import rig
 import rounds
 import steps
 import typer
+from course import Course
 from findings import Figures, Finding, Marker, Spread
 from load import LATE_MS
 from loaders import Crew, Order
 from placing import Place, Wanted
-from rounds import LOSS_MAX, Course, Round
+from rounds import LOSS_MAX, Round
 
 import host
 
@@ -233,7 +234,7 @@ class _Run:
         with progress.bar("the tool alone", 1.0):
             self.own = self.crew.alone(max(wanted.steps or wanted.ramp or [rate]), self._alone_s())
         course = Course(self.crew, self.seen, self.place.table.flows_max)
-        others = instrument.Others(lambda: self.crew.cpu_s() + sum(self.seen.now().cpu_s.values()))
+        others = instrument.Others(course.ours_s)
         if wanted.ramp:
             done = self._ramp(course, *wanted.ramp)
         elif wanted.steps:
@@ -244,23 +245,24 @@ class _Run:
             done = self._constant(course, rate)
         self._about_tool(drift, others.figures())
         names = dict(zip(self.seen.workers(), self._names(), strict=False))
-        finding.series = rounds.series(done, course, names)
+        finding.series = rounds.series(done, course.busy, names)
         for name, of in (
             ("from when it was due", Round.trips),
             ("from when it left", Round.trips_sent),
         ):
             values = intervals.sample(np.sum([of(each) for each in done], 0), SAMPLE)
             finding.spreads.append(Spread("Round trips", name, "us", values))
-        self._law(done)
+        self._law(done + course.aside)
+        course.say(finding, done)
         finding.notes.append(
             f"round trips are of what came back; back after more than {LATE_MS:g} ms is late, and "
             "counts as lost; from_due begins when a datagram was to leave, whatever held it up"
         )
         if not wanted.ramp:  # its figures have no interval
             finding.notes.append(
-                "plus_minus: of two runs on the same system, 95 of 100 pairs differ by less in all "
-                "these figures at once (Student's t over rounds, intervals.py; clients were opened "
-                f"{course.opened} times)"
+                "minus, plus, plus_minus: of two runs on the same system, 95 of 100 pairs differ "
+                "by less in all these figures at once (Student's t over rounds, intervals.py; "
+                f"clients were opened {course.opened} times)"
             )
 
     def _names(self) -> list[str]:
@@ -354,7 +356,8 @@ class _Run:
         for percent in rounds.PERCENTS:
             each = found[f"due_p{percent:g}"]
             row[f"p{percent:g}_us"] = rounds.told(each.value)
-            row["+-" if percent == 50 else f"+-{percent:g}"] = rounds.told(each.apart)
+            row[f"p{percent:g}_minus"] = rounds.told(each.below)
+            row[f"p{percent:g}_plus"] = rounds.told(each.above)
         if "cpu_us" in found:
             busiest = max(max(each.busy().values(), default=0.0) for each in done)
             row["cpu_us_a_datagram"] = rounds.told(found["cpu_us"].value, 3)
@@ -410,7 +413,7 @@ class _Run:
 
         def held(rate: float) -> bool:
             seconds = min(TRIAL_S, self.wanted.seconds)
-            one = course.round(Order(rate, seconds, queue_s=QUEUE_S))
+            one = course.trial(Order(rate, seconds, queue_s=QUEUE_S))
             tried[:] = [one]
             kept = not one.part.stopped and one.part.lag_ms < LATE_MS
             return kept and one.part.loss() < LOSS_MAX

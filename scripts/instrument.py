@@ -20,7 +20,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import intervals
@@ -142,17 +142,23 @@ class Others:
     """CPU time of this machine that is neither the tool's nor the relay's: whoever else was busy
     is in all figures. proc_stat(5)"""
 
-    def __init__(self, ours: Callable[[], float]) -> None:
-        """`ours` gives the CPU time, in seconds, of all that belongs to the measurement."""
+    def __init__(self, ours: Callable[[], float], cpus: Collection[int] | None = None) -> None:
+        """`ours` gives the CPU time, in seconds, of all that belongs to the measurement. Of these
+        CPUs, or of all."""
         self._ours = ours
+        self._lines = {"cpu"} if cpus is None else {f"cpu{each}" for each in cpus}
         self._start = self._read()
 
     def _read(self) -> tuple[float, float, float, float]:
-        words = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
-        ticks = [int(each) / os.sysconf("SC_CLK_TCK") for each in words]
-        user, nice, system, _, _, irq, softirq, steal = ticks
-        busy = user + nice + system + irq + softirq
-        return time.monotonic(), busy, steal, self._ours()
+        busy = stolen = 0
+        for line in Path("/proc/stat").read_text().splitlines():
+            name, *columns = line.split(maxsplit=9)
+            if name in self._lines:
+                user, nice, system, _, _, irq, softirq, steal = map(int, columns[:8])
+                busy += user + nice + system + irq + softirq
+                stolen += steal
+        tick_s = 1 / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy * tick_s, stolen * tick_s, self._ours()
 
     def figures(self) -> Figures:
         """Per cent of one CPU since it was made: of other programs, and what a hypervisor took."""

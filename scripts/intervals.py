@@ -12,15 +12,23 @@ x_1 to x_R. Rounds differ by chance, so does the run as a whole, and so will the
     d   = t(e - 1; 1 - a / 2K) * s * sqrt(2 / e)        two runs differ by less
 
 Taking deviations from the whole and not from the rounds' mean is called sectioning; it is for
-quantiles, whose mean over rounds is biased (Asmussen and Glynn, Stochastic Simulation, III.5).
+figures whose mean over rounds is biased (Asmussen and Glynn, Stochastic Simulation, III.5).
 Rounds that follow one another are alike where something drifts: q is that likeness, as of a process
 that is autoregressive of order one, corrected for being estimated from few (Marriott and Pope,
 Biometrika 41, 1954). It never makes the interval shorter. t is Student's quantile; a is what may
 fail, 0.05; K is how many figures are looked at, so that with 95 % of pairs of runs *all* of them
 differ by less (Bonferroni). The root of two is there since the other run is as uncertain as this.
 
-What it cannot know: what changes between two runs and never within one. A run therefore draws anew
-in its rounds whatever a new run would draw anew (ports, and so the spread over workers).
+A percentile is judged by how many exceed it. Its own values in rounds say little: a tail is made by
+a few stalls, most rounds have none that is as long as those which decide, and the next run has one
+more or one less of them. So x_r is the share of a round's round trips above the run's percentile,
+its d is taken relative to the share of all, and the interval is between the percentiles at which
+so many times more and fewer would be above (Woodruff, JASA 47, 1952). It is as lopsided as the
+tail is.
+
+What rounds cannot know is what changes between two runs and never within one. A run draws anew in
+its rounds what another run would draw anew, where it can (ports, and so the spread over workers);
+for the rest, other processes at other places of memory, there is `BETWEEN`.
 """
 
 import functools
@@ -39,6 +47,10 @@ CONFIDENCE = 0.95
 
 BINS_AN_OCTAVE = 256
 """Histograms resolve 0.27 % of a value: finer than two runs agree, and 80 kB for any time."""
+
+BETWEEN = 0.03
+"""Standard deviation of a run's level that its rounds do not show, as a share of it: medians of 20
+runs on one machine, each with new processes, lay up to 16 % apart while their rounds said 5."""
 
 RESOLUTION = 2 ** (1 / BINS_AN_OCTAVE) - 1
 """The width of a bin, as a share of the value."""
@@ -92,37 +104,79 @@ class Estimate:
     """A figure, and how far another run's may be from it."""
 
     value: float
-    apart: float
-    """Two runs on the same system differ by less. NaN where there were too few rounds."""
-    worth: float
-    """How many independent rounds there were."""
+    below: float
+    """Of two runs on the same system the other one's figure is lower by less. NaN where there were
+    too few rounds."""
+    above: float
+    """And higher by less."""
+
+    @property
+    def apart(self) -> float:
+        """Where both sides are alike."""
+        return max(self.below, self.above)
 
     def agrees(self, other: "Estimate") -> bool:
-        """True if two runs differ by less than their intervals allow."""
-        allowed = math.sqrt((self.apart**2 + other.apart**2) / 2)
-        return abs(self.value - other.value) <= allowed
+        """True if two runs differ by less than the sides of their intervals that face each other
+        allow."""
+        low, high = sorted((self, other), key=lambda each: each.value)
+        return high.value - low.value <= math.sqrt((low.above**2 + high.below**2) / 2)
 
 
 def estimate(
-    whole: float, rounds: Sequence[float], figures: int = 1, floor: float = 0.0
+    whole: float,
+    rounds: Sequence[float],
+    figures: int = 1,
+    floor: float = 0.0,
+    between: float = 0.0,
 ) -> Estimate:
     """The interval of a figure that is `whole` over all rounds, one of so many figures.
 
     `floor` is a standard deviation of one run that is known otherwise, for example since what was
-    counted are few events: the interval is never shorter than it makes it.
+    counted are few events: the interval is never shorter than it makes it. `between` is what comes
+    on top since rounds do not show it, as a share (BETWEEN).
     """
-    values = np.asarray([each for each in rounds if not math.isnan(each)])
-    size = len(values)
-    if size < ROUNDS_MIN or math.isnan(whole):
-        return Estimate(whole, math.nan, size)
-    off = values - whole
+    values = _known(rounds)
+    if len(values) < ROUNDS_MIN or math.isnan(whole):
+        return Estimate(whole, math.nan, math.nan)
+    deviation, times = _spread(values, whole, figures)
+    apart = times * math.hypot(max(deviation, floor), between * whole)
+    return Estimate(whole, apart, apart)
+
+
+def quantile(
+    rounds: Sequence[Array], percent: float, figures: int = 1, between: float = 0.0
+) -> Estimate:
+    """The interval of a percentile, in microseconds, of what rounds have as histograms (`counts`):
+    one of so many figures."""
+    found = np.array([each for each in rounds if each.sum()])
+    whole: Array = found.sum(0) if len(found) else np.zeros(BINS)
+    value, share = percentile(whole, percent), 1 - percent / 100
+    if len(found) < ROUNDS_MIN:
+        return Estimate(value, math.nan, math.nan)
+    at = np.searchsorted(np.cumsum(whole), whole.sum() * percent / 100 - 1e-9)
+    # The bin of the percentile itself is above it by that part of it which makes the whole right.
+    above = (whole.sum() * share - whole[at + 1 :].sum()) / whole[at]
+    shares = (found[:, at + 1 :].sum(1) + above * found[:, at]) / found.sum(1)
+    deviation, times = _spread(shares, share, figures)
+    factor, more = math.exp(times * deviation / share), times * between * value
+    low = percentile(whole, 100 * max(1 - share * factor, 0.0))
+    high = percentile(whole, 100 * (1 - share / factor))
+    return Estimate(value, math.hypot(value - low, more), math.hypot(high - value, more))
+
+
+def _known(rounds: Sequence[float]) -> Array:
+    return np.asarray([each for each in rounds if not math.isnan(each)])
+
+
+def _spread(values: Array, whole: float, figures: int) -> tuple[float, float]:
+    """The standard deviation of a run, and how many of them two runs may be apart."""
+    size, off = len(values), values - whole
     likeness = _correlation(values)
     worth = max(size * (1 - likeness) / (1 + likeness), WORTH_MIN)
     variance = float((off**2).mean()) * worth / (worth - 1)
-    deviation = max(math.sqrt(variance / worth), floor)
     freedom = math.floor(worth * 10 - 10) / 10  # the interval is wider by that, and t is kept
-    apart = student(1 - (1 - CONFIDENCE) / 2 / figures, freedom) * deviation * math.sqrt(2)
-    return Estimate(whole, apart, worth)
+    times = student(1 - (1 - CONFIDENCE) / 2 / figures, freedom) * math.sqrt(2)
+    return math.sqrt(variance / worth), times
 
 
 def _correlation(values: Array) -> float:

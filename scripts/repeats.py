@@ -30,19 +30,19 @@ SAME = "rate_per_s", "clients", "rounds", "round_s"
 
 def estimates(found: Figures) -> dict[str, Estimate]:
     """The figures of a run that have an interval. Raises KeyError, TypeError for another file."""
-    rows: dict[str, tuple[Any, Any]] = {}
+    rows: dict[str, tuple[Any, Any, Any]] = {}
     for row in found["round_trip_us"]:
         name = row["percentile"]
-        rows[f"{name} from_due us"] = row["from_due"], row["plus_minus"]
-        rows[f"{name} from_leaving us"] = row["from_leaving"], row["plus_minus_leaving"]
+        rows[f"{name} from_due us"] = row["from_due"], row["minus"], row["plus"]
+        rows[f"{name} from_leaving us"] = (
+            row["from_leaving"],
+            row["minus_leaving"],
+            row["plus_leaving"],
+        )
     for name in ("loss_percent", "relay_cpu_us_a_datagram"):
         if pair := found.get(name):
-            rows[name] = pair["value"], pair["plus_minus"]
-    return {
-        name: Estimate(float(value), float(apart), 0.0)
-        for name, (value, apart) in rows.items()
-        if value is not None and apart is not None
-    }
+            rows[name] = pair["value"], pair["plus_minus"], pair["plus_minus"]
+    return {name: Estimate(*map(float, row)) for name, row in rows.items() if None not in row}
 
 
 def common(runs: list[dict[str, Estimate]]) -> list[str]:
@@ -57,7 +57,8 @@ def table(runs: list[dict[str, Estimate]]) -> tuple[list[Figures], Figures]:
     rows: list[Figures] = []
     for name in names:
         values = [run[name].value for run in runs]
-        allowed = math.sqrt(sum(run[name].apart ** 2 for run in runs) / len(runs))
+        sides = [side for run in runs for side in (run[name].below, run[name].above)]
+        allowed = math.sqrt(sum(side**2 for side in sides) / len(sides))
         kept = sum(one[name].agrees(other[name]) for one, other in pairs)
         rows.append(
             {
@@ -96,14 +97,14 @@ def compare(
             raise typer.BadParameter(f"{path} is no run of `packets --json`: {error}") from error
         if not comparable:
             raise typer.BadParameter(
-                f"{path} has no plus_minus of any figure, so that nothing can be compared: more "
+                f"{path} has no interval of any figure, so that nothing can be compared: more "
                 f"--rounds give one ({ROUNDS_MIN} at the least)"
             )
     for name in SAME:
         if len(kinds := {each[name] for each in found}) > 1:
             raise typer.BadParameter(f"these are different loads: {name} is {sorted(kinds)}")
     if not common([estimates(each) for each in found]):
-        raise typer.BadParameter("no figure has a plus_minus in all of these runs")
+        raise typer.BadParameter("no figure has an interval in all of these runs")
 
     def measure() -> Finding:
         runs = [estimates(each) for each in found]
@@ -122,8 +123,8 @@ def compare(
         if left := sorted(set(itertools.chain(*runs)) - set(common(runs))):
             finding.notes.append(f"not compared, since not all runs have them: {', '.join(left)}")
         finding.notes.append(
-            "two figures agree if they differ by less than their plus_minus (of two different ones "
-            "the root mean square)"
+            "two figures agree if they differ by less than their intervals allow (the lower one's "
+            "plus and the higher one's minus, of these the root mean square)"
         )
         return finding
 

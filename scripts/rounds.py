@@ -1,13 +1,8 @@
-"""Rounds of a load: carried out one after the other, added up, and judged together.
+"""Rounds of a load, which were carried out one after the other: added up, and judged together.
 
-What it owns: `Course`, which gives orders to the processes that make load and looks at the relay
-meanwhile; `Round`, what one order came to; and what is said of several: figures with intervals, the
-spread over workers, lines over time.
-
-A round is a measurement of its own: it begins and ends with nothing on its way. Before rounds (as
-often as the relay's table of flows allows) all clients are opened anew from new ports, as another
-run would: the kernel spreads clients over workers by their ports, so chance decides anew, and the
-intervals (intervals.py) contain it.
+What it owns: `Round`, what one order to the processes that make load came to (course.py gives
+them), and what is said of several: figures with intervals, the spread over workers, lines over
+time.
 
 Loss is lost or late: back later than `load.LATE_MS` after the moment a datagram was due. Round
 trips are of what came back; those from when it was due are what a caller feels, and hide nothing of
@@ -15,33 +10,35 @@ a tool or a relay that stood still ("coordinated omission"); those from when it 
 """
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import intervals
 import numpy as np
 from findings import Series
 from intervals import Estimate
 from load import BUFFER_OCTETS, LATE_MS, Array, Figures
-from loaders import Crew, Order, Part
+from loaders import Order, Part
 from observed import Observed, Snapshot
 
 PERCENTS = 50.0, 90.0, 99.0, 99.9
 COMPARED = 2 * len(PERCENTS) + 2
 """Figures that have an interval: round trips from two moments, loss, CPU time a datagram."""
 
-SHARE_OF_FLOWS = 0.5
-"""Of the relay's table of flows, for clients of rounds that are over and not yet forgotten. More
-makes workers' shares of the table full by chance; less keeps ports for several rounds."""
-
 BUSY_PERCENT = 90.0
 """A worker that uses so much of a CPU has reached it: the rest goes to interrupts and the clock."""
+
+OTHERS_PERCENT, STOLEN_PERCENT, TAKEN_S = 5.0, 1.7, 0.025
+"""A round is disturbed if other programs, or a hypervisor, had more than that of one of the CPUs
+that are used, and more than that many seconds: the kernel counts in hundredths. What a hypervisor
+takes counts for more, since everything waits meanwhile. Rounds of 1.5 s on a quiet virtual machine
+have none to two hundredths of it, or ten at once (a tail of 100 ms), and nothing in between."""
 
 LOSS_MAX = 0.001
 """Lost or late, of all: a rate with less is held."""
 
-Told = Callable[[float, str], None]
+Busy = tuple[float, dict[int, float]]
+"""Seconds since the measurement began, and each process's per cent of a CPU until then."""
 
 
 @dataclass
@@ -54,6 +51,17 @@ class Round:
     part: Part
     before: Snapshot
     after: Snapshot
+    machine: Figures = field(default_factory=dict)
+    """What others had of the CPUs meanwhile: instrument.Others."""
+    took_s: float = 0.0
+
+    def disturbed(self) -> bool:
+        """Whether this machine did something else meanwhile."""
+        limits = {"others_percent": OTHERS_PERCENT, "stolen_percent": STOLEN_PERCENT}
+        return any(
+            percent > limits[name] and percent / 100 * self.took_s > TAKEN_S
+            for name, percent in self.machine.items()
+        )
 
     def cpu_s(self) -> float:
         """CPU time of the relay's processes for it."""
@@ -82,79 +90,6 @@ class Round:
         return whole
 
 
-class Course:
-    """A measurement from its first round to its last."""
-
-    def __init__(self, crew: Crew, seen: Observed, flows_max: int) -> None:
-        """With clients that are open already."""
-        self._crew, self._seen = crew, seen
-        self._opens_left = int(flows_max * SHARE_OF_FLOWS / crew.plan.clients) - 1
-        self.opened = 1
-        """How often clients were opened: the first time before this was made."""
-        self._began = time.monotonic()
-        self._last = seen.now()
-        self.busy: list[tuple[float, dict[int, float]]] = []
-        """Seconds since the measurement began, and each process's per cent of a CPU until then."""
-
-    def seconds(self) -> float:
-        """Since it began."""
-        return time.monotonic() - self._began
-
-    def held(self, order: Order, rounds: int, told: Callable[[float, str], None]) -> list[Round]:
-        """So many rounds of an order. `told` is called with the seconds of load that are done."""
-        every = max(1, math.ceil(rounds / max(self._opens_left, 1))) if rounds > 1 else 0
-        found: list[Round] = []
-        for number in range(rounds):
-            if every and number % every == 0 and number and self._opens_left > 0:
-                self._crew.open()
-                self._opens_left -= 1
-                self.opened += 1
-            words = self._words(found)
-            done = number * order.seconds
-            found.append(self.round(order, lambda s, done=done, words=words: told(done + s, words)))  # type: ignore[misc]
-        return found
-
-    def round(self, order: Order, told: Callable[[float], None] | None = None) -> Round:
-        """One order. `told` is called with the seconds of it that are done."""
-        before = self._last = self._seen.now()
-        at = self.seconds()
-
-        def look(seconds: float) -> None:
-            self._sample(seconds)
-            if told:
-                told(min(seconds, order.seconds))
-
-        part = self._crew.round(order, look)
-        return Round(at, order, part, before, self._seen.now())
-
-    def busiest(self, since: float, until: float) -> dict[int, float]:
-        """The most that each process of the relay used of a CPU between two moments, in seconds
-        since the measurement began."""
-        found: dict[int, float] = {}
-        for at, percents in self.busy:
-            if since <= at <= until:
-                for pid, percent in percents.items():
-                    found[pid] = max(percent, found.get(pid, 0.0))
-        return found
-
-    def _sample(self, seconds: float) -> None:
-        now = self._seen.now()
-        passed = now.at - self._last.at
-        if seconds and passed > 0.1:
-            spent = now.cpu_since(self._last)
-            percents = {pid: used / passed * 100 for pid, used in spent.items()}
-            self.busy.append((now.at - self._began, percents))
-            self._last = now
-
-    @staticmethod
-    def _words(found: Sequence[Round]) -> str:
-        if not found:
-            return "first round"
-        last = found[-1]
-        p99 = intervals.percentile(last.trips(), 99)
-        return f"p99 {p99:.0f} us, loss {last.part.loss() * 100:.3g} %"
-
-
 # --- what is said of rounds -----------------------------------------------------------------------
 
 
@@ -181,17 +116,10 @@ def estimates(rounds: Sequence[Round]) -> dict[str, Estimate]:
     """Each figure that two runs may be compared by."""
     whole = together(rounds)
     found: dict[str, Estimate] = {}
-    for name, all_of, of_each in (
-        ("due", whole.trips[0], [each.trips() for each in rounds]),
-        ("left", whole.trips_sent[0], [each.trips_sent() for each in rounds]),
-    ):
+    for name, of in (("due", Round.trips), ("left", Round.trips_sent)):
         for percent in PERCENTS:
-            found[f"{name}_p{percent:g}"] = intervals.estimate(
-                intervals.percentile(all_of, percent),
-                [intervals.percentile(each, percent) for each in of_each],
-                COMPARED,
-                # A histogram's bins are so wide, and a run's figure lies anywhere in one.
-                intervals.percentile(all_of, percent) * intervals.RESOLUTION,
+            found[f"{name}_p{percent:g}"] = intervals.quantile(
+                [of(each) for each in rounds], percent, COMPARED, intervals.BETWEEN
             )
     events = int((whole.lost + whole.late).sum())
     found["loss"] = intervals.estimate(
@@ -205,6 +133,7 @@ def estimates(rounds: Sequence[Round]) -> dict[str, Estimate]:
             sum(each.cpu_s() for each in rounds) * 1e6 / sum(each.datagrams() for each in rounds),
             [each.cpu_s() * 1e6 / max(each.datagrams(), 1) for each in rounds],
             COMPARED,
+            between=intervals.BETWEEN,
         )
     return found
 
@@ -232,9 +161,11 @@ def trips_table(found: dict[str, Estimate], own: Figures) -> list[Figures]:
             {
                 "percentile": name,
                 "from_due": told(due.value),
-                "plus_minus": told(due.apart),
+                "minus": told(due.below),
+                "plus": told(due.above),
                 "from_leaving": told(left.value),
-                "plus_minus_leaving": told(left.apart),
+                "minus_leaving": told(left.below),
+                "plus_leaving": told(left.above),
                 "tool_alone": own[name],
             }
         )
@@ -375,7 +306,7 @@ def limit(
 # --- over time ------------------------------------------------------------------------------------
 
 
-def series(rounds: Sequence[Round], course: Course, names: dict[int, str]) -> list[Series]:
+def series(rounds: Sequence[Round], busy: Sequence[Busy], names: dict[int, str]) -> list[Series]:
     """Rate, loss and round trips, a point a slice, and the CPU of the relay's processes."""
     at, rates, losses = list[float](), list[float](), list[float]()
     trips: dict[float, list[float]] = {percent: [] for percent in PERCENTS}
@@ -397,7 +328,7 @@ def series(rounds: Sequence[Round], course: Course, names: dict[int, str]) -> li
     for percent, values in trips.items():
         lines.append(Series("Round trip", f"p{percent:g}", "us", at, values))
     for pid, name in names.items():
-        seen = [(when, percents[pid]) for when, percents in course.busy if pid in percents]
+        seen = [(when, percents[pid]) for when, percents in busy if pid in percents]
         if seen:
             lines.append(
                 Series("CPU of the relay", name, "%", [a for a, _ in seen], [b for _, b in seen])

@@ -110,33 +110,75 @@ def test_two_runs_differ_by_less(intervals, chance, likeness, rounds):
     assert held >= pairs * intervals.CONFIDENCE - 13
 
 
-def test_all_percentiles_of_two_runs_at_once(intervals, chance):
-    """Round trips whose level drifts and which have stalls: percentiles over all rounds, and those
-    of each round, as a run has them."""
-    percents, pairs, held = (50, 90, 99, 99.9), 60, 0
+PERCENTS = 50, 90, 99, 99.9
 
-    def run():
-        level = np.exp(autoregressive(chance, 0.5, 20) * 0.05)
-        found = []
-        for each in level:
-            trips = chance.lognormal(5, 0.3, 2_000) * each
-            if chance.random() < 0.3:
-                trips[:20] += 2_000
-            found.append(intervals.counts(trips))
-        whole = sum(found)
-        return [
-            intervals.estimate(
-                intervals.percentile(whole, percent),
-                [intervals.percentile(each, percent) for each in found],
-                len(percents),
-            )
-            for percent in percents
-        ]
+
+def a_run(intervals, chance, stalls, depth, shape, rounds=20):
+    """Histograms of rounds of 10,000 round trips whose level drifts, and in which something stands
+    still now and then: so many `stalls` a round, each at least `depth` microseconds long, and some
+    far longer (Pareto). A datagram is due every 20 us, and all of a stall wait for its end."""
+    found = []
+    for level in np.exp(autoregressive(chance, 0.5, rounds) * 0.05):
+        trips = chance.lognormal(5, 0.3, 10_000) * level
+        for _ in range(chance.poisson(stalls)):
+            waits = np.arange(0, min(depth * (1 + chance.pareto(shape)), 60_000), 20)
+            trips[: len(waits)] += waits[::-1]
+        found.append(intervals.counts(trips))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stalls", "depth", "shape", "rounds"),
+    [(0, 0, 1, 20), (8, 500, 3, 20), (2, 1_000, 3, 20), (0.5, 2_000, 3, 80)],
+    ids=["none", "many short ones", "some", "few long ones, which take longer"],
+)
+def test_all_percentiles_of_two_runs_at_once(intervals, chance, stalls, depth, shape, rounds):
+    """As many pairs as are promised, also where stalls are the tail that most rounds do not have.
+    Of a tail that ten of them make in a run it is nine pairs of ten; a longer run knows more."""
+    pairs, held, worst = 100, 0, [0] * len(PERCENTS)
+
+    def figures():
+        run = a_run(intervals, chance, stalls, depth, shape, rounds)
+        return [intervals.quantile(run, percent, len(PERCENTS)) for percent in PERCENTS]
 
     for _ in range(pairs):
-        held += all(one.agrees(other) for one, other in zip(run(), run(), strict=True))
-    print(f"seed {SEED}: {held} of {pairs} pairs agree in all of {percents}")
-    assert held >= pairs * intervals.CONFIDENCE - 6
+        agree = [one.agrees(other) for one, other in zip(figures(), figures(), strict=True)]
+        held += all(agree)
+        worst = [n + (not each) for n, each in zip(worst, agree, strict=True)]
+    print(f"seed {SEED}: {held} of {pairs} pairs agree in all of {PERCENTS}, failed: {worst}")
+    # By chance alone 7 fewer than promised come once in a thousand times.
+    assert held >= pairs * intervals.CONFIDENCE - 7
+
+
+def test_a_tail_of_stalls_is_known_less_well_than_one_of_all(intervals, chance):
+    """The same p99.9, once of what all rounds have, once of a few stalls."""
+    rounds = [intervals.counts(chance.lognormal(5, 0.3, 10_000)) for _ in range(20)]
+    plain = intervals.quantile(rounds, 99.9)
+    stalled = a_run(intervals, chance, 0.3, 2_000, 3)
+    lumpy = intervals.quantile(stalled, 99.9)
+    assert plain.above < 0.15 * plain.value and plain.below < 0.15 * plain.value
+    assert lumpy.above > 3 * plain.above
+    assert intervals.quantile(stalled, 50).above < 0.2 * intervals.quantile(stalled, 50).value
+
+
+def test_a_percentile_has_the_value_of_all_rounds_and_another_system_another(intervals, chance):
+    rounds = [intervals.counts(chance.lognormal(5, 0.3, 10_000)) for _ in range(20)]
+    slower = [intervals.counts(chance.lognormal(5.2, 0.3, 10_000)) for _ in range(20)]
+    for percent in PERCENTS:
+        found = intervals.quantile(rounds, percent, 10, intervals.BETWEEN)
+        assert found.value == intervals.percentile(sum(rounds), percent)
+        least = 4 * intervals.BETWEEN * found.value  # what rounds do not show comes on top
+        assert min(found.below, found.above) > least
+        assert not found.agrees(intervals.quantile(slower, percent, 10, intervals.BETWEEN))
+
+
+def test_sides_that_face_each_other_decide(intervals):
+    low = intervals.Estimate(100.0, 1.0, 30.0)
+    high = intervals.Estimate(120.0, 10.0, 1.0)
+    assert low.agrees(high) and high.agrees(low)  # 20 apart; sqrt((900 + 100) / 2) are allowed
+    shy = intervals.Estimate(120.0, 10.0, 500.0)
+    far = intervals.Estimate(100.0, 500.0, 10.0)
+    assert not shy.agrees(far) and not far.agrees(shy)
 
 
 def test_an_interval_is_no_wider_than_it_has_to_be(intervals, chance):
@@ -155,7 +197,6 @@ def test_what_is_alike_is_worth_less(intervals):
     mixed = [100.0 + i for i in np.random.default_rng(SEED).permutation(20)]
     drifting = intervals.estimate(float(np.mean(trend)), trend)
     shuffled = intervals.estimate(float(np.mean(mixed)), mixed)
-    assert drifting.worth < shuffled.worth <= 20
     assert drifting.apart > 1.5 * shuffled.apart
 
 
@@ -178,3 +219,7 @@ def test_too_few_rounds_say_nothing(intervals):
     assert found.value == 5.0 and math.isnan(found.apart)
     lost = intervals.estimate(5.0, [math.nan] * 10 + [5.0] * 5)
     assert math.isnan(lost.apart) and not found.agrees(found)
+    five = intervals.quantile([intervals.counts(np.array([7.0]))] * 5, 50)
+    assert five.value == pytest.approx(7, rel=0.0014) and math.isnan(five.above)
+    empty = intervals.quantile([np.zeros(intervals.BINS, int)] * 20, 50)
+    assert math.isnan(empty.value) and math.isnan(empty.below)
