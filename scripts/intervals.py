@@ -48,9 +48,10 @@ CONFIDENCE = 0.95
 BINS_AN_OCTAVE = 256
 """Histograms resolve 0.27 % of a value: finer than two runs agree, and 80 kB for any time."""
 
-BETWEEN = 0.03
-"""Standard deviation of a run's level that its rounds do not show, as a share of it: medians of 20
-runs on one machine, each with new processes, lay up to 16 % apart while their rounds said 5."""
+BETWEEN, CPU_BETWEEN = 0.03, 0.01
+"""Standard deviation of a run's level that its rounds do not show, as a share of it, of round trips
+and of CPU time: of 20 runs on one machine, each with new processes, medians lay up to 16 % apart
+where rounds said 5, and CPU time up to 4 % where they said 2."""
 
 RESOLUTION = 2 ** (1 / BINS_AN_OCTAVE) - 1
 """The width of a bin, as a share of the value."""

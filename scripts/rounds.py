@@ -133,7 +133,7 @@ def estimates(rounds: Sequence[Round]) -> dict[str, Estimate]:
             sum(each.cpu_s() for each in rounds) * 1e6 / sum(each.datagrams() for each in rounds),
             [each.cpu_s() * 1e6 / max(each.datagrams(), 1) for each in rounds],
             COMPARED,
-            between=intervals.BETWEEN,
+            between=intervals.CPU_BETWEEN,
         )
     return found
 
