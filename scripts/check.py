@@ -12,7 +12,7 @@ Earshot. It posts an offer, speaks a recorded sentence, listens to what comes ba
                             back, 0 to 1: speech that is not the same stays under 0.3
     ok                      all of it happened, in the right order, and the correlation is over 0.6
 
-usage: check.py PAGE_URL
+usage: check.py PAGE_URL [SILENCE_DURATION_MS]
 """
 
 import asyncio
@@ -41,7 +41,8 @@ SENTENCE = Path(__file__).resolve().parent.parent / "tests" / "data" / "sentence
 RATE_HZ = 48_000
 FRAME_SAMPLES = 960
 SILENCE_DURATION_MS = 500
-"""What the session is told to wait for; the default of the protocol, said out loud."""
+"""What the session is told to wait for, unless the command line says another pause; the default of
+the protocol, said out loud."""
 CORRELATION_MIN = 0.6
 CALL_SECONDS_MAX = 30.0
 
@@ -194,7 +195,9 @@ async def connect(
     return location, start
 
 
-async def converse(peer: RTCPeerConnection, http: aiohttp.ClientSession, page: str) -> Call:
+async def converse(
+    peer: RTCPeerConnection, http: aiohttp.ClientSession, page: str, silence_ms: int
+) -> Call:
     """The whole call. Raises on whatever goes wrong; the figures so far are in the Call."""
     call = Call()
     speech = sentence()
@@ -209,7 +212,7 @@ async def converse(peer: RTCPeerConnection, http: aiohttp.ClientSession, page: s
         location, start = await connect(peer, http, f"{base}/v1/realtime/calls", call)
         tasks.append(asyncio.ensure_future(count_packets(peer, call)))
         await until(lambda: call.seen("session.created"), 5, "session.created")
-        detection = {"type": "server_vad", "silence_duration_ms": SILENCE_DURATION_MS}
+        detection = {"type": "server_vad", "silence_duration_ms": silence_ms}
         audio = {"input": {"turn_detection": detection}}
         update = {"type": "session.update", "session": {"type": "realtime", "audio": audio}}
         channel.send(json.dumps(update))
@@ -220,9 +223,7 @@ async def converse(peer: RTCPeerConnection, http: aiohttp.ClientSession, page: s
         call.figures["first_audio_ms"] = round((call.packets[0] - start) * 1000, 1)
         spoken = speaker.spoken_at or 0.0
         reply = next(at for at in call.packets if at > spoken)
-        call.figures["reply_after_silence_ms"] = round(
-            (reply - spoken) * 1000 - SILENCE_DURATION_MS, 1
-        )
+        call.figures["reply_after_silence_ms"] = round((reply - spoken) * 1000 - silence_ms, 1)
         heard = np.concatenate(call.heard) if call.heard else np.zeros(1)
         # A third of the rate holds all of speech and a third of the work.
         call.figures["echo_correlation"] = round(
@@ -237,12 +238,12 @@ async def converse(peer: RTCPeerConnection, http: aiohttp.ClientSession, page: s
     return call
 
 
-async def main(page: str) -> dict[str, Any]:
+async def main(page: str, silence_ms: int = SILENCE_DURATION_MS) -> dict[str, Any]:
     """The line to print."""
     peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
     try:
         async with aiohttp.ClientSession() as http:
-            call = await asyncio.wait_for(converse(peer, http, page), CALL_SECONDS_MAX)
+            call = await asyncio.wait_for(converse(peer, http, page, silence_ms), CALL_SECONDS_MAX)
     except Exception as error:  # whatever went wrong is the result
         return {"ok": False, "error": f"{type(error).__name__}: {error}"}
     finally:
@@ -254,8 +255,8 @@ async def main(page: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} PAGE_URL")
-    line = asyncio.run(main(sys.argv[1]))
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit(f"usage: {sys.argv[0]} PAGE_URL [SILENCE_DURATION_MS]")
+    line = asyncio.run(main(sys.argv[1], *map(int, sys.argv[2:])))
     print(json.dumps(line))
     sys.exit(0 if line["ok"] else 1)

@@ -11,6 +11,7 @@ first part of the calls does not count: imports that come late, caches, and the 
 """
 
 import asyncio
+import functools
 import gc
 import json
 import os
@@ -43,7 +44,8 @@ LOOKS = 10
 
 TALK_S = 0.2
 SILENCE_S = 1.0
-"""How soon the transceiver takes a silent client for gone here: operators wait 30 s."""
+"""How soon the transceiver takes a silent client for gone here: operators wait 30 s. On a machine
+that stands still for so long, those that say goodbye are gone before they do."""
 
 GROWTH_MAX = 1.05
 """Of memory, from the second look to the last."""
@@ -183,22 +185,24 @@ def _judge(setting: Setting, looks: list[Figures], growth: float) -> Figures:
     return {"looks": looks, "memory_factor": round(grown, 3), "calls_per_s": round(rate, 1)}
 
 
-def _impatient(setting: Setting, folder: Path, port: int) -> list[str | Path]:
+def _impatient(silence_s: float, setting: Setting, folder: Path, port: int) -> list[str | Path]:
     path = folder / "transceiver.toml"
-    more = f"silence_deadline_s = {SILENCE_S}"
+    more = f"silence_deadline_s = {silence_s}"
     text = capacity.TRANSCEIVER.format(port=port, keys=setting.folder / "keys", more=more)
     path.write_text(text)
     return [dev.BIN / "transceiver", "run", "--config", path]
 
 
-IMPATIENT = capacity.Kind("earshot", framed=True, argv=_impatient, few=1, step=1)
-
-
 def churn(
-    setting: Setting, calls: int | None = None, looks: int = LOOKS, growth: float = GROWTH_MAX
+    setting: Setting,
+    calls: int | None = None,
+    looks: int = LOOKS,
+    growth: float = GROWTH_MAX,
+    silence_s: float = SILENCE_S,
 ) -> Figures:
     """Short calls one after another, half of which vanish: memory, tasks, descriptors, threads."""
-    server = capacity.Server(setting, IMPATIENT)
+    argv = functools.partial(_impatient, silence_s)
+    server = capacity.Server(setting, capacity.Kind("earshot", True, argv, few=1, step=1))
     try:
         calls = calls or (CALLS_QUICK if setting.quick else CALLS)
         pid = server.process.pid
@@ -215,6 +219,7 @@ def main(
     calls: Annotated[int, typer.Option(help="How many calls.")] = CALLS,
     looks: Annotated[int, typer.Option(help="How often it is looked at.", min=3)] = LOOKS,
     growth: Annotated[float, typer.Option(help="Of memory, at the most.")] = GROWTH_MAX,
+    silence: Annotated[float, typer.Option(help="Seconds until the silent are gone.")] = SILENCE_S,
 ) -> None:
     """Run the calls, and print what was seen as JSON."""
     cpus = host.cpus()
@@ -230,7 +235,7 @@ def main(
             load_cpu=cpus[-1],
             part="churn",
         )
-        found = churn(setting, calls, looks, growth)
+        found = churn(setting, calls, looks, growth, silence)
     typer.echo(json.dumps(found | {"failures": setting.failures}, indent=2))
     sys.exit(1 if setting.failures else 0)
 

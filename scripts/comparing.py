@@ -52,6 +52,10 @@ WATCH_S, QUICK_WATCH_S = 5.0, 1.5
 FLEET_S = 2.0
 """For a call to connect on loopback, which takes 20 ms: checks are repeated every 50 ms."""
 
+SURE_S = 20.0
+"""Instead of these two where calls come through for sure, by this relay: the wait ends with that,
+and a machine that stands still meanwhile is no verdict."""
+
 WORKER_S = 0.5
 """After a worker's death: what is heard later came through its successor."""
 
@@ -271,8 +275,9 @@ class Run:
     async def _reaches(self, way: Way, url: str, public: doors.Address) -> bool:
         """Whether a call connects, once, without anything that makes up for a wrong server."""
         one = Access(self.estate, way)
+        patience_s = SURE_S if way is Way.RELAY else FLEET_S
         try:
-            await asyncio.wait_for(one.connect(self.http, url, public), FLEET_S)
+            await asyncio.wait_for(one.connect(self.http, url, public), patience_s)
         except TimeoutError:
             return False
         finally:
@@ -311,7 +316,7 @@ class Run:
                     await estate.on_server_cpus(lambda: estate.restart_front(way))
                 down_ms, since_ns = 1000 * (time.monotonic() - died), time.time_ns()
                 watched = time.monotonic()
-                await self._back(accesses, since_ns)
+                await self._back(accesses, since_ns, SURE_S if way is Way.RELAY else self.watch_s)
                 watched_s = time.monotonic() - watched
                 back = [one for one in accesses if _lives(one, since_ns)]
                 again_ms = await self._allocated_anew(accesses) if way is Way.TURN else None
@@ -346,11 +351,11 @@ class Run:
             "watched_s": round(watched_s, 1),
         }
 
-    async def _back(self, accesses: Sequence[Access], since_ns: int) -> None:
+    async def _back(self, accesses: Sequence[Access], since_ns: int, patience_s: float) -> None:
         """Wait until all are heard again, and a little longer; or for so long."""
         with contextlib.suppress(TimeoutError):
             await self._until(
-                lambda: all(one.who.heard_since(since_ns) for one in accesses), "", self.watch_s
+                lambda: all(one.who.heard_since(since_ns) for one in accesses), "", patience_s
             )
 
     async def _allocated_anew(self, accesses: list[Access]) -> int | None:

@@ -56,11 +56,7 @@ NAMES = {
 }
 
 # What is loaded on purpose takes every call that comes.
-OPEN_DOORS = """sessions_max = 1000
-connecting_max = 1000
-load_max = 100.0
-lag_s_max = 100.0
-"""
+OPEN_DOORS = "sessions_max = 1000\nconnecting_max = 1000\n" + dev.UNLIMITED
 
 
 def server_cpus() -> set[int]:
@@ -133,8 +129,7 @@ class Estate:
     def _transceiver(self, name: str, argv: list[str | Path], *more: str) -> None:
         """Start a transceiver, the product's or a bare one, on a free port."""
         (port,) = ports.free(1)  # UDP and TCP on one number
-        text = dev.TRANSCEIVER.format(listen=f"127.0.0.1:{port}")
-        text = text.replace("\n[backend]", OPEN_DOORS + "\n[backend]")
+        text = dev.TRANSCEIVER.format(listen=f"127.0.0.1:{port}", limits=OPEN_DOORS)
         path = self.system.state_dir / f"{name}.toml"
         path.write_text(text + dev.PARROT + dev.CLUSTER)
         self._control[name] = port

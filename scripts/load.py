@@ -182,6 +182,9 @@ class Load:
     `open` flows, `begin` a schedule, `run` it in as many pieces as wanted, `settle`.
     """
 
+    quiet_s = QUIET_S
+    """As above, for those with whom slow is not lost: a run that does lose something waits it."""
+
     def __init__(
         self,
         clients: int,
@@ -442,7 +445,7 @@ class Load:
     def settle(self) -> Account:
         """Send nothing more, wait until all is back or nothing comes any more, and account."""
         seen, last = -1, time.monotonic()
-        while self._log_out.n < self._count and time.monotonic() - last < QUIET_S:
+        while self._log_out.n < self._count and time.monotonic() - last < self.quiet_s:
             if self._log_out.n != seen:
                 seen, last = self._log_out.n, time.monotonic()
             self._echo()

@@ -279,6 +279,8 @@ def two_relays(setting: Setting, url: str) -> Iterator[tuple[Relay, Relay]]:
     """On two addresses of one port: to a client that changes from one to the other it is as if the
     network had chosen another way."""
     tables = f'[redis]\nurl = "{url}"\n'
+    if setting.quick:  # whether it works is asked then, on a machine that may be slow
+        tables += "timeout_s = 2.0\n[recovery]\nwait_s = 5.0\n"
     with Relay(setting, tables=tables) as first:
         ports = first.public, first.internal
         with Relay(setting, tables=tables, address="127.0.0.2", ports=ports) as second:

@@ -28,7 +28,10 @@ from load import PATIENCE_S, QUIET_S, Account, Load
 PIECE_S = 0.5
 """How long the process sends before it looks up again; it hears of the end within a millisecond."""
 
-ANSWER_S_MAX = PATIENCE_S + 10 * QUIET_S
+SETTLE_S = 5 * QUIET_S
+"""As QUIET_S: what is disturbed here may stand still, and has lost nothing by that."""
+
+ANSWER_S_MAX = PATIENCE_S + 2 * SETTLE_S
 """How long any answer of the process may take: opening all flows is the longest."""
 
 _PR_SET_PDEATHSIG = 1
@@ -120,6 +123,7 @@ def _work(pipe: Connection, parents: Connection, clients: int) -> None:
     ctypes.PyDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         with Load(clients) as load:
+            load.quiet_s = SETTLE_S
             pipe.send(load.port)
             relay, firsts, rate, most_s = pipe.recv()
             load.towards(*relay)

@@ -14,6 +14,7 @@ import struct
 import time
 
 import frame
+import recovery
 import registry
 import stun
 import ufrag
@@ -93,7 +94,7 @@ class Crowd:
         self.callers = [Caller(self, number, at) for number in range(count)]
         for caller in self.callers:
             self.know(caller)
-        self._calling = []
+        self._calling, self._expected = [], {}
 
     def know(self, caller):
         """Hear what comes to it."""
@@ -112,6 +113,12 @@ class Crowd:
     def resume(self, callers):
         """The calls of these go on."""
         self._calling = callers
+
+    def turn_to(self, relay):
+        """Another relay has to ask who these callers are: until it has brought something of one,
+        that one sends no more than may wait there. Else a machine that is slow just then would look
+        like a relay that loses something."""
+        self._expected = {caller: (relay, caller.sent) for caller in self.callers}
 
     def hang_up(self):
         """No more is sent."""
@@ -132,9 +139,18 @@ class Crowd:
         while not (until() and time.monotonic() - began >= seconds):
             assert due - began < PATIENCE_S + seconds, "it does not come true"
             if self._calling:
-                self._calling[turn % len(self._calling)].tick()
+                caller = self._calling[turn % len(self._calling)]
+                if self._may_speak(caller):
+                    caller.tick()
             turn, due = turn + 1, due + share
             self._pump(due)
+
+    def _may_speak(self, caller):
+        relay, sent = self._expected.get(caller, (None, 0))
+        if relay and caller.up and caller.up[-1][2] == relay:
+            del self._expected[caller]
+            return True
+        return not relay or caller.sent - sent < recovery.CLIENT_MAX
 
     def _pump(self, due):
         while True:

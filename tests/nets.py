@@ -64,8 +64,12 @@ ports = [{transceiver}, {transceiver}]
 
 [redis]
 url = "redis://{redis}/0"
+timeout_s = 5.0
+wait_s = 10.0
 {more}
 """
+"""With patience: what is late because the machine is slow would be lost, which none of this is
+about."""
 
 _DF, _FRAGMENT = 0x4000, 0x3FFF  # of an IPv4 header: may not be cut; is a piece of one that was
 _NODAD = 2  # IFA_F_NODAD: an address that may be used at once

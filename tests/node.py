@@ -331,6 +331,8 @@ class Media:
 
     def __init__(self, site):
         self.site, self.sent, self.back = site, 0, {}
+        self.given_up = 0
+        """So many of those sent are lost, and nobody waits for them."""
         self.clients = [site.stack.enter_context(bound()) for _ in range(self.CLIENTS)]
         home = ufrag.Cluster(1, ipaddress.ip_network("127.0.0.0/8"), 1, 65535)
         here = ipaddress.ip_address("127.0.0.1"), site.transceiver.getsockname()[1]
@@ -366,7 +368,7 @@ class Media:
             assert time.monotonic() < deadline, "it has not come true in time"
             at_least -= 1
             for client in self.clients:
-                if self.sent - len(self.back) >= self.on_the_way_max:
+                if self.sent - len(self.back) - self.given_up >= self.on_the_way_max:
                     break
                 with contextlib.suppress(ConnectionRefusedError):
                     client.send(b"\x80 %d" % self.sent)
@@ -384,10 +386,11 @@ class Media:
                         number = int(data[2:])
                         self.back[number] = self.back.get(number, 0) + 1
 
-    def lost(self, patience_s=PATIENCE_S):
-        """Wait for what is on its way; returns how many did not come back exactly once."""
-        deadline = time.monotonic() + patience_s
-        while len(self.back) < self.sent and time.monotonic() < deadline:
+    def lost(self, patience_s=PATIENCE_S, count=None):
+        """Wait for what is on its way, or until so many are back; returns how many of all that were
+        sent did not come back exactly once."""
+        deadline, count = time.monotonic() + patience_s, self.sent if count is None else count
+        while len(self.back) < count and time.monotonic() < deadline:
             self._pump(0.01)
         return self.sent - len(self.back) + sum(times - 1 for times in self.back.values())
 

@@ -144,6 +144,9 @@ class Relay(test_relay.Relay):
 class Live(load.Load):
     """Calls, and a transceiver that answers them and nobody else."""
 
+    quiet_s = 5.0
+    """A relay, or a machine, that stands still for some seconds has lost nothing yet."""
+
     def __init__(self, relay, calls=CALLS, at="127.0.0.1", beside=()):
         """The transceiver is at that address and the relay's port for transceivers. While `open`
         waits the calls of `beside` go on."""
@@ -201,6 +204,12 @@ class Live(load.Load):
             self._take()
             time.sleep(0.001)
 
+    def run_until(self, seconds, until=lambda: True):
+        """As `run`, and until all has left that is due in so long, however slow the machine is;
+        `until` is asked meanwhile and has to be true in the end, too."""
+        wanted = self._rate * seconds
+        assert self.run(PATIENCE_S, lambda: until() and self.count >= wanted), self.count
+
 
 def together(lives, seconds, until=lambda: False):
     """As `Load.run`, for several; True if it has come true."""
@@ -212,6 +221,17 @@ def together(lives, seconds, until=lambda: False):
             each._turn(now)
         time.sleep(load.TICK_S)
     return until()
+
+
+def beside(live, flood, rate, seconds):
+    """Calls and a flood of that rate together, until nearly all that is due of both in so long has
+    left, however slow the machine is."""
+    due = flood.paced(rate)
+    live.run_until(seconds, lambda: due() or flood.sent >= 0.95 * rate * seconds)
+
+
+PACED_S = 0.05
+"""Of a pause of its own, as much as a paced flood makes up for at once."""
 
 
 class Flood:
@@ -249,11 +269,13 @@ class Flood:
             self.sent += n
 
     def paced(self, rate):
-        """To be called again and again: sends what is due. Always False."""
+        """To be called again and again: sends what is due. Always False. A machine that stood still
+        gets no burst for it."""
         began, before = time.monotonic(), self.sent
 
         def due():
-            self.send(int((time.monotonic() - began) * rate) - (self.sent - before))
+            owed = int((time.monotonic() - began) * rate) - (self.sent - before)
+            self.send(min(owed, int(rate * PACED_S)))
             return False
 
         return due

@@ -258,6 +258,15 @@ until = functools.partial(
 )
 
 
+UNHURRIED = {
+    "type": "session.update",
+    "session": {
+        "type": "realtime",
+        "audio": {"input": {"turn_detection": {"type": "semantic_vad", "eagerness": "low"}}},
+    },
+}
+DETECTION = "guest.last('session.updated').session.audio.input.turn_detection"
+
 TURN = (
     "session.created",
     "session.updated",
@@ -295,6 +304,9 @@ def test_a_spoken_turn(page: Page, system: dict[str, Any]) -> None:
     updated = page.evaluate("guest.last('session.updated').session")
     assert [tool["name"] for tool in updated["tools"]] == ["weather"]
     assert updated["audio"]["input"]["turn_detection"]["type"] == "semantic_vad"
+    # From here on a machine that stands still in mid-sentence does not end the turn there.
+    page.evaluate("(session) => guest.transport.sendEvent(session)", UNHURRIED)
+    until(page, f"{DETECTION}.eagerness === 'low'")
     assert ask("GET", f"{system['page']}{CALLS}/{call_id}", None) == (
         200,
         {"id": call_id, "status": "live"},

@@ -181,15 +181,18 @@ def beside(attack: Callable[[Hostile], Any]) -> tuple[test_moves.Call, list[str]
         assert bystander.every_packet_once()
         assert bystander.handler.heard == ["connected", "opened"]
         watch.cancel()
+        print(f"the loop was busy for {worst[0]:.3f} s at a time, and late by {late[0]:.3f} s")
         assert worst[0] < STALL_S_MAX
 
-    worst = [0.0]
+    worst, late = [0.0], [0.0]
 
     async def stalls() -> None:
+        """Of this thread's own time: a machine that stands still is not the attacker's doing."""
         while True:
-            before = time.monotonic()
+            before, busy = time.monotonic(), time.thread_time()
             await asyncio.sleep(0)
-            worst[0] = max(worst[0], time.monotonic() - before)
+            worst[0] = max(worst[0], time.thread_time() - busy)
+            late[0] = max(late[0], time.monotonic() - before)
             await asyncio.sleep(0.001)
 
     test_moves.town(scenario, attackers=1)

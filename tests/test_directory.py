@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import directory
 import ledger
 import metrics
 import placement
@@ -29,7 +30,7 @@ def configured(folder: Path, first: str, second: str, shared: str = "") -> setti
     for number, url in ((1, first), (2, second), (3, "")):
         text += f'[[cluster]]\nid = {number}\nprefix = "127.0.{number}.0/24"\nports = [1, 65535]\n'
         text += f'redis = "{url}"\n' if url else ""
-    text += f'[redis]\nurl = "{shared}"\n' if shared else ""
+    text += f'[redis]\nurl = "{shared}"\ntimeout_s = 2.0\n' if shared else ""
     path = folder / "signaling.toml"
     path.write_text(text)
     return settings.load(path, settings.Signaling)
@@ -43,6 +44,12 @@ def announce(single: Any, host: str, cluster: int, lasts: bool = True) -> None:
         single.do(*command)
     if lasts:
         single.do("PERSIST", presence.PREFIX + f"{host}:9".encode())
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a machine that stands still answers late is an answer."""
+    monkeypatch.setattr(directory, "TIMEOUT_S", 2.0)
 
 
 @pytest.fixture

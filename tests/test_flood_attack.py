@@ -646,7 +646,7 @@ def test_what_may_not_be_attacked_is_refused(scripts, words, reason):
 
 @pytest.fixture(scope="module")
 def system(scripts):
-    with scripts.dev.running(None, True, "127.0.0.1", False) as (_, about):
+    with scripts.dev.running(None, True, "127.0.0.1", False, patient=True) as (_, about):
         yield about
 
 

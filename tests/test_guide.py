@@ -426,7 +426,9 @@ def test_check_says_what_is_wrong_with_a_database(tmp_path: Path, world: World) 
 # --- clusters that refuse, and that are silent ----------------------------------------------------
 
 
-def two_clusters(folder: Path, scenario: Callable[[Any, Any, Any], Awaitable[None]]) -> None:
+def two_clusters(
+    folder: Path, scenario: Callable[[Any, Any, Any], Awaitable[None]], timeout_s: float = 10.0
+) -> None:
     """With a transceiver in each of two clusters, the nearer one first, and what asks them."""
 
     async def story() -> None:
@@ -438,7 +440,7 @@ def two_clusters(folder: Path, scenario: Callable[[Any, Any, Any], Awaitable[Non
             (folder / "keys").write_text(MASTER)
             path = folder / "signaling.toml"
             text = '[signaling]\nlisten = "127.0.0.1:0"\nrelays = ["203.0.113.9:1"]\n'
-            text += "transceiver_timeout_s = 0.6\n"
+            text += f"transceiver_timeout_s = {timeout_s}\n"
             text += f'transceivers = ["127.0.0.1:{near.port}", "127.0.0.1:{far.port}"]\n'
             text += CLUSTERS
             for number, fake in ((2, near), (1, far)):
@@ -487,7 +489,7 @@ def test_a_cluster_that_is_silent_takes_no_more_than_one_attempt(
         assert (await found.place(placement.Order("v=0"), (2, 1))).cluster == 1
         assert (len(near.requests), len(far.requests)) == (1, 1)
 
-    two_clusters(tmp_path, scenario)
+    two_clusters(tmp_path, scenario, timeout_s=2.5)
 
 
 def test_a_cluster_that_is_full_leaves_attempts_for_the_next() -> None:

@@ -55,10 +55,16 @@ async def offered(client: shim.Client, track: Any, mime: str, direction: str = "
     return str(client.pc.localDescription.sdp)
 
 
+UNHURRIED = {"type": "server_vad", "silence_duration_ms": 2_000}
+"""A machine that stands still in mid-sentence does not end the turn there."""
+
+
 async def answered(on: House, client: shim.Client, offer: str) -> tuple[str, Any]:
     """The call is taken: the answer, and the session at the transceiver."""
     on.clients.append(client)
-    status, body, _ = await on.offer(offer)
+    session = {"type": "realtime", "audio": {"input": {"turn_detection": UNHURRIED}}}
+    asked = {"offer": offer, "session": session, "candidates": [list(on.shim.address)]}
+    status, body, _ = await on.ask("POST", "/v1/sessions", asked)
     assert status == 201, body
     await client.accept(body["answer"])
     return body["answer"], on.transceiver.sessions[body["call_id"]]

@@ -249,7 +249,7 @@ def test_sighup_ends_no_call(tmp_path: Path) -> None:
 
 def test_a_loaded_process_refuses_calls_until_it_is_not(tmp_path: Path) -> None:
     """Real CPU: the process is kept busy with requests."""
-    with program(tmp_path, "load_max = 0.3") as (_, on):
+    with program(tmp_path, "load_max = 0.3\nlag_s_max = 100") as (_, on):
 
         async def scenario() -> None:
             await visit(on)
@@ -295,7 +295,9 @@ def test_two_hundred_offers_at_once_are_not_all_taken(tmp_path: Path) -> None:
         assert all("Retry-After" in headers for headers in refused)
         assert on.transceiver.counters[Count.REFUSED_CONNECTING] == 168
 
-    house(tmp_path, scenario, limits="sessions_max = 1000\nload_max = 100")
+    # All of them are fresh, however long they take.
+    limits = "sessions_max = 1000\nload_max = 100\nlag_s_max = 100"
+    house(tmp_path, scenario, clock=lambda: 5000.0, limits=limits)
 
 
 # --- faults stay alone ----------------------------------------------------------------------------

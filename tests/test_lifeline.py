@@ -35,9 +35,10 @@ that the line is dead, and then says so."""
 
 @pytest.fixture
 def page(launch: Callable[[Path], Any], system: dict[str, Any], tmp_path: Path) -> Iterator[Page]:
-    """A page whose microphone hears a long sentence, a pause, and then short words."""
+    """A page whose microphone hears a long sentence, a pause, and then short words. Both are so
+    long that the reply still sounds when a slow machine has come to what is done to it."""
     words = [vowel(0.5), silence(0.9)] * 30
-    said = np.concatenate([silence(LEAD_S), vowel(2.5), silence(3.0), *words])
+    said = np.concatenate([silence(LEAD_S), vowel(4.0), silence(4.7), *words])
     browser = launch(written(said, tmp_path / "said.wav"))
     opener = pages(browser, system)
     found = next(opener)()

@@ -174,7 +174,7 @@ def test_a_server_that_says_nothing_ends_the_call_with_a_reason(tmp_path: Path) 
 
     async def both() -> None:
         async with servers.scripted(mute) as server:
-            extra = BACKEND.format(url=server.url, retry_s=0.5, answer_s=0.2)
+            extra = BACKEND.format(url=server.url, retry_s=5, answer_s=0.2)
             config = settings.load(configure(tmp_path, extra=extra), settings.Transceiver)
             found = House(config, time.monotonic)
             await found.start()

@@ -29,7 +29,7 @@ import settings
 import stun
 import ufrag
 
-from . import redises
+from . import ports, redises
 from .redises import PATIENCE_S
 
 CONFIG = """
@@ -85,9 +85,7 @@ class Relay:
         folder.mkdir()
         (folder / "keys").write_text("1 " + "11" * 32 + "\n")
         (folder / "keys").chmod(0o600)
-        with contextlib.ExitStack() as ports:
-            taken = [ports.enter_context(bound()) for _ in range(2)]
-            public, internal = (sock.getsockname()[1] for sock in taken)
+        public, internal = ports.free(2)
         self.town, self.at, self._log = town, ("127.0.0.1", public), folder / "log"
         config = folder / "relay.toml"
         config.write_text(

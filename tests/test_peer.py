@@ -16,6 +16,7 @@ from OpenSSL import SSL
 import carrier
 import dtls
 import frame
+import ice
 import mux
 import peer
 import rtp
@@ -378,8 +379,12 @@ def test_a_message_after_the_client_has_gone_is_no_complaint(
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-def test_media_and_messages_follow_a_client_that_has_sent_no_check_yet() -> None:
+def test_media_and_messages_follow_a_client_that_has_sent_no_check_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A NAT has given it another port; browsers check every 2.5 s, and speak 50 times a second."""
+    # So long that packets come meanwhile, also if this process stands still for a while.
+    monkeypatch.setattr(ice, "FOLLOWED_S", 3.0)
 
     async def scenario(on: Line) -> None:
         await on.connect()

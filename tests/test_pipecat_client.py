@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import redis
 
 import pipecat
+import records
 import rtvi
+import settings
 
 from . import guests, test_agents, test_browser
 from .test_browser import LEAD_S, SENTENCE, TAIL_S, in_order, read, silence, written
@@ -127,6 +130,23 @@ def until_gone(system: dict[str, Any]) -> None:
         time.sleep(0.05)
 
 
+def until_recorded(
+    page: Page, system: dict[str, Any], holds: Callable[[records.Record], bool]
+) -> None:
+    """Redis has so much of the call: any transceiver could go on with it."""
+    call_id = page.evaluate("guest.client.transport.pc_id")
+    sealer = records.sealer(settings.load_keys(Path(system["state_dir"]) / "keys"))
+    deadline = time.monotonic() + 20
+    with redis.Redis.from_url(f"redis://{system['redis']}/0") as found:
+        while True:
+            octets = found.get(records.name_of(call_id))
+            record = octets and records.read(octets, call_id, sealer, time.time(), 300.0)
+            if record and holds(record):
+                return
+            assert time.monotonic() < deadline, f"not recorded yet: {record}"
+            time.sleep(0.05)
+
+
 def test_a_spoken_turn(page: Page, system: dict[str, Any]) -> None:
     ready = connect(page, system)
     assert ready["version"] == rtvi.VERSION
@@ -156,7 +176,7 @@ def test_an_interruption(interrupter: Page, system: dict[str, Any]) -> None:
     connect(interrupter, system)
     until(interrupter, "guest.loudness() > 0.02")
     until(interrupter, "guest.names().includes('onBotStoppedSpeaking')")
-    until(interrupter, "guest.loudness() < 0.002", 2)
+    until(interrupter, "guest.loudness() < 0.002", 20)
     assert not interrupter.evaluate(
         "guest.all('onBotOutput').some((said) => said.spoken_status === 'completed')"
     )
@@ -276,7 +296,14 @@ def test_its_transceiver_dies_and_it_comes_back_by_itself(
     ask = "([kind, data]) => guest.client.sendClientRequest(kind, data)"
     page.evaluate(ask, ["conversation.item.create", {"item": item}])
     page.evaluate(ask, ["session.update", {"session": {"instructions": "Be brief."}}])
-    time.sleep(1.5)  # so that a record of it is written
+    until_recorded(
+        page,
+        system,
+        lambda record: (
+            "item_ada" in [item["id"] for item in record.items]
+            and record.session.get("instructions") == "Be brief."
+        ),
+    )
     victim = owner(system)
     killed = time.monotonic()
     victim.send_signal(signal.SIGKILL)

@@ -122,12 +122,13 @@ class Fake:
             redis.do(*command)
 
 
-def configured(folder, transceivers=(), redis=None, more=""):
+def configured(folder, transceivers=(), redis=None, more="", timeout_s=10.0):
+    """Settings; with patience: a machine that stands still is no Redis that does."""
     keys = folder / "keys"
     keys.touch(mode=0o600)
     keys.write_text(KEY)
     path = folder / "signaling.toml"
-    table = f'[redis]\nurl = "{redis}"' if redis else ""
+    table = f'[redis]\nurl = "{redis}"\ntimeout_s = {timeout_s}' if redis else ""
     path.write_text(
         f"""
         [signaling]
@@ -400,7 +401,8 @@ def test_whatever_becomes_of_redis_calls_are_placed_by_what_was_known(
                 each.announce(single)
                 single.do("PERSIST", presence.PREFIX + each.name.encode())
             url = f"redis://127.0.0.1:{proxy.port}"
-            async with placing(tmp_path, redis=url) as found:
+            timeout_s = 0.25 if trouble == "held" else 10.0
+            async with placing(tmp_path, redis=url, timeout_s=timeout_s) as found:
                 assert set(known(found).values()) == {Health.SERVING}
                 caplog.clear()
                 if trouble == "emptied":

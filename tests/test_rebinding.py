@@ -8,7 +8,6 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import time
 
 import pytest
@@ -29,11 +28,14 @@ KINDS = metrics.Keeper
 
 
 class Relay(test_relay.Relay):
-    """The same, with callers that have an SSRC."""
+    """The same, with callers that have an SSRC.
 
-    def __init__(self, folder, stack, **kwargs):
-        super().__init__(folder, stack, **kwargs)
-        self.transceiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    And with patience: what the keeper of a slow machine says too late would be a packet lost.
+    """
+
+    def __init__(self, folder, stack, more="", recovery="", wait_s=10.0, **kwargs):
+        more += f"[recovery]\nwait_s = {wait_s}\n{recovery}"
+        super().__init__(folder, stack, more=more, **kwargs)
         self.callers = 0
 
     def attach(self):
@@ -259,7 +261,7 @@ def test_media_of_nobody_is_dropped_and_counted(start):
 
 
 def test_while_the_keeper_is_killed(start):
-    relay = start()
+    relay = start(wait_s=0.5)  # what it was asked and took with it is asked again after that
     calls = [relay.call() for _ in range(3)]
     for call in calls:
         pid = relay.keeper_pid()
@@ -389,7 +391,7 @@ def test_thieves_do_not_keep_out_whom_they_imitate(start, checks):
 def test_thieves_at_its_own_address_delay_it_by_a_packet_at_most(start):
     """Behind the same NAT, or forging its address: each pushes out the one before, and it is back
     with its next packet."""
-    relay = start(more="[recovery]\nunknown_s = 5.0\n")
+    relay = start(recovery="unknown_s = 5.0\n")
     call = relay.call()
     thieves, sock = [call.rebound() for _ in range(30)], call.rebound()
     for thief in thieves:
@@ -436,7 +438,7 @@ def test_a_session_of_his_own_with_the_same_ssrc_gives_him_nothing(start):
 
 
 def test_a_follower_that_nobody_answers_ends(start):
-    relay = start(more="tentative_idle_s = 0.2\n")
+    relay = start(more="tentative_idle_s = 3.0\n")
     call = relay.call()
     sock, payload = call.rebound(), call.rtp()
     sock.send(payload)

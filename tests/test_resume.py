@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from aiortc.contrib.media import MediaPlayer
 from aiortc.mediastreams import AudioStreamTrack
 
+import archive
 import settings
 import ufrag
 from metrics import Transceiver as Count
@@ -30,11 +31,15 @@ def events(client: shim.Client, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, client.messages) if event["type"] == kind]
 
 
-async def place(on: House, track: Any = None, **request: Any) -> tuple[shim.Client, str]:
-    """A connected client whose request for a session has more fields, and its call id."""
+async def place(
+    on: House, track: Any = None, once: Callable[[], Any] = lambda: True, **request: Any
+) -> tuple[shim.Client, str]:
+    """A connected client whose request for a session has more fields, and its call id. It has its
+    offer ready, and asks `once` that is so."""
     client = shim.Client()
     on.clients.append(client)
     offer = await client.offer(track or AudioStreamTrack())
+    await shim.until(once)
     body = {"offer": offer, "candidates": [list(on.shim.address)], **request}
     status, answer, _ = await on.ask("POST", "/v1/sessions", body)
     assert status == 201, answer
@@ -161,9 +166,11 @@ def test_of_a_reply_so_much_is_kept_as_was_heard(tmp_path: Path) -> None:
         call = on.transceiver.find(old)
         assert call is not None
         heard_of = call._conversation._replies.shares
-        await shim.until(lambda: any(share > 0.3 for share in heard_of().values()))
+        enough = 0.3
+        second, _ = await place(
+            on, once=lambda: any(share > enough for share in heard_of().values()), resume=old
+        )
         words = events(first, "response.output_audio_transcript.delta")[0]["delta"]
-        second, _ = await place(on, resume=old)
         await shim.until(lambda: len(second.messages) >= 5)
         heard, said = kept(second)
         assert heard[2].startswith("(") and heard[1] == "completed"
@@ -246,7 +253,9 @@ async def two(folder: Path, url: str, redis: redises.Server) -> AsyncIterator[li
     for each in houses:
         await each.start()
     try:
-        yield houses
+        with pytest.MonkeyPatch.context() as patient:
+            patient.setattr(archive, "FIND_S", 10.0)
+            yield houses
     finally:
         for each in houses:
             await each.stop()

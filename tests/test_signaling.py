@@ -331,7 +331,7 @@ def test_the_transceivers_sentence_about_an_offer_reaches_the_client(tmp_path: P
 @pytest.mark.parametrize("trouble", ["full", "failing", "hanging", "gone"])
 def test_the_next_transceiver_is_asked_when_one_cannot(tmp_path: Path, trouble: str) -> None:
     async def run() -> None:
-        async with staged(tmp_path, fakes=2, more="transceiver_timeout_s = 0.2") as stage:
+        async with staged(tmp_path, fakes=2) as stage:
             bad, good = stage.fakes
             bad.hangs = trouble == "hanging"
             if trouble in ("full", "failing"):

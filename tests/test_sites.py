@@ -20,7 +20,7 @@ from front import Site, Steering
 from standing import MISSES
 from steering import State
 
-from . import shim
+from . import ports
 from .premises import Program
 from .test_front import WORLD
 
@@ -230,12 +230,9 @@ def test_a_real_relay_is_well_and_lost_when_it_is_stopped(tmp_path: Path) -> Non
     (tmp_path / "keys").touch(mode=0o600)
     (tmp_path / "keys").write_text("0 " + bytes(range(32)).hex() + "\n")
     path = tmp_path / "relay.toml"
-    public, internal = (shim.udp_socket() for _ in range(2))
-    ports = [each.getsockname()[1] for each in (public, internal)]
-    for each in (public, internal):
-        each.close()
+    public, internal = ports.free(2)
     path.write_text(
-        f'[relay]\npublic = "127.0.0.1:{ports[0]}"\ninternal = "127.0.0.1:{ports[1]}"\n'
+        f'[relay]\npublic = "127.0.0.1:{public}"\ninternal = "127.0.0.1:{internal}"\n'
         'metrics = "127.0.0.1:0"\nworkers = 1\n[keys]\nfile = "keys"\n'
         '[[cluster]]\nid = 1\nprefix = "127.0.0.0/8"\nports = [1, 65535]\n'
     )

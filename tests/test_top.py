@@ -23,6 +23,8 @@ import metrics
 import settings
 import top
 
+from . import ports
+
 PATIENCE_S = 20
 CONFIG = """
 [relay]
@@ -52,13 +54,9 @@ class Relay:
     """A relay's memory, and what it has counted."""
 
     def __init__(self, folder, more=""):
-        with contextlib.ExitStack() as stack:
-            socks = [stack.enter_context(socket.socket(type=socket.SOCK_DGRAM)) for _ in range(2)]
-            for sock in socks:
-                sock.bind(("127.0.0.1", 0))
-            public, internal = (sock.getsockname()[1] for sock in socks)
+        public, *internal = ports.free(3)  # an internal one for each worker
         self.path = path = folder / "relay.toml"
-        path.write_text(CONFIG.format(public=public, internal=internal, more=more))
+        path.write_text(CONFIG.format(public=public, internal=internal[0], more=more))
         self.found = settings.load(path, settings.Relay)
         self.shared = handover.Shared(self.found)
         self.memories = [*self.shared.memories, self.shared.relay]

@@ -25,6 +25,7 @@ import backend
 import control
 import endpoints
 import presence
+import receiver
 import settings
 import stun
 import transceiver
@@ -63,7 +64,12 @@ def configure(
     extra: str = "",
     limits: str = "sessions_max = 2",
 ) -> Path:
-    """A configuration file with keys and a free port; its path."""
+    """A configuration file with keys and a free port; its path.
+
+    The load of the machine refuses no call, unless `limits` say so themselves.
+    """
+    for name in ("load_max", "lag_s_max"):
+        limits += "" if name in limits else f"\n{name} = 100"
     listen = f"127.0.0.1:{free_port()}"
     keys = folder / "keys"
     keys.write_text("0 " + bytes(range(32)).hex())
@@ -439,6 +445,8 @@ def test_how_soon_pcm_reaches_the_backend(
     watch = Stopwatch()
     monkeypatch.setattr(backend.Backends, "connect", lambda *_: watch)
     monkeypatch.setattr(transceiver, "media_socket", watch.listen)
+    # A caller that is held up would be heard as silence meanwhile, which came in no packet.
+    monkeypatch.setattr(receiver, "PAUSE_S", 60.0)
 
     async def scenario(on: House) -> None:
         gc.collect()

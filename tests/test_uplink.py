@@ -328,7 +328,7 @@ def test_a_server_that_stays_away_is_given_up() -> None:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             port = unused.getsockname()[1]
-            async with talking(realtime_at(f"ws://127.0.0.1:{port}/", retry_s=1.0)) as talk:
+            async with talking(realtime_at(f"ws://127.0.0.1:{port}/", retry_s=5.0)) as talk:
                 created = await talk.heard("session.created")
                 assert created["session"]["audio"]["input"]["format"]["rate"] == 24_000
                 await talk.speak()
@@ -431,7 +431,7 @@ def test_a_server_that_hangs_is_noticed_and_found_again() -> None:
     """It is stopped, and not ended: its kernel goes on to take what it is sent."""
 
     async def run(served: servers.Served) -> None:
-        table = realtime_at(served.url, heartbeat_s=1.0, connect_timeout_s=0.3)
+        table = realtime_at(served.url, heartbeat_s=1.0, connect_timeout_s=3.0)
         async with talking(table) as talk:
             await talk.heard("session.created")
             served.process.send_signal(signal.SIGSTOP)

@@ -15,6 +15,8 @@ import stun
 import ufrag
 import worker
 
+from . import ports
+
 PATIENCE_S = 20
 
 CONFIG = """
@@ -49,10 +51,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.client, self.transceiver = bound(), bound()
         port = self.transceiver.getsockname()[1]
-        spare = [bound(), bound()]
-        public, internal = (sock.getsockname()[1] for sock in spare)
-        for sock in spare:
-            sock.close()
+        public, internal = ports.free(2, socket.SOCK_DGRAM)
         (folder / "keys").write_text("0 " + "42" * 32 + "\n")
         (folder / "keys").chmod(0o600)
         path = folder / "relay.toml"
