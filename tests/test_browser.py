@@ -507,10 +507,11 @@ def test_a_hm_does_not_cut_the_bot_off(
     launch: Callable[[Path], Any], system: dict[str, Any], tmp_path: Path
 ) -> None:
     """A word of 200 ms into a reply that needs 400, and the button works all the same."""
-    said = [silence(LEAD_S), vowel(6.0), silence(1.0), vowel(0.2), silence(12.0)]
+    said = [silence(LEAD_S), vowel(6.0), silence(3.0), vowel(0.2), silence(12.0)]
     browser = launch(written(np.concatenate(said), tmp_path / "said.wav"))
     opener = pages(browser, system)
     page = next(opener)()
+    page.get_by_label("Answer after a pause of").fill("2000")  # and the turn's own are shorter
     page.get_by_label("Interrupt with at least").fill("400")
     page.get_by_label("Echo cancellation").uncheck()
     start(page)

@@ -116,8 +116,12 @@ def test_speaking_into_the_reply_of_a_server_elsewhere(tmp_path: Path) -> None:
         seen = [json.loads(message) for message in client.messages]
         cleared = next(e for e in seen if e["type"] == "output_audio_buffer.cleared")
         truncated = next(e for e in seen if e["type"] == "conversation.item.truncated")
-        done = next(e["response"] for e in seen if e["type"] == "response.done")
-        assert done["id"] == cleared["response_id"]
+        # The first that is interrupted: one before it may have ended, if the client was held up.
+        done = next(
+            e["response"]
+            for e in seen
+            if e["type"] == "response.done" and e["response"]["id"] == cleared["response_id"]
+        )
         assert done["status_details"] == {"type": "cancelled", "reason": "turn_detected"}
         assert truncated["item_id"] == done["output"][0]["id"]
         assert truncated["audio_end_ms"] > 0

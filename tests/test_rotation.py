@@ -91,11 +91,14 @@ class Scene:
 
     def end(self, **drops):
         """No datagram of any call is missing, and nothing was dropped but these."""
-        siege.together(self.calls, 0.5)
+        enough = 0.5 * RATE
+        siege.together(
+            self.calls, siege.PATIENCE_S, lambda: all(each.count > enough for each in self.calls)
+        )
         for each in self.calls:
             account = each.settle()
             assert account.lost == account.duplicated == account.foreign == 0, account.figures()
-            assert account.sent > 0.5 * RATE
+            assert account.sent > enough
         inbound, outbound = self.relay.stop()
         assert (inbound.drops(), outbound.drops()) == (drops, {})
         log = "\n".join(self.relay.log)
