@@ -118,8 +118,9 @@ def estimates(rounds: Sequence[Round]) -> dict[str, Estimate]:
     found: dict[str, Estimate] = {}
     for name, of in (("due", Round.trips), ("left", Round.trips_sent)):
         for percent in PERCENTS:
+            between = intervals.BETWEEN_TAIL if percent > 50 else intervals.BETWEEN
             found[f"{name}_p{percent:g}"] = intervals.quantile(
-                [of(each) for each in rounds], percent, COMPARED, intervals.BETWEEN
+                [of(each) for each in rounds], percent, COMPARED, between
             )
     events = int((whole.lost + whole.late).sum())
     found["loss"] = intervals.estimate(
@@ -133,7 +134,7 @@ def estimates(rounds: Sequence[Round]) -> dict[str, Estimate]:
             sum(each.cpu_s() for each in rounds) * 1e6 / sum(each.datagrams() for each in rounds),
             [each.cpu_s() * 1e6 / max(each.datagrams(), 1) for each in rounds],
             COMPARED,
-            between=intervals.CPU_BETWEEN,
+            between=intervals.BETWEEN_CPU,
         )
     return found
 
