@@ -114,11 +114,14 @@ class Testator:
         self._loop.watch(self._listener, self._accept)
 
     def close(self) -> None:
-        """Be there no more; what a successor has put in our place stays."""
+        """Be there no more; what a successor has put in our place stays, or will: one that serves
+        does so at any moment, also between a look at whose it is and taking it away."""
         if self._listener is not None:
             self._loop.unwatch(self._listener)
             self._listener.close()
             self._listener = None
+            if self.succeeded:
+                return
             with contextlib.suppress(OSError):
                 if self._path.stat().st_ino == self._inode:
                     self._path.unlink()

@@ -205,6 +205,11 @@ class Site:
         self.stack.callback(node.kill)
         return node
 
+    def said(self):
+        """What all relays have said, for whoever wonders why something has not come true."""
+        logs = sorted(self.folder.glob("log-*"))
+        return "\n".join([f"{log.name}:\n{log.read_text()}" for log in logs])
+
     def flows(self):
         """All flows of the running relay."""
         workers = handover.Running.of(self.table).workers
@@ -365,7 +370,7 @@ class Media:
         """Send and echo until something is so; at least so many rounds."""
         deadline = time.monotonic() + seconds
         while at_least > 0 or not until():
-            assert time.monotonic() < deadline, "it has not come true in time"
+            assert time.monotonic() < deadline, self.site.said()
             at_least -= 1
             for client in self.clients:
                 if self.sent - len(self.back) - self.given_up >= self.on_the_way_max:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +59,29 @@ def test_relays_take_over_in_turns(site, first, media):
     running.send(signal.SIGINT)
     assert running.code() == 0
     assert not list((site.folder / "state").iterdir())
+
+
+def test_the_one_that_ends_takes_nothing_from_its_successor(tmp_path):
+    """Whenever the successor comes to listen while the other one ends, there is somebody for the
+    next one. (A look at whose socket it is, and then an unlink, took the successor's away.)"""
+    path = tmp_path / "relay.sock"
+
+    def testator():
+        loop = SimpleNamespace(watch=lambda *_: None, unwatch=lambda *_: None)
+        return succession.Testator(path, SimpleNamespace(loop=loop), list)
+
+    old, new = testator(), testator()
+    old.listen()
+    old.succeeded = True
+    old.close()
+    assert path.is_socket()  # for the successor to replace
+    with pytest.raises(succession.SuccessionError, match="no relay of this configuration"):
+        succession.Successor(path)
+    new.listen()
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as asks:
+        asks.connect(str(path))
+    new.close()
+    assert not path.exists()  # nobody has succeeded it
 
 
 def test_there_is_no_relay(site):
