@@ -23,7 +23,7 @@ from findings import Finding, Marker
 from load import Figures
 from loaders import Crew, Order
 from observed import Observed
-from rounds import OTHERS_PERCENT, STOLEN_PERCENT, Busy, Round, told
+from rounds import DISTURBED, Busy, Round, told
 
 SHARE_OF_FLOWS = 0.5
 """Of the relay's table of flows, for clients of rounds that are over and not yet forgotten. More
@@ -35,8 +35,6 @@ like."""
 
 TRIALS_AGAIN = 5
 """The same of the rounds of a search, in all."""
-
-Told = Callable[[float, str], None]
 
 
 class Course:
@@ -143,8 +141,8 @@ class Course:
     def say(self, finding: Finding, done: Sequence[Round]) -> None:
         """Which rounds do not count, and which of those that do were disturbed, too."""
         why = (
-            f"other programs had more than {OTHERS_PERCENT:g} % of a CPU that is used here, or the "
-            f"hypervisor more than {STOLEN_PERCENT:g} %"
+            f"other programs had more than {DISTURBED['others_percent']:g} % of a CPU that is used "
+            f"here, or the hypervisor more than {DISTURBED['stolen_percent']:g} %"
         )
         if self.aside:
             finding.figures["set_aside"] = aside_table(self.aside)

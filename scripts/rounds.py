@@ -28,7 +28,7 @@ COMPARED = 2 * len(PERCENTS) + 2
 BUSY_PERCENT = 90.0
 """A worker that uses so much of a CPU has reached it: the rest goes to interrupts and the clock."""
 
-OTHERS_PERCENT, STOLEN_PERCENT, TAKEN_S = 5.0, 1.7, 0.025
+DISTURBED, TAKEN_S = {"others_percent": 5.0, "stolen_percent": 1.7}, 0.025
 """A round is disturbed if other programs, or a hypervisor, had more than that of one of the CPUs
 that are used, and more than that many seconds: the kernel counts in hundredths. What a hypervisor
 takes counts for more, since everything waits meanwhile. Rounds of 1.5 s on a quiet virtual machine
@@ -57,9 +57,8 @@ class Round:
 
     def disturbed(self) -> bool:
         """Whether this machine did something else meanwhile."""
-        limits = {"others_percent": OTHERS_PERCENT, "stolen_percent": STOLEN_PERCENT}
         return any(
-            percent > limits[name] and percent / 100 * self.took_s > TAKEN_S
+            percent > DISTURBED[name] and percent / 100 * self.took_s > TAKEN_S
             for name, percent in self.machine.items()
         )
 

@@ -131,6 +131,10 @@ def main(word, path):
 SO_RCVBUFFORCE = 33
 """Linux's name, which Python's socket module does not have."""
 
+BUFFER_OCTETS = 4 << 20
+"""Of each of a test's sockets. The kernel's default holds half a second of the fullest test: more
+would be lost here, in this process, which says nothing of the relay."""
+
 DATAGRAM_OCTETS = 2048
 """What a small datagram takes of a socket's buffer at most, by the kernel's own account."""
 
@@ -154,13 +158,13 @@ ports = [{transceiver}, {transceiver}]
 
 def bound(at="127.0.0.1", port=0):
     """A UDP socket of the test's own."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock = socket.socket(socket.AF_INET6 if ":" in at else socket.AF_INET, socket.SOCK_DGRAM)
     sock.bind((at, port))
     sock.setblocking(False)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 << 20)
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_OCTETS)
     except OSError:  # only CAP_NET_ADMIN may go beyond net.core.rmem_max
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_OCTETS)
     return sock
 
 

@@ -295,11 +295,10 @@ def test_an_echo_elsewhere(scripts, relay):
     assert echo.returncode == 130
 
 
-def test_an_echo_answers_its_relay_alone(scripts):
-    (port,) = scripts.dev.free_ports(1, socket.SOCK_DGRAM)
-    framed = b"\xc5\x01\x00\x00" + bytes(28) + b"media"
+@contextlib.contextmanager
+def relay_and_stranger():
+    """Sockets of two who send frames: at 127.0.0.5, where the relay is, and at 127.0.0.6."""
     with (
-        scripts.reflector.Reflector(("127.0.0.1", port), "127.0.0.5") as reflector,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger,
     ):
@@ -307,6 +306,16 @@ def test_an_echo_answers_its_relay_alone(scripts):
         relay.settimeout(PATIENCE_S)
         stranger.bind(("127.0.0.6", 0))
         stranger.setblocking(False)
+        yield relay, stranger
+
+
+def test_an_echo_answers_its_relay_alone(scripts):
+    (port,) = scripts.dev.free_ports(1, socket.SOCK_DGRAM)
+    framed = b"\xc5\x01\x00\x00" + bytes(28) + b"media"
+    with (
+        scripts.reflector.Reflector(("127.0.0.1", port), "127.0.0.5") as reflector,
+        relay_and_stranger() as (relay, stranger),
+    ):
         for sock, datagram in (
             (stranger, framed), (relay, framed + b" 1"), (relay, b"no frame"),
             (relay, framed[:10]), (relay, framed + b" 2"),
@@ -332,13 +341,8 @@ def test_a_load_answers_its_relay_alone(scripts):
     framed = scripts.load.frame.header("127.1.0.1", 5) + b"media"
     with (
         scripts.load.Load(3, frames_from="127.0.0.5/32") as under_test,
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay,
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger,
+        relay_and_stranger() as (relay, stranger),
     ):
-        relay.bind(("127.0.0.5", 0))
-        relay.settimeout(PATIENCE_S)
-        stranger.bind(("127.0.0.6", 0))
-        stranger.setblocking(False)
         under_test.towards(*relay.getsockname())
         for sock, datagram in (
             (stranger, framed), (relay, framed + b" 1"), (relay, b"no frame"),

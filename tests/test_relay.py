@@ -6,7 +6,6 @@ import os
 import re
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,17 +22,10 @@ import stun
 import supervisor
 import ufrag
 
-from . import ports
+from . import node, ports
 
 PATIENCE_S = 20
 """How long anything may take before the test has failed; all of it takes milliseconds."""
-
-SO_RCVBUFFORCE = 33
-"""Linux's name, which Python's socket module does not have."""
-
-BUFFER_OCTETS = 4 << 20
-"""Of each of the test's sockets. The kernel's default holds half a second of the fullest test: more
-would be lost here, in this process, which says nothing of the relay."""
 
 CONFIG = """
 [relay]
@@ -56,14 +48,8 @@ IN, OUT = metrics.Inbound, metrics.Outbound
 
 
 def bound(at="127.0.0.1", port=0):
-    family = socket.AF_INET6 if ":" in at else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_DGRAM)
-    sock.bind((at, port))
+    sock = node.bound(at, port)
     sock.settimeout(PATIENCE_S)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_OCTETS)
-    except OSError:  # only CAP_NET_ADMIN may go beyond net.core.rmem_max
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_OCTETS)
     return sock
 
 
